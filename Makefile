@@ -1,0 +1,56 @@
+# Every target can be run again; what is already done is skipped.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+DEMO_PROMPT ?= a red ball moving left on a black background
+DEMO_VIDEO  ?= demo.mp4
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test bench lint native clean
+
+help:
+	@echo "make demo    install into $(VENV), then make $(DEMO_VIDEO) from a sentence"
+	@echo "make test    run the tests"
+	@echo "make bench   run the benchmarks"
+	@echo "make lint    ruff and mypy"
+	@echo "make native  build the C library and run its tests (CMake, ninja, a C++17 compiler)"
+	@echo "make venv    only the environment: developer tools and an editable install"
+	@echo "make clean   remove what was built; keeps $(VENV)"
+
+venv: $(STAMP)
+
+# An environment that is already there is adopted: only its existence counts, not its age.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/lumiere-fast generate "$(DEMO_PROMPT)" -o $(DEMO_VIDEO) --overwrite
+	@echo "The video is $(abspath $(DEMO_VIDEO))"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# cmake and ninja may be the system's or, after `make venv`, the environment's.
+native: export PATH := $(abspath $(BIN)):$(PATH)
+native:
+	cmake -S . -B build/native -G Ninja
+	cmake --build build/native
+	ctest --test-dir build/native --output-on-failure
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find lumiere_fast kernels benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
