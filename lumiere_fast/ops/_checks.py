@@ -1,0 +1,78 @@
+"""Checks of public arguments. Each raises a ValueError: the op, the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ACTIVATIONS = (None, "silu")
+
+
+def check_activation(op: str, x: Tensor) -> None:
+    """`x` is (B, C, T, H, W), floating; B may be 0."""
+    if x.dim() != 5 or 0 in x.shape[1:]:
+        raise ValueError(f"{op}: x must be (B, C, T, H, W) with C, T, H, W >= 1, got {tuple(x.shape)}")
+    check_floating(op, "x", x)
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        raise ValueError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def check_tensor(op: str, name: str, tensor: Tensor | None, beside: Tensor, *shapes: Sequence[int]) -> None:
+    """An optional tensor is None or has one of `shapes`, on the device of `beside`, floating."""
+    if tensor is None:
+        return
+    if not any(tensor.shape == tuple(shape) for shape in shapes):
+        accepted = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{op}: {name} must have shape {accepted}, got {tuple(tensor.shape)}")
+    check_floating(op, name, tensor)
+    check_device(op, name, tensor, beside)
+
+
+def check_device(op: str, name: str, tensor: Tensor, beside: Tensor) -> None:
+    if tensor.device != beside.device:
+        raise ValueError(f"{op}: {name} must be on {beside.device} like the other tensors, got {tensor.device}")
+
+
+def check_same_dtype(op: str, name: str, tensor: Tensor, other: str, beside: Tensor) -> None:
+    if tensor.dtype != beside.dtype:
+        raise ValueError(f"{op}: {name} must be {beside.dtype} like {other}, got {tensor.dtype}")
+
+
+def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, accepted))}, got {value!r}")
+
+
+def check_groups(op: str, name: str, groups: int, channels: int) -> None:
+    if groups < 1 or channels % groups != 0:
+        raise ValueError(f"{op}: {name} must divide the {channels} channels, got {groups}")
+
+
+def check_film(op: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, prefix: str = "") -> None:
+    """FiLM is (B, C), or (B, T, C) for each frame its own."""
+    B, C, T = x.shape[:3]
+    check_tensor(op, f"{prefix}scale", scale, x, (B, C), (B, T, C))
+    check_tensor(op, f"{prefix}shift", shift, x, (B, C), (B, T, C))
+
+
+def check_heads(op: str, q: Tensor) -> None:
+    """`q` is (B, T, H, W, heads, D), floating; B may be 0."""
+    if q.dim() != 6 or 0 in q.shape[1:]:
+        raise ValueError(f"{op}: q must be (B, T, H, W, heads, D) with T, H, W, heads, D >= 1, got {tuple(q.shape)}")
+    check_floating(op, "q", q)
+
+
+def check_like(op: str, name: str, tensor: Tensor, other: str, beside: Tensor) -> None:
+    """`tensor` has the shape, dtype and device of `beside`, the argument `other`."""
+    if tensor.shape != beside.shape:
+        raise ValueError(
+            f"{op}: {name} must have the shape of {other}, {tuple(beside.shape)}, got {tuple(tensor.shape)}"
+        )
+    check_same_dtype(op, name, tensor, other, beside)
+    check_device(op, name, tensor, beside)

@@ -1,0 +1,331 @@
+"""Temporal MultiDiffusion: one video from the overlapping windows a network predicted."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from itertools import pairwise, product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lumiere_fast.ops import _layout, _registry
+from lumiere_fast.ops._checks import check_device, check_floating, check_same_dtype
+from lumiere_fast.ops._spec import Draw, OpSpec, Scenario
+
+Box = tuple[tuple[int, int], ...]
+
+
+def blend_windows(
+    windows: Tensor | Sequence[Tensor],
+    starts: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    num_frames: int,
+    *,
+    weights: Tensor | Sequence[float] | Sequence[Tensor] | None = None,
+    backend: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The video nearest to all its windows, `argmin_J sum_i w_i || J[window i] - windows[i] ||^2`.
+
+    The solution is the weighted mean, at every position, of the windows that cover it:
+
+        J[f] = sum_i w[f - starts[i]] * windows[i][f - starts[i]] / sum_i w[f - starts[i]]
+
+    Positions that one window covers are that window's, exactly, and where all windows agree so does J, exactly.
+
+    Args:
+        windows: (N, B, C, T', H, W), or N tensors (B, C, T'_i, H, W) of any lengths and strides; one dtype and device.
+        starts: (N,) first frames, all different. Or (N, 3) corners (t, h, w), to blend in space too. A sequence of
+            integers, or a tensor, best on the CPU: its values are read.
+        num_frames: frames of the video. With (N, 3) starts its height and width are where the furthest window ends.
+        weights: None for equal weights; a vector (T',) for (N,) starts; three vectors (T',), (H',), (W') for (N, 3),
+            whose product weighs a position. Positive. Constants: no gradient goes to them.
+        backend: None for the current choice.
+        out: where to put the result; not where a gradient is needed.
+
+    Returns:
+        (B, C, num_frames, H, W) in the dtype and memory format of the windows. Sums are in fp32 at least, in the order
+        of the windows (deterministic), and round once; fp64 stays fp64. Differentiable in the windows.
+
+    Raises:
+        ValueError: a start is given twice, a window sticks out, or a position is in no window (the message lists them).
+        BackendUnavailable: the named backend cannot run the call.
+
+    Source: Lumiere, section 3.2, after MultiDiffusion (Bar-Tal et al. 2023).
+    """
+    return _OP(flatten(windows, starts, num_frames, weights), backend, out)
+
+
+def window_starts(num_frames: int, window: int, overlap: int = 2) -> list[int]:
+    """First frames of windows that cover the clip, `overlap` shared with the next; the last is shifted back to fit.
+
+    Raises:
+        ValueError: unless `0 <= overlap < window <= num_frames`.
+    """
+    if not 0 <= overlap < window <= num_frames:
+        raise ValueError(f"need 0 <= overlap < window <= num_frames, got {overlap}, {window} and {num_frames}")
+    return [*range(0, num_frames - window, window - overlap), num_frames - window]
+
+
+def blend_windows_reference(
+    windows: Sequence[Tensor], starts: Sequence[int], extent: Sequence[int], weights: Sequence[float] | None
+) -> Tensor:
+    return blend(windows, starts, extent, weights, windows[0].dtype)
+
+
+def blend(
+    windows: Sequence[Tensor],
+    starts: Sequence[int],
+    extent: Sequence[int],
+    weights: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The reference with the result's dtype free, so that `denoise_step` can go on without a rounding."""
+    blended = _result(windows, extent, dtype).empty()
+    accumulation = _layout.accumulation_dtype(windows[0].dtype)
+    for cell in _plan(windows, starts, extent).cells:
+        parts = [_crop(windows[i], box) for i, box in zip(cell.windows, cell.boxes, strict=True)]
+        mean = parts[0]
+        if len(parts) > 1:
+            # Steps away from the first window: what the windows agree on survives the rounding of the shares.
+            first = mean = mean.to(accumulation)
+            for part, share in zip(parts[1:], _shares(cell, weights, windows[0])[1:], strict=True):
+                mean = mean + share * (part.to(accumulation) - first)
+        _crop(blended, cell.box).copy_(mean)
+    return blended
+
+
+class Cell(NamedTuple):
+    """A box of the video that one set of windows covers: which they are, and where in each of them it lies."""
+
+    box: Box
+    windows: tuple[int, ...]
+    boxes: tuple[Box, ...]
+
+
+class Plan(NamedTuple):
+    cells: tuple[Cell, ...]
+    bare: tuple[Box, ...]  # covered by no window
+
+
+def _plan(windows: Sequence[Tensor], starts: Sequence[int], extent: Sequence[int]) -> Plan:
+    axes = len(extent)
+    corners = tuple(zip(*(map(int, starts[a::axes]) for a in range(axes)), strict=True))
+    # int: in a trace with symbolic shapes, the lengths that decide who covers what become constants.
+    sizes = tuple(tuple(map(int, window.shape[2 : 2 + axes])) for window in windows)
+    plan = plan_cells if torch.compiler.is_compiling() else _cached_plan  # Dynamo warns of caches
+    return plan(corners, sizes, tuple(map(int, extent)))
+
+
+def plan_cells(
+    corners: tuple[tuple[int, ...], ...], sizes: tuple[tuple[int, ...], ...], extent: tuple[int, ...]
+) -> Plan:
+    """Cut each axis where a window starts or stops: between cuts, the covering windows do not change."""
+    spans = [tuple((c, c + n) for c, n in zip(*window, strict=True)) for window in zip(corners, sizes, strict=True)]
+    cuts = [sorted({0, n, *(edge for span in spans for edge in span[a])}) for a, n in enumerate(extent)]
+    cells = []
+    for box in product(*map(pairwise, cuts)):
+        covering = tuple(i for i, span in enumerate(spans) if _inside(box, span))
+        cells.append(Cell(box, covering, tuple(_shifted(box, corners[i]) for i in covering)))
+    return Plan(tuple(cells), tuple(cell.box for cell in cells if not cell.windows))
+
+
+_cached_plan = functools.lru_cache(maxsize=64)(plan_cells)
+
+
+def _inside(box: Box, span: Box) -> bool:
+    return all(lo <= a and b <= hi for (a, b), (lo, hi) in zip(box, span, strict=True))
+
+
+def _shifted(box: Box, corner: tuple[int, ...]) -> Box:
+    return tuple((lo - c, hi - c) for (lo, hi), c in zip(box, corner, strict=True))
+
+
+def _shares(cell: Cell, weights: Sequence[float] | None, like: Tensor) -> list[Any]:
+    """What each covering window contributes to a cell: together one. To be multiplied with (B, C, T, H, W)."""
+    if weights is None:
+        return [1 / len(cell.windows)] * len(cell.windows)
+    table = torch.tensor(weights, dtype=torch.float64, device=like.device)
+    axes = len(cell.box)
+    vectors = table.split(list(like.shape[2 : 2 + axes]))
+    raw = []
+    for box in cell.boxes:
+        weight = torch.ones([1] * (3 - axes), dtype=torch.float64, device=like.device)
+        for vector, (lo, hi) in zip(reversed(vectors), reversed(box), strict=True):
+            weight = vector[lo:hi].reshape(-1, *[1] * weight.dim()) * weight
+        raw.append(weight)
+    total = torch.stack(raw).sum(0)
+    return [(weight / total).to(_layout.accumulation_dtype(like.dtype)) for weight in raw]
+
+
+def _crop(x: Tensor, box: Box) -> Tensor:
+    index = (slice(None), slice(None), *(slice(lo, hi) for lo, hi in box))
+    return x[index]
+
+
+def flatten(
+    windows: Tensor | Sequence[Tensor],
+    starts: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    num_frames: int,
+    weights: Tensor | Sequence[float] | Sequence[Tensor] | None,
+) -> tuple[Any, ...]:
+    parts = check_windows("blend_windows", windows)
+    corners = check_starts("blend_windows", starts, parts)
+    extent = (
+        num_frames,
+        *(max(c[a] + w.shape[2 + a] for c, w in zip(corners, parts, strict=True)) for a in _space(corners)),
+    )
+    return flatten_cover("blend_windows", parts, corners, extent, weights)
+
+
+def flatten_cover(
+    op: str,
+    windows: list[Tensor],
+    corners: list[tuple[int, ...]],
+    extent: tuple[int, ...],
+    weights: Tensor | Sequence[float] | Sequence[Tensor] | None,
+) -> tuple[list[Tensor], list[int], tuple[int, ...], list[float] | None]:
+    """The cover's part of the reference's arguments, once the windows are known to fit and to leave no gap."""
+    for i, (corner, window) in enumerate(zip(corners, windows, strict=True)):
+        for axis, start, size, end in zip("THW", corner, window.shape[2:], extent, strict=False):
+            if start < 0 or start + size > end:
+                raise ValueError(f"{op}: window {i} spans {start}..{start + size} of {axis}, which is 0..{end}")
+    starts = [start for corner in corners for start in corner]
+    table = check_weights(op, weights, windows, len(extent))
+    bare = _plan(windows, starts, extent).bare
+    if bare:
+        raise ValueError(f"{op}: {_named(bare)} are in no window")
+    return windows, starts, extent, table
+
+
+def _named(boxes: Sequence[Box]) -> str:
+    """Frames one by one, or boxes where space is blended too; the first sixteen."""
+    if len(boxes[0]) == 1:
+        names = [str(frame) for ((lo, hi),) in boxes for frame in range(lo, hi)]
+    else:
+        spans = [zip("thw", box, strict=True) for box in boxes]
+        names = ["(" + ", ".join(f"{axis} {lo}..{hi}" for axis, (lo, hi) in span) + ")" for span in spans]
+    kind = "frames" if len(boxes[0]) == 1 else "boxes"
+    return f"{kind} {', '.join(names[:16])}{', ...' if len(names) > 16 else ''}"
+
+
+def check_windows(op: str, windows: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    parts = list(windows.unbind(0)) if isinstance(windows, Tensor) else list(windows)
+    if not parts:
+        raise ValueError(f"{op}: windows needs at least one window, got none")
+    for i, part in enumerate(parts):
+        name = f"windows[{i}]"
+        if part.dim() != 5 or part.shape[:2] != parts[0].shape[:2] or 0 in part.shape[1:]:
+            raise ValueError(
+                f"{op}: {name} must be (B, C, T', H, W), not empty but for B, with the B and C of windows[0] "
+                f"{tuple(parts[0].shape)}, got shape {tuple(part.shape)}"
+            )
+        check_floating(op, name, part)
+        check_same_dtype(op, name, part, "windows[0]", parts[0])
+        check_device(op, name, part, parts[0])
+    return parts
+
+
+def check_starts(
+    op: str, starts: Tensor | Sequence[int] | Sequence[Sequence[int]], windows: Sequence[Tensor]
+) -> list[tuple[int, ...]]:
+    values = starts.tolist() if isinstance(starts, Tensor) else list(starts)
+    corners = [tuple(value) if isinstance(value, Sequence) else (value,) for value in values]
+    if len(corners) != len(windows):
+        raise ValueError(f"{op}: {len(windows)} windows came with {len(corners)} starts; each window needs one")
+    if {len(corner) for corner in corners} not in ({1}, {3}) or any(type(n) is not int for c in corners for n in c):
+        raise ValueError(f"{op}: starts must be integers, (N,) frames or (N, 3) corners (t, h, w), got {values}")
+    for i, corner in enumerate(corners):
+        if corner in corners[:i]:
+            raise ValueError(f"{op}: start {corner[0] if len(corner) == 1 else corner} is given twice")
+    for i, window in enumerate(windows):
+        if len(corners[0]) == 1 and window.shape[3:] != windows[0].shape[3:]:
+            raise ValueError(
+                f"{op}: windows[{i}] must have the H and W of windows[0] {tuple(windows[0].shape)} where only frames "
+                f"are blended, got shape {tuple(window.shape)}; (N, 3) starts blend in space"
+            )
+    return corners
+
+
+def check_weights(
+    op: str, weights: Tensor | Sequence[float] | Sequence[Tensor] | None, windows: Sequence[Tensor], axes: int
+) -> list[float] | None:
+    """The vectors of all blended axes, one after the other."""
+    if weights is None:
+        return None
+    sizes = windows[0].shape[2 : 2 + axes]
+    if any(window.shape[2 : 2 + axes] != sizes for window in windows):
+        raise ValueError(f"{op}: weights need windows of equal lengths; leave them out, or cut the windows alike")
+    vectors = [torch.as_tensor(v, dtype=torch.float64) for v in (weights if axes == 3 else [weights])]
+    if len(vectors) != axes:
+        raise ValueError(f"{op}: weights must be {axes} vectors, one for each of T, H, W, got {len(vectors)}")
+    for a, (vector, size) in enumerate(zip(vectors, sizes, strict=True)):
+        if vector.shape != (size,):
+            raise ValueError(f"{op}: weights[{a}] must have the {size} entries of its axis, got {tuple(vector.shape)}")
+    values: list[float] = torch.cat(vectors).tolist()
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError(f"{op}: weights must be positive and finite, got {values}")
+    return values
+
+
+def _space(corners: Sequence[Sequence[int]]) -> range:
+    return range(1, len(corners[0]))
+
+
+def _result(windows: Sequence[Tensor], extent: Sequence[int], dtype: torch.dtype) -> _registry.Result:
+    first = windows[0]
+    shape = (*first.shape[:2], *extent, *first.shape[2 + len(extent) :])
+    return _registry.Result(shape, dtype, first.device, _layout.video_format(first))
+
+
+def describe(
+    windows: Sequence[Tensor], starts: Sequence[int], extent: Sequence[int], weights: Sequence[float] | None
+) -> _registry.Result:
+    return _result(windows, extent, windows[0].dtype)
+
+
+_OP = _registry.register(blend_windows, blend_windows_reference, flatten, describe)
+
+
+def _video(name: str, T: int, H: int, window: int, *, B: int = 1, cpu: bool = False) -> Scenario:
+    return Scenario(name, {"B": B, "C": 3, "T": T, "H": H, "W": H}, {"window": window}, cpu)
+
+
+# Videos of three channels, in windows that overlap by 2 frames (the last one shifted back where they do not tile).
+VIDEOS = (
+    _video("paper_base", 80, 128, 28),
+    _video("paper_ssr", 80, 1024, 8),
+    _video("demo", 16, 64, 8, cpu=True),
+    _video("host_80x128", 80, 128, 8, cpu=True),
+    _video("host_32x256", 32, 256, 8, cpu=True),
+)
+
+
+def draw_windows(scenario: Scenario, draw: Draw, batch: int) -> tuple[list[int], list[Tensor]]:
+    """The scenario's starts, and a prediction for each: separate tensors, as a loop over windows makes them."""
+    _, C, T, H, W = scenario.shape("BCTHW")
+    starts = window_starts(T, scenario.options["window"])
+    return starts, [draw.activation(batch, C, scenario.options["window"], H, W) for _ in starts]
+
+
+def _make_inputs(
+    scenario: Scenario, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Any]:
+    starts, windows = draw_windows(scenario, Draw(device, dtype, generator), scenario.sizes["B"])
+    return {"windows": windows, "starts": starts, "num_frames": scenario.sizes["T"]}
+
+
+def window_elements(scenario: Scenario) -> int:
+    window = scenario.options["window"]
+    return len(window_starts(scenario.sizes["T"], window)) * window * scenario.count("BCHW")
+
+
+SPEC = OpSpec(
+    name="blend_windows",
+    scenarios=VIDEOS,
+    flops=lambda scenario: 0,
+    bytes=lambda scenario, dtype: (window_elements(scenario) + scenario.count("BCTHW")) * dtype.itemsize,
+    make_inputs=_make_inputs,
+)

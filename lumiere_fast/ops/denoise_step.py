@@ -1,0 +1,278 @@
+"""All that a diffusion sampler does between two calls of the network: blend, guide, bound, and step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lumiere_fast.ops import _layout, _registry
+from lumiere_fast.ops._checks import check_choice, check_floating, check_tensor
+from lumiere_fast.ops._spec import Draw, OpSpec, Scenario
+from lumiere_fast.ops.blend_windows import (
+    VIDEOS,
+    blend,
+    check_starts,
+    check_windows,
+    draw_windows,
+    flatten_cover,
+    window_elements,
+)
+
+
+class StepCoefficients(NamedTuple):
+    """One sampler step as a linear map; every field is a plain float. With `pred` the blended, guided prediction:
+
+        x0   = x0_latent * latent + x0_prediction * pred           (then bounded by the threshold)
+        next = latent * latent + x0 * x0 + history * history + noise * noise
+
+    x0_latent, x0_prediction: what the network predicts. eps: 1/alpha, -sigma/alpha; v: alpha, -sigma; x0: 0, 1; EDM
+        preconditioning: c_skip, c_out.
+    latent, x0: the sampler's step from the current latent and the bounded x0.
+    history: of the previous step's x0, for multistep samplers such as DPM-Solver++(2M).
+    noise: of fresh noise, for stochastic samplers such as DDIM with eta > 0.
+    """
+
+    x0_latent: float
+    x0_prediction: float
+    latent: float
+    x0: float
+    history: float = 0.0
+    noise: float = 0.0
+
+
+class Threshold(NamedTuple):
+    """How x0 is bounded, once, after blending.
+
+    "static": `clamp(x0, -1, 1)`. "dynamic": `clamp(x0, -s, s) / s` with `s = max(quantile(|x0|, percentile), 1)`, the
+    linearly interpolated quantile over each clip or each frame (Imagen, section 2.3).
+    """
+
+    kind: Literal["static", "dynamic"] = "static"
+    percentile: float = 0.995
+    per: Literal["clip", "frame"] = "clip"
+
+
+class DenoiseStep(NamedTuple):
+    """`latent` for the next step, and the bounded `x0` that it was made with: the next step's history."""
+
+    latent: Tensor
+    x0: Tensor
+
+
+def denoise_step(
+    windows: Tensor | Sequence[Tensor],
+    starts: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    latent: Tensor,
+    coefficients: StepCoefficients,
+    *,
+    guidance_scale: float | None = None,
+    threshold: Threshold | None = None,
+    weights: Tensor | Sequence[float] | Sequence[Tensor] | None = None,
+    noise: Tensor | None = None,
+    history: Tensor | None = None,
+    backend: str | None = None,
+    out: Tensor | None = None,
+) -> DenoiseStep:
+    """One sampler step of a whole video from the network's prediction of each window.
+
+        blended = blend_windows(windows)
+        pred    = uncond + guidance_scale * (cond - uncond)         (cond, uncond = the halves of blended's batch)
+        x0      = threshold(x0_latent * latent + x0_prediction * pred)
+        next    = coefficients.latent * latent + coefficients.x0 * x0 + coefficients.history * history
+                  + coefficients.noise * noise
+
+    Predictions are averaged and then one step is taken, with one draw of noise for each frame. Averaging windows that
+    have been stepped each with its own noise would halve the variance of the noise wherever two overlap.
+
+    Args:
+        windows: the predictions, as in `blend_windows`: (N, B', C, T', H, W) or N tensors (B', C, T'_i, H, W).
+            B' = B; with guidance B' = 2B, the B conditional ones first, then the B unconditional.
+        starts: (N,) first frames or (N, 3) corners (t, h, w). One window over the whole clip: `[0]`.
+        latent: (B, C, T, H, W), the current noisy video, in any floating dtype (fp32 as a rule).
+        coefficients: the step; see `StepCoefficients`.
+        guidance_scale: s of classifier-free guidance; None where the windows hold the conditional half only.
+        threshold: a `Threshold`, or None.
+        weights: as in `blend_windows`.
+        noise, history: like latent in shape; needed where their coefficient is not 0, not read where it is.
+        backend: None for the current choice.
+        out: where to put the next latent; not where a gradient is needed.
+
+    Returns:
+        `(latent, x0)`, both in the dtype and memory format of `latent`. Between reading and these two roundings all is
+        in fp32 at least; fp64 stays fp64. Differentiable in windows, latent, noise and history.
+
+    Raises:
+        ValueError: shapes that do not fit, a cover with gaps, noise or history missing.
+        BackendUnavailable: the named backend cannot run the call.
+
+    Source: Lumiere, section 3.2 (MultiDiffusion over time); Imagen (dynamic thresholding); DPM-Solver++, DDIM.
+    """
+    arguments = flatten(windows, starts, latent, coefficients, guidance_scale, threshold, weights, noise, history)
+    return DenoiseStep(*_OP(arguments, backend, out))
+
+
+def denoise_step_reference(
+    windows: Sequence[Tensor],
+    starts: Sequence[int],
+    extent: Sequence[int],
+    weights: Sequence[float] | None,
+    latent: Tensor,
+    coefficients: Sequence[float],
+    guidance_scale: float | None,
+    bound: str,
+    percentile: float,
+    noise: Tensor | None,
+    history: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`bound` is "none", "static", "clip" or "frame"."""
+    dtype = _layout.accumulation_dtype(torch.promote_types(latent.dtype, windows[0].dtype))
+    step = StepCoefficients(*coefficients)
+    current = latent.to(dtype)
+    prediction = blend(windows, starts, extent, weights, dtype)
+    if guidance_scale is not None:
+        conditional, unconditional = prediction.chunk(2)
+        prediction = unconditional + guidance_scale * (conditional - unconditional)
+    x0 = _bounded(step.x0_latent * current + step.x0_prediction * prediction, bound, percentile)
+    following = step.latent * current + step.x0 * x0
+    for scale, term in ((step.history, history), (step.noise, noise)):
+        if term is not None and scale != 0:
+            following = following + scale * term.to(dtype)
+    return _like(following, latent), _like(x0, latent)
+
+
+def _bounded(x0: Tensor, bound: str, percentile: float) -> Tensor:
+    if bound == "none":
+        return x0
+    if bound == "static":
+        return x0.clamp(-1.0, 1.0)
+    axes = (2, 3, 4, 1) if bound == "clip" else (3, 4, 1)  # in storage order: flattening them is a view
+    limit = quantile(x0.abs(), percentile, axes).clamp(min=1.0)
+    return torch.minimum(torch.maximum(x0, -limit), limit) / limit
+
+
+def quantile(x: Tensor, fraction: float, axes: Sequence[int]) -> Tensor:
+    """`torch.quantile` over several axes, which are kept with size 1. Its own limit is 2**24 elements; here is none."""
+    kept = [axis for axis in range(x.dim()) if axis not in axes]
+    flat = x.permute(*kept, *axes).flatten(len(kept))
+    position = fraction * (flat.shape[-1] - 1)
+    below = math.floor(position)
+    top = flat.topk(flat.shape[-1] - below, dim=-1).values  # the last two lie around the position
+    value = torch.lerp(top[..., -1], top[..., max(-2, -top.shape[-1])], position - below)
+    return value.reshape([1 if axis in axes else size for axis, size in enumerate(x.shape)])
+
+
+def _like(y: Tensor, latent: Tensor) -> Tensor:
+    return y.to(latent.dtype).contiguous(memory_format=_layout.video_format(latent))
+
+
+def flatten(
+    windows: Tensor | Sequence[Tensor],
+    starts: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    latent: Tensor,
+    coefficients: StepCoefficients,
+    guidance_scale: float | None,
+    threshold: Threshold | None,
+    weights: Tensor | Sequence[float] | Sequence[Tensor] | None,
+    noise: Tensor | None,
+    history: Tensor | None,
+) -> tuple[Any, ...]:
+    op = "denoise_step"
+    parts = check_windows(op, windows)
+    corners = check_starts(op, starts, parts)
+    _check_latent(latent, parts, guidance_scale, len(corners[0]))
+    for name, tensor, scale in (("noise", noise, coefficients.noise), ("history", history, coefficients.history)):
+        if tensor is None and scale != 0:
+            raise ValueError(f"{op}: coefficients.{name} is {scale}, so {name} must be a tensor like latent, got None")
+        check_tensor(op, name, tensor, latent, latent.shape)
+    bound, percentile = _flat_threshold(threshold)
+    extent = tuple(latent.shape[2 : 2 + len(corners[0])])
+    cover = flatten_cover(op, parts, corners, extent, weights)
+    return *cover, latent, list(coefficients), guidance_scale, bound, percentile, noise, history
+
+
+def _check_latent(latent: Tensor, windows: Sequence[Tensor], guidance_scale: float | None, blended_axes: int) -> None:
+    check_floating("denoise_step", "latent", latent)
+    first = windows[0]
+    halves = 1 if guidance_scale is None else 2
+    free = 2 + blended_axes  # axes of a window that need not be the latent's
+    if (
+        latent.dim() != 5
+        or first.shape[0] != halves * latent.shape[0]
+        or first.shape[1] != latent.shape[1]
+        or first.shape[free:] != latent.shape[free:]
+    ):
+        kind = (
+            "without guidance"
+            if halves == 1
+            else "with guidance (conditional, then unconditional: twice latent's batch)"
+        )
+        raise ValueError(
+            f"denoise_step: latent must be (B, C, T, H, W) and fit the windows, {kind}; "
+            f"got latent {tuple(latent.shape)} and windows[0] {tuple(first.shape)}"
+        )
+
+
+def _flat_threshold(threshold: Threshold | None) -> tuple[str, float]:
+    if threshold is None:
+        return "none", 1.0
+    check_choice("denoise_step", "threshold.kind", threshold.kind, ("static", "dynamic"))
+    check_choice("denoise_step", "threshold.per", threshold.per, ("clip", "frame"))
+    if not 0 < threshold.percentile <= 1:
+        raise ValueError(f"denoise_step: threshold.percentile must be in (0, 1], got {threshold.percentile}")
+    return threshold.kind if threshold.kind == "static" else threshold.per, threshold.percentile
+
+
+def describe(
+    windows: Sequence[Tensor],
+    starts: Sequence[int],
+    extent: Sequence[int],
+    weights: Sequence[float] | None,
+    latent: Tensor,
+    *_: Any,
+) -> tuple[_registry.Result, _registry.Result]:
+    result = _registry.Result(tuple(latent.shape), latent.dtype, latent.device, _layout.video_format(latent))
+    return result, result
+
+
+_OP = _registry.register(denoise_step, denoise_step_reference, flatten, describe)
+
+
+def _make_inputs(
+    scenario: Scenario, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Any]:
+    """The windows in `dtype`, as the network makes them; latent and history in fp32, as the sampler keeps them."""
+    shape = scenario.shape("BCTHW")
+    starts, windows = draw_windows(scenario, Draw(device, dtype, generator), 2 * scenario.sizes["B"])
+    state = Draw(device, _layout.accumulation_dtype(dtype), generator)
+    return {
+        "windows": windows,
+        "starts": starts,
+        "latent": state.activation(*shape),
+        "coefficients": StepCoefficients(0.8, -0.6, 0.7, 0.45, history=-0.15),
+        "guidance_scale": 7.5,
+        "threshold": Threshold("dynamic", per=scenario.options["per"]),
+        "history": state.activation(*shape),
+    }
+
+
+def _bytes(scenario: Scenario, dtype: torch.dtype) -> int:
+    """Both halves of every window; latent and history in; latent and x0 out."""
+    state = _layout.accumulation_dtype(dtype).itemsize
+    return 2 * window_elements(scenario) * dtype.itemsize + 4 * scenario.count("BCTHW") * state
+
+
+SPEC = OpSpec(
+    name="denoise_step",
+    scenarios=tuple(
+        Scenario(f"{video.name}_{per}", video.sizes, {**video.options, "per": per}, video.cpu)
+        for video in VIDEOS
+        for per in ("clip", "frame")
+    ),
+    flops=lambda scenario: 0,
+    bytes=_bytes,
+    make_inputs=_make_inputs,
+)

@@ -1,0 +1,234 @@
+"""Group normalisation of a clip's channels, with affine, FiLM and SiLU in one op.
+
+Lumiere inflates a text-to-image model that is trained on single images: its norms, and those of the temporal layers
+(paper, section 3.1 and figure 4), must not see across frames. So statistics are taken per frame unless asked otherwise.
+FiLM is the scale-shift norm of Imagen's Efficient U-Net, by which the noise level and the text steer a block.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lumiere_fast.ops import _layout
+from lumiere_fast.ops._checks import (
+    ACTIVATIONS,
+    check_activation,
+    check_choice,
+    check_film,
+    check_groups,
+    check_tensor,
+)
+from lumiere_fast.ops._registry import Result, register
+from lumiere_fast.ops._spec import Draw, OpSpec, Scenario, at_levels
+
+EPS = 1e-5
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: str | None = None,
+    eps: float = EPS,
+    per_frame: bool = True,
+    backend: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`y = act(n * (1 + scale) + shift)` with `n = (x - mean) * rstd * weight + bias`.
+
+    `mean` and `rstd = 1 / sqrt(variance + eps)` are taken over a group's channels and the H*W pixels of one frame, or
+    of the whole clip; the variance is the biased one. The arithmetic is fp32 (fp64 for fp64), rounded once at the
+    end. Differentiable in every tensor.
+
+    Args:
+        x: (B, C, T, H, W), floating, any strides; channels_last_3d costs no copy. B may be 0.
+        num_groups: divides C.
+        weight, bias: (C,), or None for 1 and 0.
+        scale, shift: (B, C), or (B, T, C) for each frame its own; None for 0.
+        act: None or "silu".
+        eps: added to the variance, > 0.
+        per_frame: statistics of each frame by itself (the default), or of all T frames together.
+        backend: None for the current choice; see `lumiere_fast.dispatch`.
+        out: receives the result; only where nothing needs a gradient. May not overlap the inputs.
+
+    Returns:
+        (B, C, T, H, W) in the dtype and memory format of `x`.
+
+    Raises:
+        ValueError: an argument is not as above.
+        BackendUnavailable: a backend asked for by name cannot run this call.
+    """
+    return _GROUP_NORM(_flatten(x, num_groups, weight, bias, scale, shift, act, eps, per_frame), backend, out)
+
+
+def group_norm_stats(
+    x: Tensor, num_groups: int, *, eps: float = EPS, per_frame: bool = True, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The statistics that `group_norm` would use: `mean` and `rstd = 1 / sqrt(variance + eps)`.
+
+    Args: as for `group_norm`. Differentiable in `x`.
+
+    Returns:
+        `(mean, rstd)`, each (B, T, num_groups), or (B, num_groups) where `per_frame` is False; fp32, or fp64 for fp64.
+
+    Raises:
+        ValueError: an argument is not as above.
+        BackendUnavailable: a backend asked for by name cannot run this call.
+    """
+    mean, rstd = _GROUP_NORM_STATS(_flatten_stats(x, num_groups, eps, per_frame), backend)
+    return mean, rstd
+
+
+def group_norm_reference(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: str | None = None,
+    eps: float = EPS,
+    per_frame: bool = True,
+) -> Tensor:
+    """`group_norm` in plain torch."""
+    dtype = _layout.accumulation_dtype(x.dtype)
+    fold = _layout.fold_frames if per_frame else _layout.fold_pixels
+    # No affine here: in torch 2.13 on the CPU the backward of a channels-last GroupNorm segfaults wherever its affine
+    # parameters want a gradient and its input does not, as under a frozen text-to-image model. One pass over the
+    # result applies affine and FiLM together instead.
+    n = torch.group_norm(fold(x.to(dtype)), num_groups, eps=eps)
+    rows = n.permute(0, 2, 3, 1).reshape(_layout.to_rows(x).shape)
+    y = scale_and_shift(_layout.from_rows(rows), *channel_affine(weight, bias, scale, shift, dtype))
+    y = F.silu(y) if act == "silu" else y
+    return y.to(x.dtype).contiguous(memory_format=_layout.video_format(x))
+
+
+def group_norm_stats_reference(
+    x: Tensor, num_groups: int, eps: float = EPS, per_frame: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`group_norm_stats` in plain torch: two passes, because E[x^2] - E[x]^2 cancels where the mean is large.
+
+    Pixels are reduced before channels: `torch.var_mean` over both axes of channels-last memory is seven times slower.
+    """
+    rows = _layout.to_rows(x.to(_layout.accumulation_dtype(x.dtype)))
+    pixels = (2, 3) if per_frame else (1, 2, 3)
+    groups = (num_groups, x.shape[1] // num_groups)
+    mean = rows.mean(pixels, keepdim=True).unflatten(-1, groups).mean(-1, keepdim=True)
+    centred = rows - mean.expand(*mean.shape[:-1], groups[1]).flatten(-2)
+    variance = centred.square().mean(pixels).unflatten(-1, groups).mean(-1)
+    return mean.reshape(variance.shape), torch.rsqrt(variance + eps)
+
+
+def channel_affine(
+    weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Affine and FiLM as one pair: `(n * weight + bias) * (1 + scale) + shift = n * multiplier + offset`.
+
+    Each is (C,), (B, 1, C) or (B, T, C), or None where it would be 1 or 0.
+    """
+    multiplier = None if weight is None else weight.to(dtype)
+    offset = None if bias is None else bias.to(dtype)
+    if scale is not None:
+        gain = 1 + _layout.each_frame(scale.to(dtype))
+        multiplier = gain if multiplier is None else multiplier * gain
+        offset = None if offset is None else offset * gain
+    if shift is not None:
+        added = _layout.each_frame(shift.to(dtype))
+        offset = added if offset is None else offset + added
+    return multiplier, offset
+
+
+def scale_and_shift(n: Tensor, multiplier: Tensor | None, offset: Tensor | None) -> Tensor:
+    """`n * multiplier + offset` in one pass over `n` (B, C, T, H, W); the pair as `channel_affine` gives it."""
+    if multiplier is None:
+        return n if offset is None else n + _layout.over_pixels(offset)
+    if offset is None:
+        return n * _layout.over_pixels(multiplier)
+    return torch.addcmul(_layout.over_pixels(offset), n, _layout.over_pixels(multiplier))
+
+
+def _flatten(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str | None,
+    eps: float,
+    per_frame: bool,
+) -> tuple[object, ...]:
+    op = "group_norm"
+    _check_input(op, x, num_groups, eps)
+    check_tensor(op, "weight", weight, x, x.shape[1:2])
+    check_tensor(op, "bias", bias, x, x.shape[1:2])
+    check_film(op, x, scale, shift)
+    check_choice(op, "act", act, ACTIVATIONS)
+    return x, num_groups, weight, bias, scale, shift, act, eps, per_frame
+
+
+def _flatten_stats(x: Tensor, num_groups: int, eps: float, per_frame: bool) -> tuple[object, ...]:
+    _check_input("group_norm_stats", x, num_groups, eps)
+    return x, num_groups, eps, per_frame
+
+
+def _check_input(op: str, x: Tensor, num_groups: int, eps: float) -> None:
+    check_activation(op, x)
+    check_groups(op, "num_groups", num_groups, x.shape[1])
+    if not eps > 0:
+        raise ValueError(f"{op}: eps must be > 0, got {eps}")
+
+
+def _describe(x: Tensor, *_: object) -> Result:
+    return Result(tuple(x.shape), x.dtype, x.device, _layout.video_format(x))
+
+
+def describe_stats(x: Tensor, num_groups: int, eps: float = EPS, per_frame: bool = True) -> tuple[Result, Result]:
+    B, _, T = x.shape[:3]
+    shape = (B, T, num_groups) if per_frame else (B, num_groups)
+    stats = Result(shape, _layout.accumulation_dtype(x.dtype), x.device)
+    return stats, stats
+
+
+_GROUP_NORM = register(group_norm, group_norm_reference, _flatten, _describe)
+_GROUP_NORM_STATS = register(group_norm_stats, group_norm_stats_reference, _flatten_stats, describe_stats)
+
+
+SCENARIOS = (
+    *at_levels({"act": "silu", "film": False}),
+    *at_levels({"act": "silu", "film": True}, suffix="_film"),
+)
+
+
+def _flops(scenario: Scenario) -> int:
+    return 0  # no contraction: the op is bound by bandwidth
+
+
+def _bytes(scenario: Scenario, dtype: torch.dtype) -> int:
+    return 2 * scenario.count("BCTHW") * dtype.itemsize
+
+
+def _make_inputs(
+    scenario: Scenario, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, object]:
+    draw = Draw(device, dtype, generator)
+    film = (scenario.shape("BC") if scenario.options["film"] else None,) * 2
+    scale, shift = (None if shape is None else draw(*shape, scale=0.1) for shape in film)
+    return {
+        "x": draw.activation(*scenario.shape("BCTHW")),
+        "num_groups": scenario.sizes["G"],
+        "weight": draw(*scenario.shape("C")),
+        "bias": draw(*scenario.shape("C")),
+        "scale": scale,
+        "shift": shift,
+        "act": scenario.options["act"],
+    }
+
+
+SPEC = OpSpec("group_norm", SCENARIOS, _flops, _bytes, _make_inputs)

@@ -1,0 +1,153 @@
+"""Self-attention over time, at each pixel by itself.
+
+This is the temporal self-attention that Lumiere stacks in its attention inflation block, at the coarsest level only
+(paper, section 3.1 and figure 4c). The paper does not say how attention knows the order of frames; a relative bias is
+the means offered here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lumiere_fast.ops import _layout
+from lumiere_fast.ops._checks import check_heads, check_like, check_tensor
+from lumiere_fast.ops._registry import Result, register
+from lumiere_fast.ops._spec import LEVELS, Draw, OpSpec, Scenario, at_levels
+
+
+def temporal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`y[t] = sum_s softmax_s(scale * q[t] . k[s] + bias[head, t - s + T - 1]) v[s]`, for each pixel and head.
+
+    A frame s is left out where `causal` and s > t, and where `window` is given and |t - s| > window. A row with no
+    frame left (a bias of -inf) gives 0. The arithmetic is fp32 (fp64 for fp64), rounded once at the end.
+    Differentiable in q, k, v and bias.
+
+    Args:
+        q, k, v: (B, T, H, W, heads, D), floating, of one dtype. Views of a fused projection are welcome: any strides,
+            and kernels want D dense. B may be 0.
+        bias: (heads, 2T - 1), indexed by the lag t - s + T - 1: column T - 1 is a frame's own.
+        causal: a frame sees itself and the past.
+        window: a frame sees those at most so many frames away; >= 0, None for all.
+        scale: None for D ** -0.5.
+        backend: None for the current choice; see `lumiere_fast.dispatch`.
+        out: receives the result; only where nothing needs a gradient. May not overlap the inputs.
+
+    Returns:
+        (B, T, H, W, heads, D), contiguous, in the dtype of q: `flatten(-2)` is a view, rows of a channels_last_3d
+        activation.
+
+    Raises:
+        ValueError: an argument is not as above.
+        BackendUnavailable: a backend asked for by name cannot run this call.
+    """
+    result: Tensor = _TEMPORAL_ATTENTION(_flatten(q, k, v, bias, causal, window, scale), backend, out)
+    return result
+
+
+def temporal_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`temporal_attention` in plain torch, by explicit scores: no limit on B*H*W, which torch's fused attention has."""
+    dtype = _layout.accumulation_dtype(q.dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bthwnd,bshwnd->bhwnts", q.to(dtype) * scale, k.to(dtype))
+    table = _table(q.shape[1], q.device, dtype, bias, causal, window)
+    if table is None:
+        weights = scores.softmax(-1)
+    else:
+        empty = (table == float("-inf")).all(-1)  # (heads, T): softmax would be 0/0, and its gradient NaN
+        weights = (scores + table.masked_fill(empty[..., None], 0.0)).softmax(-1)
+    y = torch.einsum("bhwnts,bshwnd->bthwnd", weights, v.to(dtype))
+    if bias is not None and table is not None:  # without a bias a frame sees at least itself
+        y = y.masked_fill(empty.T[:, None, None, :, None], 0.0)
+    return y.to(q.dtype).contiguous()
+
+
+def _table(
+    T: int, device: torch.device, dtype: torch.dtype, bias: Tensor | None, causal: bool, window: int | None
+) -> Tensor | None:
+    """What is added to the scores (heads or 1, T, T), -inf where a frame is left out; None for nothing."""
+    if bias is None and not causal and window is None:
+        return None
+    frames = torch.arange(T, device=device)
+    lag = frames[:, None] - frames
+    table = torch.zeros(1, T, T, dtype=dtype, device=device) if bias is None else bias.to(dtype)[:, lag + T - 1]
+    if causal:
+        table = table.masked_fill(lag < 0, float("-inf"))
+    if window is not None:
+        table = table.masked_fill(lag.abs() > window, float("-inf"))
+    return table
+
+
+def _flatten(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, window: int | None, scale: float | None
+) -> tuple[object, ...]:
+    op = "temporal_attention"
+    check_heads(op, q)
+    check_like(op, "k", k, "q", q)
+    check_like(op, "v", v, "q", q)
+    check_tensor(op, "bias", bias, q, (q.shape[4], 2 * q.shape[1] - 1))
+    if window is not None and window < 0:
+        raise ValueError(f"{op}: window must be None or >= 0 frames, got {window}")
+    return q, k, v, bias, causal, window, scale
+
+
+def _describe(q: Tensor, *_: object) -> Result:
+    return Result(tuple(q.shape), q.dtype, q.device)
+
+
+_TEMPORAL_ATTENTION = register(temporal_attention, temporal_attention_reference, _flatten, _describe)
+
+
+PAPER_ATTENTION = tuple(level for level in LEVELS if level[0] in ("base3", "ssr3"))
+DEMO_ATTENTION = tuple(level for level in LEVELS if level[0] == "demo2")
+LONG = (
+    ("long_t80", {"B": 1, "C": 256, "T": 80, "H": 32, "W": 32}, False),
+    ("cpu_t16", {"B": 2, "C": 128, "T": 16, "H": 8, "W": 8}, True),
+    ("cpu_t80", {"B": 1, "C": 64, "T": 80, "H": 8, "W": 8}, True),
+)
+SCENARIOS = (
+    *at_levels({}, PAPER_ATTENTION, D=64),
+    *at_levels({}, DEMO_ATTENTION, D=32),
+    *at_levels({}, LONG, D=64),
+)
+
+
+def _flops(scenario: Scenario) -> int:
+    return 2 * 2 * scenario.count("BTTHWC")
+
+
+def _bytes(scenario: Scenario, dtype: torch.dtype) -> int:
+    return 4 * scenario.count("BTHWC") * dtype.itemsize
+
+
+def _make_inputs(
+    scenario: Scenario, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, object]:
+    """q, k, v are views of one fused projection, with a relative bias, as the model has them."""
+    draw = Draw(device, dtype, generator)
+    heads = scenario.sizes["C"] // scenario.sizes["D"]
+    fused = draw(*scenario.shape("BTHW"), 3, heads, scenario.sizes["D"])
+    q, k, v = fused.unbind(4)
+    return {"q": q, "k": k, "v": v, "bias": draw(heads, 2 * scenario.sizes["T"] - 1)}
+
+
+SPEC = OpSpec("temporal_attention", SCENARIOS, _flops, _bytes, _make_inputs)

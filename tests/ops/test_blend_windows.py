@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lumiere_fast.ops import blend_windows, window_starts
+from tests.ops.common import (
+    CHANNELS_LAST,
+    FORMATS,
+    Draw,
+    check_compiled,
+    check_operator,
+    check_operator_gradient,
+    check_out,
+)
+
+PAPER_STARTS = [0, 6, 12]  # windows of 8 frames, overlap 2, over 20 frames
+
+
+@pytest.fixture
+def draw() -> Draw:
+    return Draw(22)
+
+
+def least_squares(windows: list[Tensor], starts: list[int], num_frames: int, weights: Tensor | None) -> Tensor:
+    """argmin_J sum_i sum_f w_f (J[start_i + f] - window_i[f])^2, solved by lstsq on the explicit selection matrix."""
+    rows, targets = [], []
+    for window, start in zip(windows, starts, strict=True):
+        for f in range(window.shape[2]):
+            root = 1.0 if weights is None else weights[f].sqrt()
+            row = torch.zeros(num_frames, dtype=torch.float64)
+            row[start + f] = root
+            rows.append(row)
+            targets.append(root * window[:, :, f].flatten())
+    solution = torch.linalg.lstsq(torch.stack(rows), torch.stack(targets)).solution
+    b, c, _, h, w = windows[0].shape
+    return solution.reshape(num_frames, b, c, h, w).movedim(0, 2)
+
+
+def accumulate(windows: Tensor, starts: list[list[int]], extent: list[int], weights: list[Tensor]) -> Tensor:
+    """The naive way: add up weighted windows and weights over the box, divide at the end."""
+    total = torch.zeros(*windows.shape[1:3], *extent, dtype=torch.float64)
+    mass = torch.zeros(extent, dtype=torch.float64)
+    kernel = torch.einsum("t,h,w->thw", *weights)
+    for window, (t, h, w) in zip(windows, starts, strict=True):
+        box = (slice(t, t + len(weights[0])), slice(h, h + len(weights[1])), slice(w, w + len(weights[2])))
+        total[(slice(None), slice(None), *box)] += kernel * window
+        mass[box] += kernel
+    return total / mass
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("starts", [PAPER_STARTS, [0, 1, 12, 5], [0, 6, 12, 11, 10]])
+def test_is_the_least_squares_solution(weighted: bool, starts: list[int], draw: Draw) -> None:
+    windows = draw(len(starts), 2, 3, 8, 4, 5)
+    weights = draw(8).abs() + 0.1 if weighted else None
+    blended = blend_windows(windows, torch.tensor(starts), 20, weights=weights)
+    torch.testing.assert_close(blended, least_squares(list(windows), starts, 20, weights))
+
+
+def test_windows_of_unequal_lengths(draw: Draw) -> None:
+    starts, lengths = [0, 3, 9], [5, 8, 4]
+    windows = [draw(1, 2, n, 3, 3) for n in lengths]
+    torch.testing.assert_close(blend_windows(windows, starts, 13), least_squares(windows, starts, 13, None))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_blending_in_space_and_time(weighted: bool, draw: Draw) -> None:
+    starts = [[t, h, w] for t in (0, 3) for h in (0, 4) for w in (0, 2, 6)]
+    windows = draw(len(starts), 1, 2, 5, 6, 4)
+    weights = [draw(n).abs() + 0.1 if weighted else torch.ones(n).double() for n in (5, 6, 4)]
+    blended = blend_windows(windows, torch.tensor(starts), 8, weights=weights if weighted else None)
+    torch.testing.assert_close(blended, accumulate(windows, starts, [8, 10, 10], weights))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=6, unique=True), st.integers(0, 2**31))
+def test_any_cover_equals_the_naive_mean(extra: list[int], seed: int) -> None:
+    draw = Draw(seed)
+    starts = [0, 3, 6, 9, *(s for s in extra if s % 3)]
+    windows = draw(len(starts), 1, 1, 3, 1, 2)
+    wanted = accumulate(windows, [[s, 0, 0] for s in starts], [12, 1, 2], [torch.ones(n).double() for n in (3, 1, 2)])
+    torch.testing.assert_close(blend_windows(windows, starts, 12), wanted)
+
+
+def test_one_window_is_the_identity(draw: Draw) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        window = draw(2, 3, 8, 4, 4).to(dtype)
+        weights = draw(8).abs() + 0.1
+        assert torch.equal(blend_windows([window], [0], 8), window)
+        assert torch.equal(blend_windows([window], [0], 8, weights=weights), window)
+
+
+def test_order_of_the_windows_does_not_matter(draw: Draw) -> None:
+    windows = draw(3, 2, 3, 8, 4, 4).float()
+    order = [2, 0, 1]
+    shuffled = blend_windows(windows[order], [PAPER_STARTS[i] for i in order], 20)
+    torch.testing.assert_close(shuffled, blend_windows(windows, PAPER_STARTS, 20), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_partition_of_unity_within_one_ulp(weighted: bool, draw: Draw) -> None:
+    starts = [0, 1, 2, 5, 6, 7, 12]
+    weights = draw(8).abs() + 0.01 if weighted else None
+    for value in (1.0, 3.1415927, -1e-3):
+        windows = torch.full((len(starts), 1, 2, 8, 2, 2), value)
+        blended = blend_windows(windows, starts, 20, weights=weights)
+        ulp = torch.nextafter(windows[0, 0, 0, 0, 0, 0].abs(), torch.tensor(torch.inf)) - abs(windows.flatten()[0])
+        assert (blended - value).abs().max() <= ulp
+
+
+def test_accumulates_half_precision_in_fp32(draw: Draw) -> None:
+    starts = list(range(9))
+    windows = draw(9, 1, 2, 8, 4, 4).to(torch.bfloat16)
+    wanted = accumulate(
+        windows.double(), [[s, 0, 0] for s in starts], [16, 4, 4], [torch.ones(n).double() for n in (8, 4, 4)]
+    )
+    blended = blend_windows(windows, starts, 16)
+    assert blended.dtype == torch.bfloat16
+    torch.testing.assert_close(blended.double(), wanted, rtol=1.01 * torch.finfo(torch.bfloat16).eps / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_keeps_the_memory_format(memory_format: torch.memory_format, draw: Draw) -> None:
+    windows = [draw(2, 3, 8, 4, 4).contiguous(memory_format=memory_format) for _ in PAPER_STARTS]
+    assert blend_windows(windows, PAPER_STARTS, 20).is_contiguous(memory_format=memory_format)
+    assert blend_windows(torch.stack(windows).contiguous(), PAPER_STARTS, 20).is_contiguous()
+
+
+def test_slices_empty_batch_and_one_frame(draw: Draw) -> None:
+    clip = draw(2, 3, 20, 5, 7).to(memory_format=CHANNELS_LAST)
+    windows = [clip[:, :, s : s + 8, 1:, ::2] for s in PAPER_STARTS]
+    torch.testing.assert_close(blend_windows(windows, PAPER_STARTS, 20), clip[:, :, :, 1:, ::2])
+    assert blend_windows(torch.empty(3, 0, 3, 8, 4, 4), PAPER_STARTS, 20).shape == (0, 3, 20, 4, 4)
+    assert blend_windows(torch.ones(1, 1, 1, 1, 1, 1), [0], 1).shape == (1, 1, 1, 1, 1)
+
+
+def test_gradcheck_and_adjoint(draw: Draw) -> None:
+    windows = [draw(1, 2, 4, 1, 2).requires_grad_() for _ in range(3)]
+    weights = torch.tensor([0.5, 1.0, 1.0, 0.25], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *parts: blend_windows(parts, [0, 2, 5], 9, weights=weights), windows)
+    stacked = draw(3, 1, 2, 4, 1, 2).requires_grad_()
+    out = blend_windows(stacked, [0, 2, 5], 9)
+    y = draw(*out.shape)
+    (transposed,) = torch.autograd.grad(out, stacked, y)
+    torch.testing.assert_close((out * y).sum(), (stacked * transposed).sum())
+
+
+def test_gradient_of_a_subset(draw: Draw) -> None:
+    windows = [draw(1, 1, 4, 1, 1) for _ in range(2)]
+    windows[1].requires_grad_()
+    blend_windows(windows, [0, 2], 6).sum().backward()
+    torch.testing.assert_close(windows[1].grad.flatten(), torch.tensor([0.5, 0.5, 1.0, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_operator(memory_format: torch.memory_format, draw: Draw) -> None:
+    windows = [draw.clip(2, 3, n, 4, 2, memory_format=memory_format, grad=n != 3) for n in (4, 3, 4)]
+    check_operator(blend_windows, windows, [0, 2, 4], 8)
+    check_operator_gradient(blend_windows, windows, [0, 2, 4], 8)
+    check_compiled(blend_windows, windows, [0, 2, 4], 8)
+    weighted = [draw(1, 3, 4, 4, 2, grad=True) for _ in range(2)], [[0, 0, 0], [1, 0, 0]], 5
+    weights = [draw(n).abs() + 0.1 for n in (4, 4, 2)]
+    check_operator(blend_windows, *weighted, weights=weights)
+    check_operator_gradient(blend_windows, *weighted, weights=weights)
+    with torch.no_grad():
+        check_out(blend_windows, windows, [0, 2, 4], 8)
+
+
+def test_window_starts() -> None:
+    assert window_starts(80, 8) == [0, 6, 12, 18, 24, 30, 36, 42, 48, 54, 60, 66, 72]
+    assert window_starts(80, 28) == [0, 26, 52]
+    assert window_starts(80, 80) == [0]
+    assert window_starts(16, 8) == [0, 6, 8]  # ragged: the last is shifted back
+    assert window_starts(9, 8) == [0, 1]
+    assert window_starts(16, 8, overlap=0) == [0, 8]
+    for frames, window, overlap in ((7, 8, 2), (8, 2, 2), (8, 4, -1)):
+        with pytest.raises(ValueError, match="0 <= overlap < window <= num_frames"):
+            window_starts(frames, window, overlap)
+
+
+def test_errors(draw: Draw) -> None:
+    windows = draw(3, 1, 2, 8, 4, 4)
+    with pytest.raises(ValueError, match=r"start 6 is given twice"):
+        blend_windows(windows, [0, 6, 6], 20)
+    with pytest.raises(ValueError, match=r"frames 8, 9, 10, 11 are in no window"):
+        blend_windows(windows[:2], [0, 12], 20)
+    with pytest.raises(ValueError, match=r"window 2 .*13.*21.*20"):
+        blend_windows(windows, [0, 6, 13], 20)
+    with pytest.raises(ValueError, match=r"window 0 .*-1"):
+        blend_windows(windows, [-1, 6, 12], 20)
+    with pytest.raises(ValueError, match=r"3 windows.*2 starts"):
+        blend_windows(windows, [0, 6], 20)
+    with pytest.raises(ValueError, match="at least one window"):
+        blend_windows([], [], 20)
+    with pytest.raises(ValueError, match=r"weights\[0\].*8.*7"):
+        blend_windows(windows, PAPER_STARTS, 20, weights=torch.ones(7))
+    for weights in (-torch.ones(8), torch.zeros(8), torch.full((8,), torch.inf), torch.full((8,), torch.nan)):
+        with pytest.raises(ValueError, match="positive and finite"):
+            blend_windows(windows, PAPER_STARTS, 20, weights=weights)
+    with pytest.raises(ValueError, match=r"equal lengths"):
+        blend_windows([windows[0], windows[1][:, :, :7]], [0, 6], 13, weights=torch.ones(8))
+    with pytest.raises(ValueError, match=r"windows\[1\].*shape"):
+        blend_windows([windows[0], windows[1][:, :1]], [0, 6], 14)
+    with pytest.raises(ValueError, match=r"integers"):
+        blend_windows(windows, torch.tensor([0.0, 6.0, 12.0]), 20)
+    with pytest.raises(ValueError, match=r"\(t 0\.\.8, h 0\.\.4, w 4\.\.5\)"):
+        blend_windows(windows[:2], [[0, 0, 0], [0, 0, 5]], 8)

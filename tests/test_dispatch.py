@@ -1,0 +1,311 @@
+"""dispatch.py and ops/_registry.py, by an op made for these tests: it has the kernels that no op has yet."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lumiere_fast
+from lumiere_fast import dispatch, ops
+from lumiere_fast.dispatch import AUTO, Backend, BackendUnavailable, Divisible, Needs, use_backend, why_not
+from lumiere_fast.kernels import PENDING_KERNELS
+from lumiere_fast.ops._registry import RegisteredOp, Result, register
+
+CALLS: list[str] = []
+
+
+def note(call: str) -> None:
+    if not torch.compiler.is_compiling():  # Dynamo would guard on the list
+        CALLS.append(call)
+
+
+def toy(
+    x: Tensor, factor: float = 2.0, *, mode: str = "plain", backend: str | None = None, out: Tensor | None = None
+) -> Any:
+    return REGISTERED[0](flatten_toy(x, factor, mode), backend, out)
+
+
+def flatten_toy(x: Tensor, factor: float, mode: str) -> tuple[Any, ...]:
+    note("flatten")
+    if x.dim() != 2:
+        raise ValueError(f"toy: x must be (B, C), got {tuple(x.shape)}")
+    return x, factor, mode
+
+
+def toy_reference(x: Tensor, factor: float = 2.0, mode: str = "plain") -> Tensor:
+    note("reference")
+    return x if factor == 1 else x * factor
+
+
+def describe_toy(x: Tensor, factor: float, mode: str) -> Result:
+    return Result(tuple(x.shape), x.dtype, x.device)
+
+
+def kernel(name: str) -> Any:
+    def run(x: Tensor, factor: float, mode: str, out: Tensor | None = None) -> Tensor:
+        CALLS.append(name)
+        y = x.detach() * factor
+        return y if out is None else out.copy_(y)
+
+    return run
+
+
+# The cuda entry stands for a kernel with a backward; for these tests it runs on the CPU.
+BACKENDS = (
+    Backend(
+        "triton",
+        "toy_kernels:triton",
+        Needs(
+            devices=("cuda",),
+            dtypes={"x": (torch.float16, torch.bfloat16)},
+            divisible=(Divisible("x", 1, 8),),
+            dense=(("x", 1),),
+            values={"mode": ("fancy", "plainer")},
+            modules=("no_such_module", "torch"),
+        ),
+    ),
+    Backend("cuda", "toy_kernels:cuda", Needs(devices=("cpu",), dtypes={"x": (torch.float64,)}, gradient=True)),
+    Backend("cpu", "toy_kernels:cpu", Needs(devices=("cpu",), dtypes={"x": (torch.float32,)})),
+)
+REGISTERED: list[RegisteredOp] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy_op() -> Iterator[None]:
+    module = types.ModuleType("toy_kernels")
+    for backend in BACKENDS:
+        setattr(module, backend.name, kernel(backend.name))
+    sys.modules["toy_kernels"] = module
+    REGISTERED.append(register(toy, toy_reference, flatten_toy, describe_toy, BACKENDS))
+    yield
+    del sys.modules["toy_kernels"], dispatch._OPS["toy"]
+    REGISTERED.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_logged", set())
+    torch._dynamo.reset()
+    CALLS.clear()
+
+
+def ran() -> list[str]:
+    return [name for name in CALLS if name != "flatten"]
+
+
+SINGLE = torch.ones(2, 3)
+DOUBLE = torch.ones(2, 3, dtype=torch.float64)
+
+
+def test_why_not_lists_every_reason() -> None:
+    assert why_not("toy", "triton", torch.ones(3, 6)[:, ::2], mode="plain") == [
+        "x is on cpu, it needs cuda",
+        "x is float32, it needs float16 or bfloat16",
+        "axis 1 of x is 3, it needs a multiple of 8",
+        "axis 1 of x has stride 2, it needs stride 1",
+        "mode is 'plain', it needs 'fancy' or 'plainer'",
+        "the Python module no_such_module is not installed",
+    ]
+
+
+def test_a_gradient_is_a_reason_only_while_gradients_are_on() -> None:
+    x = SINGLE.clone().requires_grad_()
+    assert why_not("toy", "cpu", x) == [
+        "a gradient is needed, it has no backward (use torch.no_grad() where none is wanted)"
+    ]
+    with torch.no_grad():
+        assert why_not("toy", "cpu", x) == []
+    assert why_not("toy", "cuda", x.double()) == []
+
+
+def test_capability_is_that_of_the_tensors_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[device.index])
+    needs = Needs(capability=(8, 0))
+    tensors = [types.SimpleNamespace(device=torch.device("cuda", i), requires_grad=False) for i in (0, 1)]
+    monkeypatch.setattr(dispatch, "tensors_in", lambda value: (value,))
+    assert needs.unmet({"x": tensors[0]}) == []
+    assert needs.unmet({"x": tensors[0], "y": tensors[1]}) == ["cuda:1 has compute capability 7.5, it needs 8.0"]
+
+
+def test_lists_of_tensors_and_absent_tensors_are_seen_through() -> None:
+    needs = Needs(devices=("cuda",), dense=(("bias", 0),), divisible=(Divisible("windows", 0, 4),))
+    assert needs.unmet({"windows": [torch.ones(4), torch.ones(3)], "bias": None}) == [
+        "windows is on cpu, it needs cuda",
+        "windows is on cpu, it needs cuda",
+        "axis 0 of windows is 3, it needs a multiple of 4",
+    ]
+
+
+def test_supports_is_why_not_without_reasons() -> None:
+    assert lumiere_fast.supports("toy", "cpu", SINGLE)
+    assert not lumiere_fast.supports("toy", "cpu", DOUBLE)
+    assert lumiere_fast.supports("toy", "reference", DOUBLE)
+
+
+def test_why_not_refuses_what_the_op_refuses() -> None:
+    with pytest.raises(ValueError, match=r"toy: x must be \(B, C\)"):
+        why_not("toy", "cpu", torch.ones(3))
+    with pytest.raises(ValueError, match=r"op must be one of .*group_norm.*got 'groupnorm'"):
+        why_not("groupnorm", "cpu", SINGLE)
+    with pytest.raises(ValueError, match="backend must be one of triton, cuda, cpu, reference, got 'tpu'"):
+        why_not("toy", "tpu", SINGLE)
+
+
+@pytest.mark.parametrize("name", PENDING_KERNELS)
+def test_pending_kernels_say_so(name: str) -> None:
+    op = dispatch._OPS[name]
+    for backend in ("triton", "cuda", "cpu"):
+        assert dispatch.reasons_against(op, backend, ()) == [
+            "its kernel is not written yet (lumiere_fast.kernels.PENDING_KERNELS)"
+        ]
+    assert dispatch.reasons_against(op, "reference", ()) == []
+
+
+def test_an_op_without_a_kernel_of_that_kind_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "PENDING_KERNELS", ())
+    assert dispatch.reasons_against(dispatch._OPS["group_norm"], "triton", ()) == ["group_norm has no triton kernel"]
+
+
+def test_auto_takes_the_first_that_can() -> None:
+    toy(SINGLE)
+    toy(DOUBLE)
+    toy(SINGLE.half())
+    assert ran() == ["cpu", "cuda", "reference"]
+
+
+def test_arguments_are_checked_once() -> None:
+    toy(SINGLE)
+    assert CALLS == ["flatten", "cpu"]
+
+
+def test_auto_logs_each_reason_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lumiere_fast"):
+        toy(SINGLE)
+        first = [record.getMessage() for record in caplog.records]
+        toy(SINGLE)
+        assert len(caplog.records) == len(first) == 6
+        toy(SINGLE.half())
+    assert "toy does not run on the backend triton: x is on cpu, it needs cuda" in first
+    assert caplog.records[-1].getMessage() == "toy does not run on the backend cpu: x is float16, it needs float32"
+
+
+def test_forced_means_forced() -> None:
+    toy(SINGLE, backend="reference")
+    toy(SINGLE, backend="cpu")
+    assert ran() == ["reference", "cpu"]
+    with pytest.raises(BackendUnavailable) as raised:
+        toy(SINGLE, backend="triton")
+    assert ran() == ["reference", "cpu"]
+    for reason in why_not("toy", "triton", SINGLE):
+        assert reason in str(raised.value)
+    assert str(raised.value).startswith("toy cannot run on the backend 'triton': ")
+
+
+@pytest.mark.parametrize("op", ["group_norm", "temporal_conv"])
+def test_forcing_a_kernel_that_is_not_written_raises(op: str) -> None:
+    x = torch.zeros(1, 4, 2, 2, 2)
+    calls = {
+        "group_norm": lambda: ops.group_norm(x, 2, None, None, backend="triton"),
+        "temporal_conv": lambda: ops.temporal_conv(x, torch.zeros(4, 4, 3), backend="triton"),
+    }
+    with pytest.raises(BackendUnavailable, match=rf"{op} cannot run on the backend 'triton': .*PENDING_KERNELS"):
+        calls[op]()
+
+
+def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The argument is stronger than the block, the block than the environment."""
+    assert dispatch.current_backend() == AUTO
+    monkeypatch.setenv("LUMIERE_FAST_BACKEND", "reference")
+    toy(SINGLE)
+    with use_backend("cpu"):
+        toy(SINGLE)
+        toy(SINGLE, backend="reference")
+    with use_backend("auto"):
+        toy(SINGLE)
+    assert ran() == ["reference", "cpu", "reference", "cpu"]
+
+
+def test_use_backend_nests_and_restores() -> None:
+    with use_backend("cpu"):
+        with pytest.raises(RuntimeError, match="inner"), use_backend("reference"):
+            assert dispatch.current_backend() == "reference"
+            raise RuntimeError("inner")
+        assert dispatch.current_backend() == "cpu"
+    assert dispatch.current_backend() == AUTO
+
+
+def test_use_backend_is_the_threads_own() -> None:
+    seen = []
+    with use_backend("cpu"):
+        other = threading.Thread(target=lambda: seen.append(dispatch.current_backend()))
+        other.start()
+        other.join()
+    assert seen == [AUTO]
+
+
+def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted = re.escape("backend must be one of auto, triton, cuda, cpu, reference, got 'cudnn'")
+    with pytest.raises(ValueError, match=accepted):
+        toy(SINGLE, backend="cudnn")
+    with pytest.raises(ValueError, match=accepted), use_backend("cudnn"):
+        pass
+    monkeypatch.setenv("LUMIERE_FAST_BACKEND", "cudnn")
+    with pytest.raises(ValueError, match=accepted):
+        toy(SINGLE)
+    assert ran() == []
+
+
+def test_register_refuses_an_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="backend must be one of triton, cuda, cpu, reference, got 'metal'"):
+        dispatch.register(dispatch.Op("metal_op", (), flatten_toy, None, {"metal": BACKENDS[0]}))  # type: ignore[arg-type]
+    assert "metal_op" not in dispatch.registered_ops()
+
+
+def test_a_kernel_writes_out_itself() -> None:
+    out = torch.empty(2, 3)
+    assert toy(SINGLE, 3.0, out=out) is out
+    assert ran() == ["cpu"] and (out == 3).all()
+
+
+def test_a_kernel_with_a_backward_goes_through_the_operator() -> None:
+    """Its autograd rule runs the reference again, and only then."""
+    x = DOUBLE.clone().requires_grad_()
+    y = toy(x, 3.0)
+    assert ran() == ["cuda"]
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert ran() == ["cuda", "reference"] and (gradient == 3).all()
+
+
+def test_compiled_code_holds_the_operator_and_follows_use_backend() -> None:
+    graphs: list[str] = []
+
+    def record(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(module.code)
+        return module.forward
+
+    compiled = torch.compile(toy, fullgraph=True, backend=record)
+    torch.testing.assert_close(compiled(SINGLE), 2 * SINGLE)
+    assert "lumiere_fast.toy" in graphs[-1] and "'cpu'" in graphs[-1]
+    with use_backend("reference"):
+        torch.testing.assert_close(compiled(SINGLE), 2 * SINGLE)
+    assert len(graphs) == 2 and "lumiere_fast.toy" not in graphs[-1]
+    compiled(SINGLE)
+    assert len(graphs) == 2  # the first graph again
+
+
+def test_the_operator_never_returns_its_input() -> None:
+    """A reference may hand its input through where there is nothing to do; an operator may not."""
+    assert toy(SINGLE, 1.0, backend="reference") is SINGLE
+    y = torch.ops.lumiere_fast.toy(SINGLE, 1.0, "plain", "reference")
+    assert torch.equal(y, SINGLE) and y.data_ptr() != SINGLE.data_ptr()
