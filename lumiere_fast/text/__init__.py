@@ -1,0 +1,8 @@
+"""Text encoders: prompts in, one vector a token out. The embedded default is `WordVectorEncoder`."""
+
+from __future__ import annotations
+
+from lumiere_fast.text.encoder import TextEmbedding, TextEncoder
+from lumiere_fast.text.word_vectors import WordVectorEncoder
+
+__all__ = ["TextEmbedding", "TextEncoder", "WordVectorEncoder"]
