@@ -1,0 +1,19 @@
+"""Noise-conditioning augmentation of the super-resolution cascade (Ho et al. 2022, section 4.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lumiere_fast import ops
+from lumiere_fast.diffusion.parameterization import EDMParameterization
+
+
+def augmented_conditioning(
+    small: Tensor, noise: Tensor, level: Tensor, parameterization: EDMParameterization
+) -> dict[str, Tensor]:
+    """The super-resolution model's view of a small clip (B, 3, T, h, w): noised by `level` (B,), then doubled."""
+    noised = small + level[:, None, None, None, None] * noise
+    return {
+        "image_conditioning": ops.space_time_upsample(noised, (1, 2, 2), mode="linear"),
+        "augmentation_level": parameterization.timestep(level),
+    }
