@@ -1,0 +1,5 @@
+"""Pipelines: prompts in, clips out."""
+
+from lumiere_fast.pipelines.text_to_video import LumiereOutput, LumierePipeline
+
+__all__ = ["LumiereOutput", "LumierePipeline"]

@@ -1,0 +1,74 @@
+"""The second stage: a small clip raised in size by the inflated super-resolution model, window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lumiere_fast.diffusion import augmented_conditioning
+from lumiere_fast.models import STUNet
+from lumiere_fast.models.stunet import check_num_frames
+from lumiere_fast.pipelines.denoising import Denoiser, plan_windows
+from lumiere_fast.text import TextEmbedding
+
+
+@dataclass(frozen=True)
+class SuperResolution:
+    """Doubles the height and width of clips of any length in windows of `window_frames` (paper, section 3.3).
+
+    Args:
+        augmentation_level: standard deviation of the noise added to the small clip, once a clip.
+    """
+
+    model: STUNet
+    denoiser: Denoiser
+    window_frames: int
+    overlap: int = 2
+    augmentation_level: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_num_frames(self.window_frames, self.model.temporal_factor)
+        plan_windows(self.window_frames, self.window_frames, self.overlap)  # refuses an overlap before there is work
+
+    def __call__(
+        self,
+        clip: Tensor,
+        text: TextEmbedding,
+        num_inference_steps: int,
+        generator: torch.Generator | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """(B, 3, T, h, w) in [-1, 1] -> (B, 3, T, 2h, 2w)."""
+        batch, channels, frames, height, width = clip.shape
+        check_num_frames(min(frames, self.window_frames), self.model.temporal_factor)
+        noise = draw_noise((batch, channels, frames, 2 * height, 2 * width), clip.device, generator)
+        conditioning = augmented_conditioning(
+            clip,
+            draw_noise(clip.shape, clip.device, generator),
+            torch.full((batch,), self.augmentation_level, device=clip.device),
+            self.denoiser.parameterization,
+        )
+        image, level = conditioning["image_conditioning"], conditioning["augmentation_level"]
+
+        def predict(window: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+            return self.model(
+                window,
+                timestep,
+                text.hidden_states,
+                text.mask,
+                image_conditioning=image[:, :, frames],
+                augmentation_level=level,
+            )
+
+        windows = plan_windows(frames, self.window_frames, self.overlap)
+        return self.denoiser(predict, noise, num_inference_steps, windows=windows, on_step=on_step)
+
+
+def draw_noise(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Unit normal noise, channels_last_3d; drawn where the generator lives, so that a seed means the same anywhere."""
+    source = device if generator is None else generator.device
+    noise = torch.randn(shape, generator=generator, device=source)
+    return noise.to(device).contiguous(memory_format=torch.channels_last_3d)

@@ -1,0 +1,310 @@
+"""Temporal MultiDiffusion (paper, section 3.3): the sampling loop over windows, and super-resolution through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lumiere_fast import STUNet, inflate
+from lumiere_fast.diffusion import EDMParameterization, EDMSchedule, NoiseLevel, augmented_conditioning
+from lumiere_fast.ops.denoise_step import Threshold
+from lumiere_fast.pipelines.denoising import Denoiser, plan_windows
+from lumiere_fast.pipelines.super_resolution import SuperResolution, draw_noise
+from lumiere_fast.text import TextEmbedding
+from tests.models.tiny import draw_inputs, randomise, tiny_unet
+
+EDM = EDMParameterization()
+SCHEDULE = EDMSchedule(sigma_min=0.1, sigma_max=10.0)
+
+
+def draw(*shape: int, seed: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def of_each_frame(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+    """A prediction of each frame from that frame, its number and the noise level, alone."""
+    number = torch.arange(frames.start, frames.stop, dtype=scaled.dtype)[:, None, None]
+    return torch.sin(scaled + number) + timestep[:, None, None, None, None] / 1000
+
+
+def of_the_window(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+    """A prediction that depends on where the window lies and on all of its frames."""
+    return torch.sin(scaled + scaled.mean(dim=2, keepdim=True) + frames.start)
+
+
+# Planning ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [3, 4, 5, 8, 15, 28, 41, 80])
+def test_exact_tilings_of_80_frames(window: int) -> None:
+    windows = plan_windows(80, window)
+    assert (windows[0].start, windows[-1].stop) == (0, 80)
+    assert all(one.stop - two.start == 2 for one, two in pairwise(windows))
+
+
+def test_the_last_window_is_shifted_back() -> None:
+    assert plan_windows(16, 8) == [slice(0, 8), slice(6, 14), slice(8, 16)]
+    assert plan_windows(10, 8, overlap=0) == [slice(0, 8), slice(2, 10)]
+
+
+@given(st.integers(1, 90), st.integers(1, 30), st.data())
+def test_plans_cover_with_the_overlap_and_no_window_to_spare(num_frames: int, window: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, window - 1))
+    windows = plan_windows(num_frames, window, overlap)
+    assert {frame for w in windows for frame in range(w.start, w.stop)} == set(range(num_frames))
+    assert {w.stop - w.start for w in windows} == {min(window, num_frames)}
+    starts = [w.start for w in windows]
+    assert starts == sorted(set(starts))
+    assert all(one.stop - two.start >= overlap for one, two in pairwise(windows))
+    stride = window - overlap
+    assert len(windows) == 1 + max(0, -(-(num_frames - window) // stride))
+
+
+@pytest.mark.parametrize(("window", "overlap"), [(8, 8), (8, -1), (0, 0), (2, 2)])
+def test_an_impossible_overlap_is_refused(window: int, overlap: int) -> None:
+    with pytest.raises(ValueError, match=f"overlap must be from 0 to window_frames - 1 = {window - 1}, got {overlap}"):
+        plan_windows(16, window, overlap)
+
+
+# The loop ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_frames", "window"), [(13, 5), (16, 8), (9, 4)])
+@pytest.mark.parametrize("guidance_scale", [None, 3.0])
+def test_a_step_takes_the_least_squares_solution(num_frames: int, window: int, guidance_scale: float | None) -> None:
+    """One step's result against `lstsq` over the stacked equations `J[window] = prediction`."""
+    windows = plan_windows(num_frames, window)
+    batch = 1 if guidance_scale is None else 2
+    predictions = [draw(batch, 3, window, 4, 4, seed=i) for i in range(len(windows))]
+    noise = draw(1, 3, num_frames, 4, 4, seed=99)
+
+    def predict(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+        return predictions[windows.index(frames)]
+
+    denoiser = Denoiser(SCHEDULE, EDM, "ddim", threshold=None)
+    clip = denoiser(predict, noise, 1, windows=windows, guidance_scale=guidance_scale)
+
+    selection = torch.cat([torch.eye(num_frames, dtype=torch.float64)[frames] for frames in windows])
+    stacked = torch.cat([p.transpose(0, 2).flatten(1) for p in predictions])
+    solution = torch.linalg.lstsq(selection, stacked).solution
+    solution = solution.unflatten(1, (3, batch, 4, 4)).transpose(0, 2)
+    if guidance_scale is not None:
+        conditional, unconditional = solution.chunk(2)
+        solution = unconditional + guidance_scale * (conditional - unconditional)
+    c_skip, c_out = EDM.x0_coefficients(NoiseLevel(1.0, SCHEDULE.sigma_max))
+    torch.testing.assert_close(clip, c_skip * SCHEDULE.sigma_max * noise + c_out * solution, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
+def test_windows_do_not_show_where_frames_are_predicted_alone(sampler: str) -> None:
+    """To the bit: where windows agree their mean is what they agree on."""
+    noise = draw(2, 3, 13, 4, 4)
+    denoiser = Denoiser(SCHEDULE, EDM, sampler)
+    whole = denoiser(of_each_frame, noise, 5, windows=[slice(0, 13)])
+    for window in (4, 5, 8):
+        assert torch.equal(denoiser(of_each_frame, noise, 5, windows=plan_windows(13, window)), whole)
+    other = denoiser(of_the_window, noise, 5, windows=plan_windows(13, 5))
+    assert (other - denoiser(of_the_window, noise, 5, windows=[slice(0, 13)])).abs().mean() > 1e-2
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
+def test_the_order_of_the_windows_does_not_matter(sampler: str) -> None:
+    noise = draw(1, 3, 16, 4, 4)
+    windows = plan_windows(16, 8)  # frames 8 to 13 are in two windows or three
+    denoiser = Denoiser(SCHEDULE, EDM, sampler)
+    one = denoiser(of_the_window, noise, 5, windows=windows)
+    two = denoiser(of_the_window, noise, 5, windows=[windows[1], windows[2], windows[0]])
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-10)
+
+
+def test_windows_share_the_noise_at_every_step() -> None:
+    """All windows look at one clip: the noise is that of the frame, of variance 1 in the overlaps too."""
+    noise = draw(1, 3, 14, 64, 64)
+    windows = plan_windows(14, 8)
+    assert windows == [slice(0, 8), slice(6, 14)]
+    seen: list[Tensor] = []
+
+    def predict(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+        seen.append(scaled)
+        return of_the_window(scaled, timestep, frames)
+
+    Denoiser(SCHEDULE, EDM)(predict, noise, 3, windows=windows)
+    assert len(seen) == 6
+    for first, second in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(first[:, :, 6:8], second[:, :, 0:2])
+    c_in = (SCHEDULE.sigma_max**2 + EDM.sigma_data**2) ** -0.5
+    unit = seen[0] / (c_in * SCHEDULE.sigma_max)
+    assert unit[:, :, 6:8].var().item() == pytest.approx(1.0, rel=0.03)
+    torch.testing.assert_close(unit, noise[:, :, :8], rtol=0, atol=1e-5)
+
+
+def test_overlaps_are_as_varied_as_the_rest() -> None:
+    """With the exact denoiser of a Gaussian the clip has the data's variance in every frame. Averaging windows that
+    were sampled each on its own, with its own noise, halves it where two overlap."""
+
+    def predict(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+        sigma = (timestep / 250).exp()[:, None, None, None, None]
+        x = scaled * (sigma**2 + EDM.sigma_data**2).sqrt()
+        return EDM.target(x * EDM.sigma_data**2 / (EDM.sigma_data**2 + sigma**2), x, sigma)
+
+    denoiser = Denoiser(EDMSchedule(), EDM, threshold=None)
+    noise = draw(1, 3, 14, 64, 64)
+    clip = denoiser(predict, noise, 60, windows=plan_windows(14, 8))
+    assert clip.var(dim=(0, 1, 3, 4)).tolist() == pytest.approx([EDM.sigma_data**2] * 14, rel=0.06)
+
+    alone = [denoiser(predict, draw(1, 3, 8, 64, 64, seed=s), 60, windows=[slice(0, 8)]) for s in (0, 1)]
+    averaged = (alone[0][:, :, 6:8] + alone[1][:, :, 0:2]) / 2
+    assert averaged.var().item() == pytest.approx(EDM.sigma_data**2 / 2, rel=0.06)
+
+
+def test_every_window_of_every_step_is_counted() -> None:
+    steps: list[tuple[int, int]] = []
+    Denoiser(SCHEDULE, EDM)(
+        of_each_frame, draw(1, 1, 16, 2, 2), 4, windows=plan_windows(16, 8), on_step=lambda *now: steps.append(now)
+    )
+    assert steps == [(done, 12) for done in range(1, 13)]
+
+
+def test_the_clip_is_bounded_as_asked() -> None:
+    noise = draw(1, 3, 4, 8, 8)
+
+    def predict(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+        return 40 * scaled
+
+    whole = [slice(0, 4)]
+    assert Denoiser(SCHEDULE, EDM)(predict, noise, 3, windows=whole).abs().max() == 1
+    assert Denoiser(SCHEDULE, EDM, threshold=None)(predict, noise, 3, windows=whole).abs().max() > 2
+    dynamic = Denoiser(SCHEDULE, EDM, threshold=Threshold("dynamic", 0.9))(predict, noise, 3, windows=whole)
+    assert dynamic.abs().max() == 1
+    assert dynamic.abs().mean() < Denoiser(SCHEDULE, EDM)(predict, noise, 3, windows=whole).abs().mean()
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"sampler must be one of ddim, dpm-solver\+\+, got 'euler'"):
+        Denoiser(SCHEDULE, EDM, "euler")
+    denoiser = Denoiser(SCHEDULE, EDM)
+    with pytest.raises(ValueError, match="frames 4, 5 are in no window"):
+        denoiser(of_each_frame, draw(1, 1, 10, 2, 2), 2, windows=[slice(0, 4), slice(6, 10)])
+    with pytest.raises(ValueError, match="num_inference_steps must be >= 1, got 0"):
+        denoiser(of_each_frame, draw(1, 1, 4, 2, 2), 0, windows=[slice(0, 4)])
+
+
+# Super-resolution ----------------------------------------------------------------------------------------------------
+
+
+def super_resolution(
+    factor: int, window_frames: int, *, trained: bool = True, **settings: Any
+) -> tuple[STUNet, SuperResolution]:
+    model = inflate(tiny_unet(ssr=True, dtype=torch.float32), temporal_factors=(factor,))
+    if trained:
+        randomise(model.temporal)
+    return model, SuperResolution(model, Denoiser(SCHEDULE, EDM, **settings), window_frames)
+
+
+@pytest.fixture
+def text() -> TextEmbedding:
+    inputs = draw_inputs(tiny_unet(ssr=True, dtype=torch.float32), 2, 8, 8)
+    return TextEmbedding(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
+
+
+def seeded(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def by_hand(model: STUNet, clip: Tensor, text: TextEmbedding, steps: int, generator: torch.Generator) -> Tensor:
+    """DDIM over the whole clip, no windows, no tables."""
+    x = draw_noise((*clip.shape[:3], 2 * clip.shape[3], 2 * clip.shape[4]), clip.device, generator)
+    level = torch.full((clip.shape[0],), 0.1)
+    conditioning = augmented_conditioning(clip, draw_noise(clip.shape, clip.device, generator), level, EDM)
+    sigmas = [s.sigma for s in SCHEDULE.levels(steps)]
+    x = x * sigmas[0]
+    for now, after in pairwise(sigmas):
+        sigma = torch.full((clip.shape[0],), now)
+        output = model(EDM.scale_input(x, sigma[:, None, None, None, None]), EDM.timestep(sigma), *text, **conditioning)
+        total = now**2 + 0.25
+        x0 = (x * 0.25 / total + output * now * 0.5 / total**0.5).clamp(-1, 1)
+        x = x0 + after * (x - x0) / now
+    return x
+
+
+@pytest.mark.parametrize("num_frames", [4, 8])
+def test_a_clip_in_one_window_is_a_clip_without_windows(num_frames: int, text: TextEmbedding) -> None:
+    model, enlarge = super_resolution(2, 8, sampler="ddim")
+    clip = draw(2, 3, num_frames, 8, 8).float().clamp(-1, 1)
+    with torch.no_grad():
+        result = enlarge(clip, text, 3, seeded())
+    assert result.shape == (2, 3, num_frames, 16, 16)
+    torch.testing.assert_close(result, by_hand(model, clip, text, 3, seeded()), rtol=0, atol=1e-4)
+
+
+def test_a_model_of_single_frames_gives_the_same_in_windows(text: TextEmbedding) -> None:
+    """At its initialisation, without temporal resizing, the model predicts each frame alone; trained, it does not."""
+    clip = draw(2, 3, 14, 8, 8).float().clamp(-1, 1)
+    difference = {}
+    for trained in (False, True):
+        model, windowed = super_resolution(1, 6, trained=trained)
+        whole = SuperResolution(model, windowed.denoiser, 14)
+        with torch.no_grad():
+            difference[trained] = (windowed(clip, text, 3, seeded()) - whole(clip, text, 3, seeded())).abs().max()
+    assert difference[False] < 1e-4
+    assert difference[True] > 1e-2
+
+
+def test_the_small_clip_and_its_noise_are_the_same_in_all_windows(text: TextEmbedding) -> None:
+    model, enlarge = super_resolution(2, 8)
+    seen: list[dict[str, Tensor]] = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    clip = torch.zeros(2, 3, 14, 16, 16)
+    with torch.no_grad():
+        enlarge(clip, text, 2, seeded())
+    assert len(seen) == 4
+    for step in (0, 2):
+        first, second = seen[step]["image_conditioning"], seen[step + 1]["image_conditioning"]
+        assert torch.equal(first[:, :, 6:8], second[:, :, 0:2])
+        assert torch.equal(first, seen[0]["image_conditioning"])
+    # every second phase of the linear enlargement weighs neighbours (3/4, 1/4) along each axis
+    kept = (0.75**2 + 0.25**2) ** 2
+    assert seen[0]["image_conditioning"].var().item() == pytest.approx(0.1**2 * kept, rel=0.15)
+    torch.testing.assert_close(seen[0]["augmentation_level"], EDM.timestep(torch.full((2,), 0.1)))
+
+
+def test_a_seed_decides_everything(text: TextEmbedding) -> None:
+    _, enlarge = super_resolution(2, 4)
+    clip = draw(2, 3, 6, 8, 8).float().clamp(-1, 1)
+
+    def make(seed: int) -> Tensor:
+        with torch.no_grad():
+            return enlarge(clip, text, 2, seeded(seed))
+
+    assert torch.equal(make(1), make(1))
+    assert not torch.equal(make(1), make(2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: super_resolution(4, 6),
+            "multiple of the model's temporal factor 4, got 6; the nearest accepted are 4 and 8",
+        ),
+        (lambda: super_resolution(2, 0), "got 0"),
+        (lambda: super_resolution(2, 2), "overlap must be from 0 to window_frames - 1 = 1, got 2"),
+    ],
+)
+def test_windows_the_model_cannot_take_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_noise_is_drawn_in_the_memory_format_of_activations() -> None:
+    noise = draw_noise((2, 3, 4, 8, 8), torch.device("cpu"), seeded())
+    assert noise.is_contiguous(memory_format=torch.channels_last_3d)
+    assert torch.equal(noise, torch.randn(2, 3, 4, 8, 8, generator=seeded()))
