@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lumiere_fast import dispatch, info
+from lumiere_fast.kernels import PENDING_KERNELS
+
+
+def test_every_registered_op_and_backend_has_a_place() -> None:
+    table = info.reasons_by_op("cpu")
+    assert set(table) == set(dispatch.registered_ops())
+    assert all(tuple(backends) == dispatch.BACKENDS for backends in table.values())
+
+
+def test_reasons_are_dispatch_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def answers(op: str, backend: str, *inputs: object, **options: object) -> list[str]:
+        asked.append((op, backend))
+        return [f"{op} dislikes {backend}"]
+
+    monkeypatch.setattr(dispatch, "why_not", answers)
+    table = info.reasons_by_op("cpu")
+    assert len(asked) == len(table) * len(dispatch.BACKENDS)
+    assert table["temporal_conv"]["triton"] == ["temporal_conv dislikes triton"]
+
+
+def test_the_reference_runs_everything_and_pending_kernels_say_so() -> None:
+    for op, backends in info.reasons_by_op("cpu").items():
+        assert backends["reference"] == []
+        if op in PENDING_KERNELS:
+            assert all("not written yet" in " ".join(backends[name]) for name in ("triton", "cuda"))
+
+
+def test_collected_facts() -> None:
+    report = info.collect()
+    assert report["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert report["packages"]["torch"] == torch.__version__
+    assert report["threads"] == torch.get_num_threads()
+    assert report["pending_kernels"] == list(PENDING_KERNELS)
+
+
+def test_a_package_that_is_missing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "_PACKAGES", ("torch", "no-such-package-at-all"))
+    report = info.collect()
+    assert report["packages"] == {"torch": torch.__version__, "no-such-package-at-all": None}
+    assert "no-such-package-at-all not installed" in info.render(report)
+
+
+def test_the_chosen_backend_is_told() -> None:
+    with dispatch.use_backend("reference"):
+        assert info.collect()["backend"] == "reference"
+
+
+def test_render_shows_each_op_once_in_the_table_and_each_reason_once() -> None:
+    report = info.collect()
+    report["ops"] = {
+        "first": {"triton": ["too old"], "cuda": ["no device", "too old"], "cpu": [], "reference": []},
+        "second": {"triton": ["too old"], "cuda": [], "cpu": [], "reference": []},
+    }
+    lines = info.render(report).splitlines()
+    assert [line.split() for line in lines if line.startswith(("first", "second"))] == [
+        ["first", "-", "-", "yes", "yes"],
+        ["second", "-", "yes", "yes", "yes"],
+    ]
+    text = "\n".join(lines)
+    assert "why not: too old\n  triton: every op\n  cuda: first\n" in text
+    assert "why not: no device\n  cuda: first\n" in text
+    assert all(name in lines[-1] for name in PENDING_KERNELS)
+
+
+def test_the_module_runs_and_its_json_is_the_report() -> None:
+    command = [sys.executable, "-m", "lumiere_fast.info"]
+    printed = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert set(printed) == set(info.Info.__annotations__)
+    assert printed["ops"] == info.reasons_by_op("cuda" if torch.cuda.is_available() else "cpu")
+    assert "kernels pending: " in subprocess.run(command, capture_output=True, text=True, check=True).stdout
