@@ -1,0 +1,72 @@
+"""The model's ops as eager layers over rearranged tensors: an inflated U-Net as it is written without this package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.bench_space_time_downsample import conv1d_then_stride
+from benchmarks.bench_space_time_upsample import duplicate_then_conv1d, interpolate
+from benchmarks.bench_spatial_attention import sdpa
+from benchmarks.bench_temporal_attention import back, rearrange
+from benchmarks.bench_temporal_conv import rearrange_conv1d
+from lumiere_fast import ops
+
+
+@contextmanager
+def eager_ops() -> Iterator[None]:
+    """Within the block the models run on the functions of this file."""
+    layers: dict[str, Any] = {
+        "group_norm": group_norm,
+        "temporal_conv": temporal_conv,
+        "temporal_attention": temporal_attention,
+        "spatial_attention": sdpa,
+        "space_time_downsample": space_time_downsample,
+        "space_time_upsample": space_time_upsample,
+    }
+    with mock.patch.multiple(ops, **layers):
+        yield
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str | None,
+    eps: float,
+) -> Tensor:
+    frames = F.group_norm(x.transpose(1, 2).flatten(0, 1), num_groups, weight, bias, eps)
+    y = frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    if scale is not None and shift is not None:
+        y = y * (1 + scale[:, :, None, None, None]) + shift[:, :, None, None, None]
+    return F.silu(y) if act == "silu" else y
+
+
+def temporal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    y = rearrange_conv1d(x, weight, bias)
+    return y if residual is None else y + residual
+
+
+def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return back(F.scaled_dot_product_attention(rearrange(q), rearrange(k), rearrange(v)), q)
+
+
+def space_time_downsample(x: Tensor, factor: Sequence[int], *, weight: Tensor, bias: Tensor) -> Tensor:
+    return conv1d_then_stride(x, factor, "nearest", weight, bias)
+
+
+def space_time_upsample(
+    x: Tensor, factor: Sequence[int], *, mode: str = "nearest", weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    if weight is None or bias is None:
+        return interpolate(x, factor, mode)
+    return duplicate_then_conv1d(x, factor, mode, weight, bias)
