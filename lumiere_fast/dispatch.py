@@ -226,9 +226,14 @@ def select(op: Op, requested: str | None, arguments: Sequence[Any]) -> str:
         BackendUnavailable: it names one that cannot run the call.
     """
     name = current_backend() if requested is None else requested
-    if name == AUTO:
-        return _first_without_reasons(op, arguments)
     _check_backend(name, (AUTO, *BACKENDS))
+    chosen = _first_without_reasons(op, arguments) if name == AUTO else _forced(op, name, arguments)
+    if not torch.compiler.is_compiling() and (record := _record.get()) is not None:
+        record.add(chosen)
+    return chosen
+
+
+def _forced(op: Op, name: str, arguments: Sequence[Any]) -> str:
     reasons = reasons_against(op, name, arguments)
     if reasons:
         raise BackendUnavailable(
@@ -266,6 +271,18 @@ def use_backend(name: str) -> Iterator[None]:
         _mirror = before
 
 
+@contextlib.contextmanager
+def record_backends() -> Iterator[set[str]]:
+    """Within the block, in this thread or task, collect the names of the backends that eager calls ran on."""
+    used: set[str] = set()
+    token = _record.set(used)
+    try:
+        yield used
+    finally:
+        _record.reset(token)
+
+
+_record: ContextVar[set[str] | None] = ContextVar("lumiere_fast_record", default=None)
 _choice: ContextVar[str | None] = ContextVar("lumiere_fast_backend", default=None)
 _mirror: str | None = None
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lumiere_fast.ops import _layout, _registry
 from lumiere_fast.ops._checks import check_activation, check_choice, check_tensor
 from lumiere_fast.ops._spec import LEVELS, Draw, OpSpec, Scenario
+from lumiere_fast.ops.temporal_conv import convolve
 
 Factor = tuple[int, int, int]
 
@@ -30,19 +31,9 @@ def logical(y: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 
 def temporal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
-    """`y[t] = bias + sum_k W_k x[stride * t - size // 2 + k]`, zero outside, in at least fp32, in channels_last_3d.
-
-    Written as a 2-D convolution over (T, H*W), a view of a dense `x`: torch sends a 3-D one with a (k, 1, 1) kernel
-    to code several times slower on one CPU thread, and to varying cuDNN code on a GPU.
-    """
+    """`y[t] = bias + sum_k W_k x[stride * t - size // 2 + k]`, zero outside, in at least fp32, in channels_last_3d."""
     dtype = _layout.accumulation_dtype(x.dtype)
-    clip = _layout.fold_pixels(x.to(dtype))
-    padding = (weight.shape[2] // 2, 0)
-    y = torch.nn.functional.conv2d(
-        clip, weight.to(dtype)[..., None], None if bias is None else bias.to(dtype), (stride, 1), padding
-    )
-    rows = y.permute(0, 2, 3, 1).unflatten(2, x.shape[3:])
-    return _layout.from_rows(rows)
+    return convolve(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), stride=stride)
 
 
 def check_arguments(

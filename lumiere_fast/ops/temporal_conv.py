@@ -152,7 +152,7 @@ def temporal_conv_reference(
     if norm_mean is not None and norm_rstd is not None:
         h = _normalise(h, norm_mean, norm_rstd, norm_weight, norm_bias, norm_scale, norm_shift)
     frame_bias = bias is not None and bias.dim() == 3
-    y = _convolve(h, weight.to(dtype), None if bias is None or frame_bias else bias.to(dtype), padding_mode)
+    y = convolve(h, weight.to(dtype), None if bias is None or frame_bias else bias.to(dtype), padding_mode)
     if bias is not None and frame_bias:
         y = y + _layout.over_pixels(bias.to(dtype))
     y = F.silu(y) if act == "silu" else y
@@ -182,13 +182,14 @@ def _normalise(
     return F.silu(scale_and_shift(x, multiplier, offset))
 
 
-def _convolve(h: Tensor, weight: Tensor, bias: Tensor | None, padding_mode: str) -> Tensor:
+def convolve(h: Tensor, weight: Tensor, bias: Tensor | None, padding_mode: str = "zeros", stride: int = 1) -> Tensor:
+    """The bare convolution over time, every `stride`-th frame of it, of operands in one dtype."""
     pad = weight.shape[2] // 2
     if padding_mode == "replicate" and pad > 0:
         first, last = h[:, :, :1], h[:, :, -1:]
         h = torch.cat([*[first] * pad, h, *[last] * pad], dim=2)
         pad = 0
-    y = F.conv2d(_layout.fold_pixels(h), weight[..., None], bias, padding=(pad, 0))
+    y = F.conv2d(_layout.fold_pixels(h), weight[..., None], bias, (stride, 1), (pad, 0))
     return _layout.from_rows(y.permute(0, 2, 3, 1).unflatten(2, h.shape[3:]))
 
 

@@ -36,7 +36,7 @@ class LumiereOutput:
         frames: (B, 3, T, H, W) float32 in [-1, 1], on the CPU.
         base_frames: the base model's clip, likewise, before super-resolution.
         seconds: wall time of each stage, in order.
-        backend: what the ops were asked to run on.
+        backend: the backends that the ops ran on.
     """
 
     frames: Tensor
@@ -164,17 +164,18 @@ class LumierePipeline:
             self.config.window_frames,
         )
         seconds: dict[str, float] = {}
-        with _stage("base", seconds, progress) as on_step:
-            size = self.base.unet.config.sample_size
-            noise = draw_noise((len(prompts), 3, num_frames, size, size), self.device, generator)
-            clip = denoise_from_text(
-                self.base, self.text_encoder, base, prompts, noise, num_inference_steps, guidance_scale, on_step
-            )
-            base_frames = clip.clamp(-1, 1).cpu()  # waits for the device, so that the stage's time is its own
-        with _stage("ssr", seconds, progress) as on_step:
-            text = self.text_encoder.encode(prompts)
-            frames = ssr(clip, text, ssr_num_inference_steps, generator, on_step).clamp(-1, 1).cpu()
-        return LumiereOutput(frames, base_frames, seconds, dispatch.current_backend())
+        with dispatch.record_backends() as used:
+            with _stage("base", seconds, progress) as on_step:
+                size = self.base.unet.config.sample_size
+                noise = draw_noise((len(prompts), 3, num_frames, size, size), self.device, generator)
+                clip = denoise_from_text(
+                    self.base, self.text_encoder, base, prompts, noise, num_inference_steps, guidance_scale, on_step
+                )
+                base_frames = clip.clamp(-1, 1).cpu()  # waits for the device, so that the stage's time is its own
+            with _stage("ssr", seconds, progress) as on_step:
+                text = self.text_encoder.encode(prompts)
+                frames = ssr(clip, text, ssr_num_inference_steps, generator, on_step).clamp(-1, 1).cpu()
+        return LumiereOutput(frames, base_frames, seconds, ", ".join(sorted(used)))
 
 
 def denoise_from_text(
