@@ -9,11 +9,11 @@ from lumiere_fast.diffusion.parameterization import EDMParameterization
 
 
 def augmented_conditioning(
-    small: Tensor, noise: Tensor, level: Tensor, parameterization: EDMParameterization
+    small: Tensor, noise: Tensor, level: Tensor, factor: int, parameterization: EDMParameterization
 ) -> dict[str, Tensor]:
-    """The super-resolution model's view of a small clip (B, 3, T, h, w): noised by `level` (B,), then doubled."""
+    """What super-resolution sees of a clip (B, 3, T, h, w): noised by `level` (B,), then `factor` times larger."""
     noised = small + level[:, None, None, None, None] * noise
     return {
-        "image_conditioning": ops.space_time_upsample(noised, (1, 2, 2), mode="linear"),
+        "image_conditioning": ops.space_time_upsample(noised, (1, factor, factor), mode="linear"),
         "augmentation_level": parameterization.timestep(level),
     }

@@ -17,15 +17,17 @@ from lumiere_fast.text import TextEmbedding
 
 @dataclass(frozen=True)
 class SuperResolution:
-    """Doubles the height and width of clips of any length in windows of `window_frames` (paper, section 3.3).
+    """Raises the height and width of clips of any length in windows of `window_frames` (paper, section 3.3).
 
     Args:
+        factor: how many times larger the model's clips are.
         augmentation_level: standard deviation of the noise added to the small clip, once a clip.
     """
 
     model: STUNet
     denoiser: Denoiser
     window_frames: int
+    factor: int
     overlap: int = 2
     augmentation_level: float = 0.1
 
@@ -41,14 +43,15 @@ class SuperResolution:
         generator: torch.Generator | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """(B, 3, T, h, w) in [-1, 1] -> (B, 3, T, 2h, 2w)."""
+        """(B, 3, T, h, w) in [-1, 1] -> (B, 3, T, h * factor, w * factor)."""
         batch, channels, frames, height, width = clip.shape
         check_num_frames(min(frames, self.window_frames), self.model.temporal_factor)
-        noise = draw_noise((batch, channels, frames, 2 * height, 2 * width), clip.device, generator)
+        noise = draw_noise((batch, channels, frames, height * self.factor, width * self.factor), clip.device, generator)
         conditioning = augmented_conditioning(
             clip,
             draw_noise(clip.shape, clip.device, generator),
             torch.full((batch,), self.augmentation_level, device=clip.device),
+            self.factor,
             self.denoiser.parameterization,
         )
         image, level = conditioning["image_conditioning"], conditioning["augmentation_level"]

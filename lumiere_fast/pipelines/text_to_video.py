@@ -68,10 +68,10 @@ class LumierePipeline:
     def __init__(self, base: STUNet, ssr: STUNet, config: PipelineConfig) -> None:
         if config.text_encoder != WordVectorEncoder.name:
             raise ValueError(f"text_encoder must be {WordVectorEncoder.name!r}, got {config.text_encoder!r}")
-        if ssr.unet.config.sample_size != 2 * base.unet.config.sample_size:
+        if ssr.unet.config.sample_size % base.unet.config.sample_size:
             raise ValueError(
-                f"the super-resolution model makes {ssr.unet.config.sample_size} pixels, twice the base model's "
-                f"{base.unet.config.sample_size} are needed"
+                f"the super-resolution model makes {ssr.unet.config.sample_size} pixels, "
+                f"a multiple of the base model's {base.unet.config.sample_size} is needed"
             )
         self.config = config
         self.base = base.eval()
@@ -162,6 +162,7 @@ class LumierePipeline:
             self.ssr,
             Denoiser(self.config.ssr_schedule, parameterization, sampler),
             self.config.window_frames,
+            self.ssr.unet.config.sample_size // self.base.unet.config.sample_size,
         )
         seconds: dict[str, float] = {}
         with dispatch.record_backends() as used:

@@ -78,6 +78,7 @@ def train(
         defaults.batch_size if batch_size is None else batch_size,
         seed=seed,
         num_frames=_num_frames(model, chosen),
+        upscale_factor=chosen.ssr.sample_size // chosen.base.sample_size,
         device=torch.device(device),
     )
     config = TrainingConfig(

@@ -36,6 +36,7 @@ class DenoisingTask:
         batch_size: images or clips a step.
         seed: names the stream of clips, captions and noise.
         num_frames: frames of a training sample for a `STUNet`; fewer than a clip's 16 take a random window of it.
+        upscale_factor: how many times smaller the clip is that a super-resolution model is given.
         drop_text: share of samples whose prompt is emptied, for classifier-free guidance.
     """
 
@@ -45,6 +46,7 @@ class DenoisingTask:
     seed: int = 0
     num_frames: int = 16
     drop_text: float = 0.1
+    upscale_factor: int = 2
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     text_encoder: TextEncoder = field(default_factory=WordVectorEncoder)
     parameterization: EDMParameterization = field(default_factory=EDMParameterization)
@@ -105,7 +107,7 @@ class DenoisingTask:
     def _image_conditioning(self, batch: ClipBatch, generator: torch.Generator) -> dict[str, Tensor]:
         if not self.spatial.conditioning_channels:
             return {}
-        small = render(batch.states, self.spatial.sample_size // 2)
+        small = render(batch.states, self.spatial.sample_size // self.upscale_factor)
         level = MAX_AUGMENTATION * torch.rand(small.shape[0], generator=generator).to(self.device)
         noise = torch.randn(small.shape, generator=generator).to(self.device)
-        return augmented_conditioning(small, noise, level, self.parameterization)
+        return augmented_conditioning(small, noise, level, self.upscale_factor, self.parameterization)

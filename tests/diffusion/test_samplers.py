@@ -235,7 +235,7 @@ def test_augmented_conditioning_is_the_noised_clip_doubled() -> None:
     generator = torch.Generator().manual_seed(0)
     small, noise = torch.randn(2, 2, 3, 4, 6, 5, generator=generator)
     level = torch.tensor([0.0, 0.3])
-    result = augmented_conditioning(small, noise, level, EDM)
+    result = augmented_conditioning(small, noise, level, 2, EDM)
     noised = torch.stack([small[0], small[1] + 0.3 * noise[1]])
     wanted = F.interpolate(noised, scale_factor=(1, 2, 2), mode="trilinear", align_corners=False)
     torch.testing.assert_close(result["image_conditioning"], wanted)

@@ -205,7 +205,7 @@ def super_resolution(
     model = inflate(tiny_unet(ssr=True, dtype=torch.float32), temporal_factors=(factor,))
     if trained:
         randomise(model.temporal)
-    return model, SuperResolution(model, Denoiser(SCHEDULE, EDM, **settings), window_frames)
+    return model, SuperResolution(model, Denoiser(SCHEDULE, EDM, **settings), window_frames, factor=2)
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def by_hand(model: STUNet, clip: Tensor, text: TextEmbedding, steps: int, genera
     """DDIM over the whole clip, no windows, no tables."""
     x = draw_noise((*clip.shape[:3], 2 * clip.shape[3], 2 * clip.shape[4]), clip.device, generator)
     level = torch.full((clip.shape[0],), 0.1)
-    conditioning = augmented_conditioning(clip, draw_noise(clip.shape, clip.device, generator), level, EDM)
+    conditioning = augmented_conditioning(clip, draw_noise(clip.shape, clip.device, generator), level, 2, EDM)
     sigmas = [s.sigma for s in SCHEDULE.levels(steps)]
     x = x * sigmas[0]
     for now, after in pairwise(sigmas):
@@ -251,7 +251,7 @@ def test_a_model_of_single_frames_gives_the_same_in_windows(text: TextEmbedding)
     difference = {}
     for trained in (False, True):
         model, windowed = super_resolution(1, 6, trained=trained)
-        whole = SuperResolution(model, windowed.denoiser, 14)
+        whole = SuperResolution(model, windowed.denoiser, 14, factor=2)
         with torch.no_grad():
             difference[trained] = (windowed(clip, text, 3, seeded()) - whole(clip, text, 3, seeded())).abs().max()
     assert difference[False] < 1e-4
