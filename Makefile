@@ -33,8 +33,9 @@ demo: $(STAMP)
 	$(BIN)/lumiere-fast generate "$(DEMO_PROMPT)" -o $(DEMO_VIDEO) --overwrite
 	@echo "The video is $(abspath $(DEMO_VIDEO))"
 
+# One thread a worker: the tests' tensors are small, and more threads than cores slow one another down.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks -q

@@ -119,7 +119,6 @@ def train(
     source: Annotated[
         Path | None, typer.Option("--from", help="For inflate: the folder of the image model.", show_default=False)
     ] = None,
-    preset: Annotated[str, typer.Option(help="The architecture.")] = "demo",
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images or clips a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="Peak learning rate.")] = None,
@@ -143,7 +142,6 @@ def train(
             stage,
             output,
             source=source,
-            preset=preset,
             steps=steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -160,10 +158,9 @@ def assemble(
     base: Annotated[Path, typer.Argument(help="Folder of the inflated text-to-image model.")],
     ssr: Annotated[Path, typer.Argument(help="Folder of the inflated super-resolution model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make; --weights takes it.")],
-    preset: Annotated[str, typer.Option(help="The architecture that was trained.")] = "demo",
 ) -> None:
     """Join two trained models into the weights of a pipeline, in fp16."""
-    training.assemble(base, ssr, output, preset=preset)
+    training.assemble(base, ssr, output)
     print(f"assembled {output}")
 
 

@@ -313,7 +313,6 @@ def test_train_passes_its_options_on(
     del named["on_log"]
     assert named == {
         "source": tmp_path,
-        "preset": "demo",
         "steps": 7,
         "batch_size": 3,
         "learning_rate": 0.5,
@@ -328,7 +327,6 @@ def test_train_passes_its_options_on(
     [
         (("nonsense",), "t2i"),
         (("inflate",), "source"),
-        (("t2i", "--preset", "huge"), "preset"),
         (("t2i", "--steps", "0"), "--steps"),
         (("t2i", "--batch-size", "-1"), "--batch-size"),
         (("t2i", "--device", "abacus"), "--device"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -45,8 +45,11 @@ def load_model(folder: Path) -> UNet2D | STUNet:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: a model folder holds {CONFIG_NAME} and {WEIGHTS_NAME}")
-    model = _build(config, folder / CONFIG_NAME)
-    load_weights(model, read_safetensors(path), path)
+    with torch.device("meta"):  # no memory and no random numbers for values that are about to be replaced
+        model = _build(config, folder / CONFIG_NAME)
+    # copied out of the file's buffer, whose tensors lie at any address
+    weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in read_safetensors(path).items()}
+    load_weights(model, weights, path, assign=True)
     return model.eval()
 
 
@@ -73,8 +76,12 @@ def _build(config: dict[str, Any], path: Path) -> UNet2D | STUNet:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:
-    """Copy `weights` into `model`; a ValueError names the first key, in the model's order, that differs."""
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path, *, assign: bool = False) -> None:
+    """Copy `weights` into `model`, or with `assign` make them its own.
+
+    Raises:
+        ValueError: names the first key, in the model's order, that differs.
+    """
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name not in weights:
@@ -87,7 +94,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Pat
     extra = next((name for name in weights if name not in expected), None)
     if extra is not None:
         raise ValueError(f"{source}: these weights are of another architecture: the model has no {extra!r}")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=assign)
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -96,6 +103,12 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file that `read_safetensors` accepts; empty if it has none."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -120,8 +133,10 @@ def write_json_atomically(content: dict[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
-def save_file_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_file_atomically(
+    tensors: dict[str, torch.Tensor], path: Path, *, metadata: dict[str, str] | None = None
+) -> None:
     """`safetensors.torch.save_file` to a sibling file, then rename."""
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial)
+    save_file(tensors, partial, metadata=metadata)
     partial.replace(path)

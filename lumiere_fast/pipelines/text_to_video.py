@@ -108,6 +108,8 @@ class LumierePipeline:
         return next(self.base.parameters()).device
 
     def to(self, device: torch.device | str) -> LumierePipeline:
+        """Move the models and the text table; returns self."""
+        device = torch.device(device)
         self.base.to(device)
         self.ssr.to(device)
         self.text_encoder.to(device)
@@ -122,7 +124,7 @@ class LumierePipeline:
     def default_fps(self) -> int:
         return self.config.fps
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],

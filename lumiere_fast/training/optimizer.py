@@ -22,7 +22,9 @@ class MuonAdamW:
     def __init__(self, parameters: Mapping[str, nn.Parameter], *, weight_decay: float) -> None:
         self.parameters = dict(parameters)
         # Muon wants matrices: a second parameter on the same memory stands in for each weight
-        self.matrices = {name: nn.Parameter(as_matrix(p.detach())) for name, p in parameters.items() if is_matrix(p)}
+        self.matrices = {
+            name: nn.Parameter(as_matrix(p.detach(), like=p)) for name, p in parameters.items() if is_matrix(p)
+        }
         others = [p for name, p in parameters.items() if name not in self.matrices]
         self.optimizers: list[torch.optim.Optimizer] = []
         if self.matrices:
@@ -36,7 +38,7 @@ class MuonAdamW:
         """Apply the gradients."""
         for name, matrix in self.matrices.items():
             gradient = self.parameters[name].grad
-            matrix.grad = None if gradient is None else as_matrix(gradient)
+            matrix.grad = None if gradient is None else as_matrix(gradient, like=self.parameters[name])
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -75,8 +77,8 @@ def is_matrix(weight: Tensor) -> bool:
     return weight.ndim >= 2 and min(weight.shape[0], weight[0].numel()) >= SMALLEST_MATRIX
 
 
-def as_matrix(weight: Tensor) -> Tensor:
-    """(out, everything else), a view of contiguous or channels_last memory."""
-    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-        weight = weight.permute(0, 2, 3, 1)
-    return weight.flatten(1)
+def as_matrix(tensor: Tensor, *, like: Tensor) -> Tensor:
+    """(out, everything else) in the memory order of the weight `like`; of the weight itself a view."""
+    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.flatten(1)

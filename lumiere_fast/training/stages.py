@@ -15,7 +15,6 @@ import torch
 from lumiere_fast.diffusion import EDMSchedule
 from lumiere_fast.models import PRESETS, STUNet, UNet2D, inflate
 from lumiere_fast.models.blocks import channels_last_weights
-from lumiere_fast.models.config import Preset
 from lumiere_fast.models.io import load_model, load_stunet
 from lumiere_fast.pipelines import LumierePipeline
 from lumiere_fast.pipelines.text_to_video import PipelineConfig
@@ -38,6 +37,7 @@ CLIPS = Stage(3000, 8, 2e-3, EDMSchedule(train_mean=1.0, train_std=1.4))
 SSR_IMAGES = Stage(1200, 32, 2e-3, EDMSchedule(train_mean=-0.8, train_std=1.4))
 SSR_CLIPS = Stage(500, 4, 2e-3, EDMSchedule(train_mean=-0.5, train_std=1.4))
 STAGES = ("t2i", "inflate", "ssr")
+CASCADE = PRESETS["demo"]
 
 
 def train(
@@ -45,7 +45,6 @@ def train(
     out: Path,
     *,
     source: Path | None = None,
-    preset: str = "demo",
     steps: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
@@ -55,7 +54,7 @@ def train(
     checkpoint_every: int = 200,
     on_log: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Run one stage of `preset` into the folder `out`.
+    """Run one stage of the demo cascade into the folder `out`.
 
     Args:
         stage: "t2i", "ssr", or "inflate", which adds temporal layers to a model trained by one of these and trains
@@ -68,17 +67,16 @@ def train(
         raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
     if stage == "inflate" and source is None:
         raise ValueError("stage 'inflate' needs a source folder: that of the trained t2i or ssr model")
-    chosen = preset_named(preset)
     torch.manual_seed(seed)
-    model = _model(stage, chosen, source).to(device)
+    model = _model(stage, source).to(device)
     defaults = _defaults(model)
     task = DenoisingTask(
         model,
         defaults.schedule,
         defaults.batch_size if batch_size is None else batch_size,
         seed=seed,
-        num_frames=_num_frames(model, chosen),
-        upscale_factor=chosen.ssr.sample_size // chosen.base.sample_size,
+        num_frames=_num_frames(model),
+        upscale_factor=CASCADE.ssr.sample_size // CASCADE.base.sample_size,
         device=torch.device(device),
     )
     config = TrainingConfig(
@@ -88,16 +86,9 @@ def train(
     Trainer(task, config, out, resume=resume).run(checkpoint_every=checkpoint_every, on_log=on_log)
 
 
-def preset_named(name: str) -> Preset:
-    """The preset of that name; a ValueError lists the names there are."""
-    if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name]
-
-
-def _model(stage: str, preset: Preset, source: Path | None) -> UNet2D | STUNet:
+def _model(stage: str, source: Path | None) -> UNet2D | STUNet:
     if source is None:
-        return channels_last_weights(UNet2D(preset.base if stage == "t2i" else preset.ssr))
+        return channels_last_weights(UNet2D(CASCADE.base if stage == "t2i" else CASCADE.ssr))
     model = channels_last_weights(load_model(source))
     if stage != "inflate":
         if isinstance(model, STUNet) or (stage == "ssr") != bool(model.config.conditioning_channels):
@@ -105,7 +96,7 @@ def _model(stage: str, preset: Preset, source: Path | None) -> UNet2D | STUNet:
         return model
     if isinstance(model, STUNet):
         return model
-    return inflate(model, preset.ssr_inflation if model.config.conditioning_channels else preset.base_inflation)
+    return inflate(model, CASCADE.ssr_inflation if model.config.conditioning_channels else CASCADE.base_inflation)
 
 
 def _defaults(model: UNet2D | STUNet) -> Stage:
@@ -114,13 +105,13 @@ def _defaults(model: UNet2D | STUNet) -> Stage:
     return SSR_IMAGES if model.config.conditioning_channels else IMAGES
 
 
-def _num_frames(model: UNet2D | STUNet, preset: Preset) -> int:
+def _num_frames(model: UNet2D | STUNet) -> int:
     if isinstance(model, STUNet) and model.unet.config.conditioning_channels:
-        return preset.window_frames
-    return preset.num_frames
+        return CASCADE.window_frames
+    return CASCADE.num_frames
 
 
-def assemble(base: Path, ssr: Path, out: Path, *, preset: str = "demo", dtype: torch.dtype = torch.float16) -> None:
+def assemble(base: Path, ssr: Path, out: Path, *, dtype: torch.dtype = torch.float16) -> None:
     """Join two trained models into a pipeline folder that `LumierePipeline.from_pretrained` loads.
 
     Args:
@@ -129,12 +120,11 @@ def assemble(base: Path, ssr: Path, out: Path, *, preset: str = "demo", dtype: t
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another folder, or remove it")
-    chosen = preset_named(preset)
     config = PipelineConfig(
         base_schedule=CLIPS.schedule,
         ssr_schedule=SSR_CLIPS.schedule,
-        num_frames=chosen.num_frames,
-        fps=chosen.fps,
-        window_frames=chosen.window_frames,
+        num_frames=CASCADE.num_frames,
+        fps=CASCADE.fps,
+        window_frames=CASCADE.window_frames,
     )
     LumierePipeline(load_stunet(base), load_stunet(ssr), config).save_pretrained(out, dtype=dtype)

@@ -1,13 +1,14 @@
 """The training loop: a learning rate with warm-up and decay, an exponential moving average, checkpoints that resume.
 
 A run's folder holds `config.json` and `model.safetensors` (the averaged weights, loadable by `load_model` at any time),
-`training.safetensors` (raw weights, average, optimiser moments), `training.json` (settings and step) and `log.csv`.
+`training.safetensors` (raw weights, average, optimiser moments; settings and step as its metadata) and `log.csv`.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,17 +21,15 @@ from torch import Tensor, nn
 from lumiere_fast.models.io import (
     WEIGHTS_NAME,
     load_weights,
-    read_json,
+    read_metadata,
     read_safetensors,
     save_file_atomically,
     save_model,
-    write_json_atomically,
 )
 from lumiere_fast.training.optimizer import MuonAdamW
 from lumiere_fast.training.tasks import DenoisingTask
 
 STATE_NAME = "training.safetensors"
-SETTINGS_NAME = "training.json"
 LOG_NAME = "log.csv"
 
 
@@ -127,9 +126,9 @@ class Trainer:
         state = {f"raw.{name}": p.detach() for name, p in self.parameters.items()}
         state |= {f"average.{name}": average for name, average in self.average.items()}
         state |= self.optimizer.state()
-        save_file_atomically({name: t.contiguous() for name, t in state.items()}, self.folder / STATE_NAME)
-        settings = {"step": self.step, "config": self._settings()}
-        write_json_atomically(settings, self.folder / SETTINGS_NAME)
+        run = json.dumps({"step": self.step, "settings": self._settings()})
+        contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file_atomically(contiguous, self.folder / STATE_NAME, metadata={"run": run})
         with self.averaged():
             save_model(self.task.model, self.folder)
 
@@ -142,20 +141,21 @@ class Trainer:
         return {**dataclasses.asdict(self.config), **self.task.settings()}
 
     def _restore(self) -> None:
-        settings = read_json(self.folder / SETTINGS_NAME)
-        wanted = self._settings()
-        changed = [key for key, value in settings["config"].items() if wanted.get(key) != value]
+        path = self.folder / STATE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: there is no run to resume")
+        state, run = read_safetensors(path), json.loads(read_metadata(path)["run"])
+        wanted, settings = self._settings(), run["settings"]
+        changed = [key for key, value in settings.items() if wanted.get(key) != value]
         if changed:
             raise ValueError(
                 f"{self.folder} was trained with other settings: "
-                + ", ".join(f"{key}={settings['config'][key]} (now {wanted.get(key)})" for key in changed)
+                + ", ".join(f"{key}={settings[key]} (now {wanted.get(key)})" for key in changed)
             )
-        path = self.folder / STATE_NAME
-        state = read_safetensors(path)
         raw = {name.removeprefix("raw."): tensor for name, tensor in state.items() if name.startswith("raw.")}
         frozen = {k: v for k, v in self.task.model.state_dict().items() if k not in self.parameters}
         load_weights(self.task.model, {**frozen, **raw}, path)
-        self.step = int(settings["step"])
+        self.step = int(run["step"])
         self.optimizer.load_state(state, self.step)
         for name, average in self.average.items():
             average.copy_(state[f"average.{name}"])

@@ -47,7 +47,7 @@ def test_a_matrix_is_a_view_with_a_row_for_each_output(shape: tuple[int, ...]) -
     if len(shape) == 4:
         layouts.append(weight.contiguous(memory_format=torch.channels_last))
     for given in layouts:
-        matrix = as_matrix(given)
+        matrix = as_matrix(given, like=given)
         assert matrix.data_ptr() == given.data_ptr()
         assert matrix.shape == (16, weight[0].numel())
         assert torch.equal(matrix.sort(dim=1).values, weight.flatten(1).sort(dim=1).values)
