@@ -40,10 +40,13 @@ def layers(
     norm: NormArgs | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """GroupNorm of each frame, SiLU, convolution, residual: a layer each."""
+    """Norm with the statistics that the op is given too, SiLU, convolution, residual: a layer each."""
     if norm is not None:
-        frames = F.group_norm(x.transpose(1, 2).flatten(0, 1), norm.num_groups, norm.weight, norm.bias)
-        x = F.silu(frames).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        mean, rstd = (s.repeat_interleave(x.shape[1] // norm.num_groups, -1) for s in (norm.mean, norm.rstd))
+        multiplier = rstd if norm.weight is None else rstd * norm.weight
+        offset = -mean * multiplier if norm.bias is None else norm.bias - mean * multiplier
+        offset, multiplier = (a.transpose(1, 2)[..., None, None].to(x.dtype) for a in (offset, multiplier))
+        x = F.silu(torch.addcmul(offset, x, multiplier))
     y = convolve(x, weight, bias)
     return y if residual is None else y + residual
 

@@ -30,9 +30,7 @@ _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 # What bad input raises here and below; anything else is a defect of ours, and keeps its traceback.
 _REFUSALS = (
     ValueError,
-    FileExistsError,
-    FileNotFoundError,
-    PermissionError,
+    OSError,
     ModuleNotFoundError,
     dispatch.BackendUnavailable,
 )
@@ -50,7 +48,9 @@ Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 t
 Backend = Annotated[
     str | None, typer.Option(help=f"Force a backend: {', '.join(dispatch.BACKENDS)}; or {dispatch.AUTO}.")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: torch's choice]", show_default=False)]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=256, help="CPU threads.  [default: torch's choice]", show_default=False)
+]
 Weights = Annotated[str, typer.Option(help="A folder of weights, or the name of a shipped model.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 

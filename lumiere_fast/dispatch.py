@@ -255,7 +255,8 @@ def current_backend() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, in this thread or task, ops that are not told otherwise run on the backend `name` or raise.
 
-    Nests; the outer choice is back after the block. `use_backend("auto")` overrides the environment variable.
+    Nests; the outer choice is back after the block. `use_backend("auto")` overrides the environment variable. Code that
+    torch.compile made follows the choice of the thread that traced it; it reads the environment variable when traced.
 
     Raises:
         ValueError: `name` is neither "auto" nor one of `BACKENDS`.

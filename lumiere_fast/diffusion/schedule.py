@@ -22,6 +22,13 @@ class NoiseLevel(NamedTuple):
         return math.inf if self.sigma == 0 else math.log(self.alpha / self.sigma)
 
 
+def check_positive_numbers(**values: float) -> None:
+    """Raise a ValueError that names the first value that is not a finite number above 0."""
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a number > 0, got {value!r}")
+
+
 @dataclass(frozen=True)
 class EDMSchedule:
     """Variance-exploding noise, alpha = 1 (Karras et al. 2022, "Elucidating the design space", equation 5).
@@ -35,6 +42,13 @@ class EDMSchedule:
     rho: float = 7.0
     train_mean: float = -0.1
     train_std: float = 1.4
+
+    def __post_init__(self) -> None:
+        check_positive_numbers(
+            sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho, train_std=self.train_std
+        )
+        if self.sigma_min > self.sigma_max:
+            raise ValueError(f"sigma_min must not exceed sigma_max={self.sigma_max}, got {self.sigma_min}")
 
     def levels(self, num_inference_steps: int) -> list[NoiseLevel]:
         """The n + 1 levels of n steps, from pure noise to the clean clip."""

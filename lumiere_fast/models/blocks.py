@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumiere_fast import ops
+from lumiere_fast.ops._layout import fold_frames
+from lumiere_fast.ops._layout import from_rows as channels_first
+from lumiere_fast.ops._layout import to_rows as channels_last
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,25 +37,9 @@ class Conditioning:
     text_mask: Tensor
 
 
-def fold_frames(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B*T, C, H, W); a view for channels_last_3d memory."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def unfold_frames(x: Tensor, batch_size: int) -> Tensor:
+def unfold_frames(x: Tensor, num_frames: int) -> Tensor:
     """(B*T, C, H, W) -> (B, C, T, H, W), the view back; inverse of `fold_frames`."""
-    frames = x.shape[0] // batch_size if batch_size else 0
-    return x.unflatten(0, (batch_size, frames)).transpose(1, 2)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B, T, H, W, C), a view that is contiguous for channels_last_3d memory."""
-    return x.permute(0, 2, 3, 4, 1)
-
-
-def channels_first(x: Tensor) -> Tensor:
-    """(B, T, H, W, C) -> (B, C, T, H, W), the view back."""
-    return x.permute(0, 4, 1, 2, 3)
+    return x.unflatten(0, (x.shape[0] // num_frames, num_frames)).transpose(1, 2)
 
 
 def channels_last_weights(model: Model) -> Model:
@@ -73,7 +60,7 @@ class FrameConv2d(nn.Conv2d):
     """`nn.Conv2d` over every frame of a video activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return unfold_frames(super().forward(fold_frames(x)), x.shape[0])
+        return unfold_frames(super().forward(fold_frames(x)), x.shape[2])
 
 
 class FrameGroupNorm(nn.Module):
@@ -336,7 +323,7 @@ class TextConditioner(nn.Module):
     """Contextualises a frozen text encoder's states and pools them: (B, L, text_dim) -> (B, L, width), (B, embed_dim).
 
     A pre-norm transformer over projected states with sinusoidal positions; pooling is attention with one learned score
-    per head. Padding tokens (mask False) are never attended to.
+    per head. Padding tokens (mask False) are never attended to; each prompt needs at least one real token.
     """
 
     def __init__(self, text_dim: int, width: int, num_layers: int, embed_dim: int, num_heads: int = 4) -> None:

@@ -63,10 +63,18 @@ class RegisteredOp:
         if out is not None:
             self._check_out(out, arguments)
         if chosen == "reference":
-            return _store(self.reference(*arguments), out)
+            return _store(self._definition(*arguments), out)
         if torch.compiler.is_compiling() or dispatch.needs_gradient(arguments):
             return _store(self.opaque(*arguments, chosen), out)
         return self.op.backends[chosen].load()(*arguments, out=out)
+
+    def _definition(self, *arguments: Any) -> Any:
+        """The reference, in its own precision: autocast would take its fp32 arithmetic down again."""
+        device = next(tensor for value in arguments for tensor in dispatch.tensors_in(value)).device.type
+        if not torch.is_autocast_enabled(device):
+            return self.reference(*arguments)
+        with torch.autocast(device, enabled=False):
+            return self.reference(*arguments)
 
     def _check_out(self, out: Tensor, arguments: tuple[Any, ...]) -> None:
         name = self.op.name

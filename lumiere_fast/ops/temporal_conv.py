@@ -156,7 +156,7 @@ def temporal_conv_reference(
     if bias is not None and frame_bias:
         y = y + _layout.over_pixels(bias.to(dtype))
     y = F.silu(y) if act == "silu" else y
-    y = y if residual is None else y + residual
+    y = y if residual is None else y + residual.to(dtype)
     if stats_groups is None:
         mean, rstd = y.new_empty(0), y.new_empty(0)
     else:

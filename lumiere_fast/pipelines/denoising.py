@@ -45,7 +45,7 @@ class Denoiser:
         """Denoise unit `noise` (B, C, T, H, W), drawn once a frame whatever the windows.
 
         At each step every window's prediction is made from the same latent, the predictions are averaged where windows
-        overlap (paper, section 3.3: the least-squares reconciliation of MultiDiffusion), and one step is taken for the
+        overlap (paper, section 3.2: the least-squares reconciliation of MultiDiffusion), and one step is taken for the
         whole clip. `on_step(done, total)` counts the windows of all steps.
         """
         levels = self.schedule.levels(num_inference_steps)

@@ -17,7 +17,7 @@ from lumiere_fast.text import TextEmbedding
 
 @dataclass(frozen=True)
 class SuperResolution:
-    """Raises the height and width of clips of any length in windows of `window_frames` (paper, section 3.3).
+    """Raises the height and width of clips of any length in windows of `window_frames` (paper, section 3.2).
 
     Args:
         factor: how many times larger the model's clips are.

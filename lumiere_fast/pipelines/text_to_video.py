@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lumiere_fast import dispatch
 from lumiere_fast.diffusion import EDMParameterization, EDMSchedule
+from lumiere_fast.diffusion.schedule import check_positive_numbers
 from lumiere_fast.models import STUNet, UNet2D
 from lumiere_fast.models.blocks import channels_last_weights
 from lumiere_fast.models.io import load_stunet, read_json, save_model, write_json_atomically
@@ -57,6 +58,13 @@ class PipelineConfig:
     text_encoder: str = WordVectorEncoder.name
     sigma_data: float = 0.5
 
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "fps", "window_frames"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        check_positive_numbers(sigma_data=self.sigma_data)
+
 
 class LumierePipeline:
     """Turns prompts into clips. Load one with `from_pretrained`.
@@ -68,6 +76,10 @@ class LumierePipeline:
     def __init__(self, base: STUNet, ssr: STUNet, config: PipelineConfig) -> None:
         if config.text_encoder != WordVectorEncoder.name:
             raise ValueError(f"text_encoder must be {WordVectorEncoder.name!r}, got {config.text_encoder!r}")
+        if base.unet.config.conditioning_channels or not ssr.unet.config.conditioning_channels:
+            raise ValueError(
+                "base must be a text-to-image model inflated, ssr a super-resolution one: look at their order"
+            )
         if ssr.unet.config.sample_size % base.unet.config.sample_size:
             raise ValueError(
                 f"the super-resolution model makes {ssr.unet.config.sample_size} pixels, "

@@ -69,6 +69,7 @@ class DenoisingTask:
             "seed": self.seed,
             "num_frames": self.num_frames,
             "drop_text": self.drop_text,
+            "upscale_factor": self.upscale_factor,
             "text_encoder": self.text_encoder.name,
             "schedule": asdict(self.schedule),
             "parameterization": asdict(self.parameterization),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -48,7 +49,6 @@ class TrainingConfig:
     weight_decay: float = 0.01  # times the learning rate
     ema_decay: float = 0.9995
     max_grad_norm: float = 1.0
-    autocast_bf16: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -76,6 +76,8 @@ class Trainer:
         self.parameters = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
         self.optimizer = MuonAdamW(self.parameters, weight_decay=config.weight_decay)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(f"{folder} is a file; a run needs a folder")
         if resume:
             self._restore()
         elif any((folder / name).exists() for name in (STATE_NAME, WEIGHTS_NAME)):
@@ -101,8 +103,7 @@ class Trainer:
                 self.save()
 
     def _train_step(self) -> Tensor:
-        with torch.autocast(self.task.device.type, torch.bfloat16, enabled=self.config.autocast_bf16):
-            loss = self.task.loss(self.step)
+        loss = self.task.loss(self.step)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
@@ -138,7 +139,15 @@ class Trainer:
 
     def _settings(self) -> dict[str, Any]:
         """All that a run depends on besides its architecture, which the checkpoint's keys and shapes tell."""
-        return {**dataclasses.asdict(self.config), **self.task.settings()}
+        return {**dataclasses.asdict(self.config), **self.task.settings(), "frozen_weights": self._frozen_hash()}
+
+    def _frozen_hash(self) -> str:
+        """Of the weights that the run does not train: another source folder makes another run."""
+        digest = hashlib.sha256()
+        for name, tensor in self.task.model.state_dict().items():
+            if name not in self.parameters:
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def _restore(self) -> None:
         path = self.folder / STATE_NAME

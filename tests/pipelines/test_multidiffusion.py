@@ -1,4 +1,4 @@
-"""Temporal MultiDiffusion (paper, section 3.3): the sampling loop over windows, and super-resolution through it."""
+"""Temporal MultiDiffusion (paper, section 3.2): the sampling loop over windows, and super-resolution through it."""
 
 from __future__ import annotations
 

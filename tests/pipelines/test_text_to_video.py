@@ -294,8 +294,12 @@ def swap_models(folder: Path) -> None:
         (lambda f: edit_index(f, base_schedule={"sigma": 1}), r"model_index\.json: not a pipeline of this version"),
         (lambda f: (f / "model_index.json").write_text("{"), r"model_index\.json is not valid JSON"),
         (lambda f: edit_index(f, text_encoder="t5"), "text_encoder must be"),
+        (lambda f: edit_index(f, fps="x"), "fps must be an integer >= 1, got 'x'"),
+        (lambda f: edit_index(f, window_frames=0), "window_frames must be an integer >= 1, got 0"),
+        (lambda f: edit_index(f, sigma_data=-1), "sigma_data must be a number > 0, got -1"),
+        (lambda f: edit_index(f, base_schedule={"sigma_min": 100}), "sigma_min must not exceed sigma_max"),
         (lambda f: (f / "base" / "model.safetensors").write_bytes(b"123"), r"base/model\.safetensors is truncated"),
-        (swap_models, "a multiple of the base model's 16 is needed"),
+        (swap_models, "look at their order"),
         (
             lambda f: shutil.copy(f / "base" / "model.safetensors", f / "ssr" / "model.safetensors"),
             r"ssr/model\.safetensors: these weights are of another architecture: 'unet\.\S+'",
