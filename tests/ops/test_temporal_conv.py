@@ -297,3 +297,11 @@ def test_spec_inputs_are_what_the_op_takes() -> None:
     assert SPEC.flops(base) == 2 * 80 * 128 * 128 * 3 * 256 * 256
     x, weight = torch.zeros(1, 2, 1, 1, 1), torch.zeros(3, 2, 1)
     assert [t.shape for t in temporal_conv_reference(x, weight)] == [(1, 3, 1, 1, 1), (0,), (0,)]
+
+
+def test_autocast_leaves_the_definition_in_full_precision() -> None:
+    draw = Draw(41, torch.float32)
+    x, weight = draw.clip(1, 8, 4, 3, 3), draw(8, 8, 3)
+    plain = temporal_conv(x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(temporal_conv(x, weight), plain)

@@ -298,6 +298,21 @@ def test_changed_settings_are_named(config: dict[str, Any], task: dict[str, Any]
         Trainer(make_task(**task), dataclasses.replace(CONFIG, **config), tmp_path, resume=True)
 
 
+def test_other_frozen_weights_make_another_run(tmp_path: Path) -> None:
+    Trainer(make_task("video"), CONFIG, tmp_path).run()
+    other = make_task("video")
+    assert isinstance(other.model, STUNet)
+    next(other.model.unet.parameters()).data.add_(1)
+    with pytest.raises(ValueError, match="was trained with other settings: frozen_weights="):
+        Trainer(other, CONFIG, tmp_path, resume=True)
+
+
+def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(FileExistsError, match="file is a file; a run needs a folder"):
+        Trainer(make_task(), CONFIG, tmp_path / "file")
+
+
 def test_a_run_of_another_architecture_names_the_first_key(tmp_path: Path) -> None:
     Trainer(make_task(), CONFIG, tmp_path).run()
     other = UNet2D(tiny_config(sample_size=8, text_embed_dim=64, time_embed_dim=24))
