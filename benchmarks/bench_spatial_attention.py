@@ -22,7 +22,7 @@ def each_frame(keys: Tensor, q: Tensor) -> Tensor:
     return keys.repeat_interleave(q.shape[1], dim=0) if keys.dim() == 4 else keys
 
 
-def sdpa(copied: bool, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, *, copied: bool = False) -> Tensor:
     mask = None if key_mask is None else key_mask.repeat_interleave(q.shape[1], dim=0)[:, None, None]
     y = F.scaled_dot_product_attention(*(heads_first(each_frame(a, q), copied) for a in (q, k, v)), attn_mask=mask)
     return y.transpose(1, 2).reshape(q.shape)
@@ -40,8 +40,8 @@ def matmul(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> T
 def test_spatial_attention(case: Case) -> None:
     case.compare(
         {
-            "SDPA of views": partial(sdpa, False, **case.inputs),
-            "SDPA of copies": partial(sdpa, True, **case.inputs),
+            "SDPA of views": partial(sdpa, **case.inputs),
+            "SDPA of copies": partial(sdpa, **case.inputs, copied=True),
             "matmul": partial(matmul, **case.inputs),
         }
     )

@@ -71,7 +71,7 @@ class RegisteredOp:
     def _definition(self, *arguments: Any) -> Any:
         """The reference, in its own precision: autocast would take its fp32 arithmetic down again."""
         device = next(tensor for value in arguments for tensor in dispatch.tensors_in(value)).device.type
-        if not torch.is_autocast_enabled(device):
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return self.reference(*arguments)
         with torch.autocast(device, enabled=False):
             return self.reference(*arguments)

@@ -325,3 +325,9 @@ def test_pooled_text_is_a_convex_mixture_of_its_tokens() -> None:
     assert (pooled <= real.amax(0) + 1e-12).all()
     only = conditioner(draw(1, 4, 12), torch.tensor([[True, False, False, False]]))
     torch.testing.assert_close(only[1], only[0][:, 0], **EXACT)
+
+
+def test_shapes_come_without_memory_on_the_meta_device() -> None:
+    model = models()["video"].to("meta")
+    inputs = {name: value.to("meta") for name, value in draw_inputs(models()["video"], 1, 8, 32, 32).items()}
+    assert model(**inputs).shape == (1, 3, 8, 32, 32)
