@@ -128,7 +128,7 @@ def train(
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train one stage on procedural clips. Options left out take the values that trained the demo weights."""
+    """Train one stage on procedural clips. Options left out take the stage's defaults."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     if device not in devices:
         raise ValueError(f"--device must be {' or '.join(devices)} on this machine, got {device!r}")

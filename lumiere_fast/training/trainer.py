@@ -76,6 +76,7 @@ class Trainer:
         self.parameters = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
         self.optimizer = MuonAdamW(self.parameters, weight_decay=config.weight_decay)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.settings = self._settings()
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"{folder} is a file; a run needs a folder")
         if resume:
@@ -127,7 +128,7 @@ class Trainer:
         state = {f"raw.{name}": p.detach() for name, p in self.parameters.items()}
         state |= {f"average.{name}": average for name, average in self.average.items()}
         state |= self.optimizer.state()
-        run = json.dumps({"step": self.step, "settings": self._settings()})
+        run = json.dumps({"step": self.step, "settings": self.settings})
         contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
         save_file_atomically(contiguous, self.folder / STATE_NAME, metadata={"run": run})
         with self.averaged():
@@ -154,12 +155,12 @@ class Trainer:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: there is no run to resume")
         state, run = read_safetensors(path), json.loads(read_metadata(path)["run"])
-        wanted, settings = self._settings(), run["settings"]
-        changed = [key for key, value in settings.items() if wanted.get(key) != value]
+        settings = run["settings"]
+        changed = [key for key, value in settings.items() if self.settings.get(key) != value]
         if changed:
             raise ValueError(
                 f"{self.folder} was trained with other settings: "
-                + ", ".join(f"{key}={settings[key]} (now {wanted.get(key)})" for key in changed)
+                + ", ".join(f"{key}={settings[key]} (now {self.settings.get(key)})" for key in changed)
             )
         raw = {name.removeprefix("raw."): tensor for name, tensor in state.items() if name.startswith("raw.")}
         frozen = {k: v for k, v in self.task.model.state_dict().items() if k not in self.parameters}
