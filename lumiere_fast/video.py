@@ -1,4 +1,12 @@
-"""Clips in and out of files: ``.mp4`` (PyAV), ``.gif`` and ``.png`` contact sheets (Pillow).
+"""Clips in and out of files. The suffix of an output says what is written:
+
+| output | |
+|---|---|
+| ``clip.mp4`` | H.264 video (PyAV) |
+| ``clip.gif`` | animation (Pillow) |
+| ``clip.png`` | contact sheet: all frames in one picture (Pillow) |
+| ``clip.npy`` | NumPy array (T, H, W, 3) uint8 |
+| ``clip`` or ``clip/``, no suffix | a folder of pictures, ``frame_0000.png`` on (Pillow) |
 
 Frames are either what a pipeline returns for one clip, a float tensor ``(3, T, H, W)`` in [-1, 1], or pixels, a uint8
 array ``(T, H, W, 3)``. PyAV and Pillow are imported when a file is written or read, not before.
@@ -8,6 +16,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -22,6 +32,9 @@ import torch
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Frames: TypeAlias = "Pixels | torch.Tensor"
+
+MIN_FPS, MAX_FPS = 0.01, 1000  # what the clocks of the formats can hold, with room to spare
+FOLDER = ""  # the suffix that stands for a folder of pictures
 
 _GUTTER = 2  # pixels between the cells of a contact sheet, so that frames with equal grounds can be told apart
 _BT709 = 1  # the code of BT.709 for matrix, primaries and transfer in H.264's colour description
@@ -88,32 +101,61 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     Raises:
         ValueError: a suffix that no writer knows.
         ModuleNotFoundError: the library that writes this suffix is not installed.
-        FileNotFoundError: the folder does not exist.
-        FileExistsError: the file exists and ``overwrite`` is false, or it is a folder.
-        PermissionError: the folder cannot be written to.
+        FileNotFoundError: the folder that it would lie in does not exist.
+        FileExistsError: it exists and ``overwrite`` is false; or it is a folder and should be a file, or the reverse;
+            or it is a folder with anything but pictures of an earlier clip, which is never replaced.
+        PermissionError: the folder that it would lie in cannot be written to.
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in _WRITERS:
-        raise ValueError(f"output {str(path)!r}: the suffix says the format and must be one of {', '.join(_WRITERS)}")
-    module, package = ("av", "av") if suffix == ".mp4" else ("PIL", "pillow")
+    if suffix not in _WRITERS or (suffix == FOLDER and path.name[:1] in ("", ".")):  # "-o .mp4" names no folder
+        named = ", ".join(filter(None, _WRITERS))
+        raise ValueError(
+            f"output {str(path)!r}: the suffix says the format and must be one of {named}; a name without suffix makes "
+            "a folder of PNG frames"
+        )
+    module, package = _NEEDS.get(suffix, ("PIL", "pillow"))
     if find_spec(module) is None:
         raise ModuleNotFoundError(
-            f"writing {suffix} needs {package}, which is not installed: pip install {package}", name=module
+            f"writing {suffix or 'PNG frames'} needs {package}, which is not installed: pip install {package}",
+            name=module,
         )
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"output {str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first"
         )
-    if path.is_dir():
-        raise FileExistsError(f"output {str(path)!r} is a folder; name a file")
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"output {str(path)!r} exists; pass overwrite (--overwrite) to replace it, or name another file"
-        )
+    _check_free(path, suffix == FOLDER, overwrite)
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"output {str(path)!r}: the folder {str(path.parent)!r} is not writable")
     return path
+
+
+def _check_free(path: Path, folder: bool, overwrite: bool) -> None:
+    """Whether a file, or a ``folder`` of pictures, may take this name."""
+    if not path.exists():
+        return
+    if path.is_dir() != folder:
+        kind = "file; a name without suffix makes a folder of PNG frames" if folder else "folder; name a file"
+        raise FileExistsError(f"output {str(path)!r} is a {kind}")
+    entries = [entry.name for entry in path.iterdir()] if folder else [path.name]
+    if folder and not all(re.fullmatch(r"frame_\d{4,}\.png", entry) for entry in entries):
+        raise FileExistsError(f"output {str(path)!r} is a folder of other things than PNG frames; name a new one")
+    if entries and not overwrite:
+        raise FileExistsError(
+            f"output {str(path)!r} exists; pass overwrite (--overwrite) to replace it, or name another"
+        )
+
+
+def numbered_outputs(path: str | os.PathLike[str], count: int) -> list[Path]:
+    """The outputs of ``count`` clips: ``path`` itself for one, else numbered from 0 in front of the suffix.
+
+    ``clip.mp4`` of 3: ``clip_0000.mp4``, ``clip_0001.mp4``, ``clip_0002.mp4``. A folder of pictures likewise:
+    ``clip_0000/`` and so on.
+    """
+    path = Path(path)
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}_{index:04d}{path.suffix}") for index in range(count)]
 
 
 def write_video(
@@ -123,14 +165,16 @@ def write_video(
 
     ``.mp4`` is H.264, yuv420p, BT.709, what every player takes; odd sizes are padded by their last row or column.
     ``.gif`` loops for ever. Its clock counts hundredths of a second: frame times are rounded such that the clip keeps
-    its length, and none is below 0.02 s, the shortest that players honour. ``.png`` is the contact sheet.
+    its length, and none is below 0.02 s, the shortest that players honour. The others
+    keep the clip's own size: ``.png`` is the contact sheet, ``.npy`` the array, and a name without suffix a folder of
+    pictures, numbered from ``frame_0000.png``.
 
-    The file appears whole or not at all: frames go to a temporary file in the same folder, which then takes the name.
+    The output appears whole or not at all: frames go to a temporary file in the same folder, which then takes the name.
 
     Args:
         frames: see the module's docstring.
-        fps: frames a second, above 0. A contact sheet has no time and does not use it.
-        overwrite: replace a file that exists.
+        fps: frames a second, from 0.01 to 1000. Only ``.mp4`` and ``.gif`` have a place for it.
+        overwrite: replace a file that exists, or a folder of pictures.
         min_size: an ``.mp4`` or ``.gif`` with a short side below this many pixels is enlarged by the smallest
             sufficient whole factor, each pixel repeated: players blur tiny clips or cannot show them. 1 keeps the size.
 
@@ -139,13 +183,13 @@ def write_video(
         As ``check_output`` for ``path``.
     """
     path = check_output(path, overwrite)
-    if not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps: expected a finite number above 0, got {fps}")
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise ValueError(f"fps: expected a number from {MIN_FPS} to {MAX_FPS}, got {fps}")
     if min_size < 1:
         raise ValueError(f"min_size: expected at least 1, got {min_size}")
     pixels = _as_pixels(frames)
     suffix = path.suffix.lower()
-    if suffix != ".png":
+    if suffix in (".mp4", ".gif"):
         pixels = _enlarged(pixels, min_size)
     with _replacing(path) as partial:
         _WRITERS[suffix](pixels, partial, fps)
@@ -188,11 +232,20 @@ def _enlarged(pixels: Pixels, min_size: int) -> Pixels:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` that becomes ``path`` on success and vanishes on failure, Ctrl-C included."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
         yield partial
+        if path.is_dir():  # of pictures, or `check_output` would have refused it; only files replace one another
+            os.replace(path, old)
         os.replace(partial, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        raise
     finally:
+        shutil.rmtree(old, ignore_errors=True)
+        if partial.is_dir():
+            shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
 
 
@@ -228,8 +281,24 @@ def _write_sheet(pixels: Pixels, path: Path, fps: float) -> None:
     Image.fromarray(contact_sheet(pixels)).save(path, "PNG")
 
 
+def _write_array(pixels: Pixels, path: Path, fps: float) -> None:
+    with path.open("wb") as file:  # np.save gives a bare name another suffix
+        np.save(file, pixels)
+
+
+def _write_frames(pixels: Pixels, path: Path, fps: float) -> None:
+    from PIL import Image
+
+    path.mkdir()
+    for index, frame in enumerate(pixels):
+        Image.fromarray(frame).save(path / f"frame_{index:04d}.png", "PNG")
+
+
 _WRITERS: dict[str, Callable[[Pixels, Path, float], None]] = {
     ".mp4": _write_mp4,
     ".gif": _write_gif,
     ".png": _write_sheet,
+    ".npy": _write_array,
+    FOLDER: _write_frames,
 }
+_NEEDS = {".mp4": ("av", "av"), ".npy": ("numpy", "numpy")}  # of the others Pillow

@@ -98,7 +98,7 @@ def test_contact_sheet_refuses_no_columns() -> None:
 # ---------------------------------------------------------------- mp4
 
 
-@pytest.mark.parametrize("fps", [8, 16, 24, 12.5, 30000 / 1001])
+@pytest.mark.parametrize("fps", [8, 16, 24, 12.5, 30000 / 1001, video.MIN_FPS, video.MAX_FPS])
 def test_mp4_keeps_colours_frame_count_and_rate(tmp_path: Path, fps: float) -> None:
     pytest.importorskip("av")
     video.write_video(flat_clip(), tmp_path / "clip.mp4", fps)
@@ -195,13 +195,99 @@ def test_png_is_the_contact_sheet(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(image), video.contact_sheet(clip))
 
 
+# ---------------------------------------------------------------- arrays and folders of pictures
+
+
+def test_npy_is_the_pixels(tmp_path: Path) -> None:
+    clip = np.random.default_rng(5).integers(0, 256, (5, 6, 4, 3), dtype=np.uint8)
+    video.write_video(clip, tmp_path / "clip.npy", 16)
+    loaded = np.load(tmp_path / "clip.npy", allow_pickle=False)
+    assert loaded.dtype == np.uint8
+    np.testing.assert_array_equal(loaded, clip)
+    assert listing(tmp_path) == ["clip.npy"]
+
+
+def test_a_name_without_suffix_is_a_folder_of_pictures(tmp_path: Path) -> None:
+    Image = pytest.importorskip("PIL.Image")
+    clip = np.random.default_rng(6).integers(0, 256, (11, 6, 4, 3), dtype=np.uint8)
+    video.write_video(clip, f"{tmp_path}/clip/", 16)
+    assert listing(tmp_path) == ["clip"]
+    assert listing(tmp_path / "clip") == [f"frame_{index:04d}.png" for index in range(11)]
+    for index, frame in enumerate(clip):
+        with Image.open(tmp_path / "clip" / f"frame_{index:04d}.png") as image:
+            np.testing.assert_array_equal(np.asarray(image), frame)
+
+
+def test_a_folder_of_pictures_is_replaced_as_a_whole_and_only_if_told(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    path = tmp_path / "clip"
+    path.mkdir()  # an empty folder is free
+    video.write_video(flat_clip(), path, 16)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        video.write_video(flat_clip(), path, 16)
+    assert len(listing(path)) == len(COLOURS)
+    video.write_video(flat_clip()[:2], path, 16, overwrite=True)
+    assert listing(path) == ["frame_0000.png", "frame_0001.png"]
+    assert listing(tmp_path) == ["clip"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "frame_0000.jpg", "frame_1.png"])
+def test_a_folder_of_anything_else_is_never_replaced(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "clip"
+    path.mkdir()
+    (path / "frame_0000.png").write_bytes(b"old")
+    (path / name).write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="other things than PNG frames"):
+        video.write_video(flat_clip(), path, 16, overwrite=True)
+    assert listing(path) == sorted(["frame_0000.png", name])
+    (tmp_path / "file").write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="is a file"):
+        video.check_output(tmp_path / "file", overwrite=True)
+
+
+@pytest.mark.parametrize("where", ["writing", "naming"])
+def test_a_failure_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    Image = pytest.importorskip("PIL.Image")
+    path = tmp_path / "clip"
+    video.write_video(flat_clip()[:3], path, 16)
+    before = {entry.name: entry.read_bytes() for entry in path.iterdir()}
+    replace, saved = video.os.replace, Image.Image.save
+
+    def fails(self: object, file: Path, *args: object) -> None:
+        if Path(file).name == "frame_0001.png":
+            raise OSError("disk full")
+        saved(self, file, *args)
+
+    def cannot_rename(source: Path, target: Path) -> None:
+        if source.suffix == ".part":
+            raise OSError("no rename")
+        replace(source, target)
+
+    if where == "writing":
+        monkeypatch.setattr(Image.Image, "save", fails)
+    else:
+        monkeypatch.setattr(video.os, "replace", cannot_rename)
+    with pytest.raises(OSError, match=r"disk full|no rename"):
+        video.write_video(flat_clip(), path, 16, overwrite=True)
+    assert listing(tmp_path) == ["clip"]
+    assert {entry.name: entry.read_bytes() for entry in path.iterdir()} == before
+
+
+def test_outputs_are_numbered_in_front_of_the_suffix() -> None:
+    names = [str(path) for path in video.numbered_outputs("out/clip.mp4", 3)]
+    assert names == ["out/clip_0000.mp4", "out/clip_0001.mp4", "out/clip_0002.mp4"]
+    assert [str(path) for path in video.numbered_outputs("out/", 2)] == ["out_0000", "out_0001"]
+    assert video.numbered_outputs("clip.mp4", 1) == [Path("clip.mp4")]
+
+
 # ---------------------------------------------------------------- what is refused, and what is left behind
 
 
-def test_an_unknown_suffix_lists_the_accepted_ones(tmp_path: Path) -> None:
-    for name in ("clip.webm", "clip"):
-        with pytest.raises(ValueError, match=r"must be one of \.mp4, \.gif, \.png"):
-            video.check_output(tmp_path / name)
+@pytest.mark.parametrize("name", ["clip.webm", ".mp4", ".", "v1.5/"])
+def test_an_unknown_suffix_lists_the_accepted_ones(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"must be one of \.mp4, \.gif, \.png, \.npy; a name without suffix makes"):
+        video.check_output(name)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -232,9 +318,9 @@ def test_a_folder_is_never_replaced(tmp_path: Path) -> None:
         video.check_output(tmp_path / "clip.mp4", overwrite=True)
 
 
-@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
-def test_a_rate_must_be_positive(tmp_path: Path, fps: float) -> None:
-    with pytest.raises(ValueError, match="fps: expected a finite number above 0"):
+@pytest.mark.parametrize("fps", [0, -1, 0.009, 1001, 10**40, float("nan"), float("inf")])
+def test_a_rate_is_one_that_a_file_can_hold(tmp_path: Path, fps: float) -> None:
+    with pytest.raises(ValueError, match=r"fps: expected a number from 0\.01 to 1000, got "):
         video.write_video(flat_clip(), tmp_path / "clip.png", fps)
     assert listing(tmp_path) == []
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lumiere_fast import ops
-from lumiere_fast.diffusion.parameterization import EDMParameterization
+from lumiere_fast.diffusion.parameterization import Parameterization
 
 
 def augmented_conditioning(
-    small: Tensor, noise: Tensor, level: Tensor, factor: int, parameterization: EDMParameterization
+    small: Tensor, noise: Tensor, level: Tensor, factor: int, parameterization: Parameterization
 ) -> dict[str, Tensor]:
-    """What super-resolution sees of a clip (B, 3, T, h, w): noised by `level` (B,), then `factor` times larger."""
+    """What super-resolution sees of a clip (B, 3, T, h, w): noised by `level` (B,), then `factor` times larger.
+
+    The noise is added, whatever the schedule: alpha = 1, `level` its standard deviation.
+    """
     noised = small + level[:, None, None, None, None] * noise
     return {
         "image_conditioning": ops.space_time_upsample(noised, (1, factor, factor), mode="linear"),
-        "augmentation_level": parameterization.timestep(level),
+        "augmentation_level": parameterization.timestep(torch.ones_like(level), level),
     }

@@ -13,6 +13,7 @@ from lumiere_fast.models.blocks import (
     TextConditioner,
 )
 from lumiere_fast.models.config import InflationConfig
+from lumiere_fast.models.pretrained import PretrainedModel
 from lumiere_fast.models.unet2d import UNet2D
 
 
@@ -91,7 +92,7 @@ class _Walk:
         return self.layers.upsamplers[level](x)
 
 
-class STUNet(nn.Module):
+class STUNet(PretrainedModel, nn.Module):
     """Denoises a whole clip at once, shrinking it in space and time (paper, section 3.1). Made by `inflate`."""
 
     def __init__(self, unet: UNet2D, config: InflationConfig) -> None:
@@ -144,6 +145,14 @@ class STUNet(nn.Module):
         super().train(mode)
         self.unet.eval()
         return self
+
+    def enable_gradient_checkpointing(self) -> None:
+        """See `UNet2D.enable_gradient_checkpointing`; a temporal layer goes with the spatial layer before it."""
+        self.unet.enable_gradient_checkpointing()
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep all activations again."""
+        self.unet.disable_gradient_checkpointing()
 
     def new_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that inflation added, by state-dict name: the only ones trained."""

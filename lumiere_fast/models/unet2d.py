@@ -11,6 +11,7 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lumiere_fast.models.blocks import (
     Conditioning,
@@ -25,6 +26,7 @@ from lumiere_fast.models.blocks import (
     channels_last,
 )
 from lumiere_fast.models.config import UNetConfig
+from lumiere_fast.models.pretrained import PretrainedModel
 
 
 class Inflation(Protocol):
@@ -67,7 +69,7 @@ def _levels(modules: nn.ModuleList) -> Iterator[Level]:
     return cast("Iterator[Level]", iter(modules))
 
 
-class UNet2D(nn.Module):
+class UNet2D(PretrainedModel, nn.Module):
     """Text-to-image (or image super-resolution) U-Net on pixels.
 
     `forward` predicts what the diffusion parameterisation trained it for, at the shape of `sample`.
@@ -76,6 +78,7 @@ class UNet2D(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         widths = config.block_out_channels
         stem, patch = widths[0], config.patch_size
         self.text = TextConditioner(config.text_embed_dim, config.text_width, config.text_layers, config.time_embed_dim)
@@ -116,6 +119,17 @@ class UNet2D(nn.Module):
             attention=(config.attention_head_dim, config.text_width) if attends else None,
         )
 
+    def enable_gradient_checkpointing(self) -> None:
+        """In training keep the inputs of each layer of the walk alone, and compute the rest again in the backward pass.
+
+        About a third more time for a fraction of the memory; the gradients are the same.
+        """
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep all activations again."""
+        self.gradient_checkpointing = False
+
     def walk(self) -> Iterator[tuple[int, int]]:
         """(level, channels) after each spatial layer, in the order of the forward walk: down, middle, up."""
         widths, repeats = self.config.block_out_channels, self.config.layers_per_block
@@ -140,7 +154,9 @@ class UNet2D(nn.Module):
         """
         Args:
             sample: noisy images (B, C, H, W) or frames (B, C, T, H, W); H, W multiples of `config.spatial_factor`.
-            timestep: (B,) noise level as the parameterisation tells it (EDM: 250 ln sigma).
+                It and the conditioning are cast to the dtype of the weights, which is that of the prediction.
+            timestep: (B,) noise level as the parameterisation tells it (250 ln(sigma / alpha)); best in fp32, which its
+                embedding is made in.
             encoder_hidden_states, encoder_attention_mask: (B, L, text_embed_dim) and (B, L), True at real tokens.
             image_conditioning: (B, conditioning_channels, [T,] H, W), concatenated to the input.
             augmentation_level: (B,) how much noise the conditioning image carries, on the scale of `timestep`.
@@ -166,21 +182,35 @@ class UNet2D(nn.Module):
         h = self.conv_in(x)
         for level, down in enumerate(_levels(self.down_levels)):
             for layer in down.layers:
-                h = temporal.layer(index, layer(h, conditioning))
+                h = self._step(layer, temporal, index, conditioning, h)
                 index += 1
                 skips.append(h)
             if down.resize is not None:
                 h = temporal.downsample(level, down.resize(h))
         for layer in self.mid_layers:
-            h = temporal.layer(index, layer(h, conditioning))
+            h = self._step(layer, temporal, index, conditioning, h)
             index += 1
         for level, up in zip(reversed(range(len(self.up_levels))), _levels(self.up_levels), strict=True):
             for layer in up.layers:
-                h = temporal.layer(index, layer(torch.cat([h, skips.pop()], dim=1), conditioning))
+                h = self._step(layer, temporal, index, conditioning, h, skips.pop())
                 index += 1
             if up.resize is not None:
                 h = temporal.upsample(level - 1, up.resize(h))
         return self._output(h)
+
+    def _step(
+        self, layer: nn.Module, temporal: Inflation, index: int, conditioning: Conditioning, *inputs: Tensor
+    ) -> Tensor:
+        """One spatial layer of the walk, on the main path and on the way up its skip, and the temporal layer after."""
+
+        def run(*inputs: Tensor) -> Tensor:
+            x = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
+            return temporal.layer(index, layer(x, conditioning))
+
+        if self.gradient_checkpointing:
+            # nothing here draws random numbers, whose state is slow to keep
+            return cast("Tensor", checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False))
+        return run(*inputs)
 
     def _input(self, sample: Tensor, image_conditioning: Tensor | None) -> Tensor:
         config = self.config
@@ -196,7 +226,7 @@ class UNet2D(nn.Module):
             raise ValueError(f"image_conditioning must be {wanted or 'absent'} for this model and sample, got {given}")
         if image_conditioning is not None:
             sample = torch.cat([sample, image_conditioning], dim=1)
-        return sample.contiguous(memory_format=torch.channels_last_3d)
+        return sample.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
 
     def _conditioning(
         self, timestep: Tensor, hidden_states: Tensor, mask: Tensor, augmentation_level: Tensor | None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lumiere_fast.diffusion import augmented_conditioning
+from lumiere_fast.diffusion import Generators, augmented_conditioning, clip_generators, draw_noise
 from lumiere_fast.models import STUNet
 from lumiere_fast.models.stunet import check_num_frames
 from lumiere_fast.pipelines.denoising import Denoiser, plan_windows
@@ -40,16 +40,21 @@ class SuperResolution:
         clip: Tensor,
         text: TextEmbedding,
         num_inference_steps: int,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """(B, 3, T, h, w) in [-1, 1] -> (B, 3, T, h * factor, w * factor)."""
+        """(B, 3, T, h, w) in [-1, 1] -> (B, 3, T, h * factor, w * factor), fp32.
+
+        `generator`: one for the batch or one a clip; each clip has a stream of its own, see `clip_generators`.
+        """
         batch, channels, frames, height, width = clip.shape
         check_num_frames(min(frames, self.window_frames), self.model.temporal_factor)
-        noise = draw_noise((batch, channels, frames, height * self.factor, width * self.factor), clip.device, generator)
+        generators = clip_generators(generator, batch, clip.device)
+        size = (batch, channels, frames, height * self.factor, width * self.factor)
+        noise = draw_noise(size, clip.device, generators)
         conditioning = augmented_conditioning(
             clip,
-            draw_noise(clip.shape, clip.device, generator),
+            draw_noise(clip.shape, clip.device, generators),
             torch.full((batch,), self.augmentation_level, device=clip.device),
             self.factor,
             self.denoiser.parameterization,
@@ -67,11 +72,6 @@ class SuperResolution:
             )
 
         windows = plan_windows(frames, self.window_frames, self.overlap)
-        return self.denoiser(predict, noise, num_inference_steps, windows=windows, on_step=on_step)
-
-
-def draw_noise(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Unit normal noise, channels_last_3d; drawn where the generator lives, so that a seed means the same anywhere."""
-    source = device if generator is None else generator.device
-    noise = torch.randn(shape, generator=generator, device=source)
-    return noise.to(device).contiguous(memory_format=torch.channels_last_3d)
+        return self.denoiser(
+            predict, noise, num_inference_steps, windows=windows, generators=generators, on_step=on_step
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lumiere_fast.text.encoder import TextEmbedding, TextEncoder
+from lumiere_fast.text.encoder import PromptWarning, TextEmbedding, TextEncoder
+from lumiere_fast.text.t5 import T5TextEncoder
 from lumiere_fast.text.word_vectors import WordVectorEncoder
 
-__all__ = ["TextEmbedding", "TextEncoder", "WordVectorEncoder"]
+__all__ = ["PromptWarning", "T5TextEncoder", "TextEmbedding", "TextEncoder", "WordVectorEncoder"]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import warnings
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 
-from lumiere_fast.text.encoder import TextEmbedding
+from lumiere_fast.text.encoder import TextEmbedding, Tokens, as_prompts, padded, text_from, warn_of_losses, word_at
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,6 +31,10 @@ class WordVectorEncoder:
     (`data/NOTICE`, `tools/make_word_vectors.py`); dequantised it has unit RMS per element. Words of like meaning have
     near vectors, so that a model trained on "rotating" has a fair guess at "spinning". Word order is not encoded: the
     model reading the tokens adds positions if it wants them.
+
+    A word that is not in the vocabulary is read in pieces that are. What nothing can be made of is an unknown word, and
+    `encode` warns of it: one with a character that the vocabulary lacks, or with letters other than Latin ones, of
+    which the vocabulary has some but the table, made from English text, knows next to nothing.
 
     Every prompt starts with a token of its own (BERT's [CLS] vector), so "" is one token and no mask is all False.
 
@@ -64,52 +68,33 @@ class WordVectorEncoder:
             ImportError: the `tokenizers` package is missing.
 
         Warns:
-            UserWarning: a prompt is longer than `max_length` tokens; names the words dropped from its end.
+            PromptWarning: a prompt is longer than `max_length` tokens, naming the words dropped from its end; or it has
+                unknown words, naming them.
         """
-        batch = [_tokenise(prompt, self.max_length) for prompt in _as_list(prompts)]
-        for index, tokens in enumerate(batch):
-            if tokens.dropped:
-                warnings.warn(
-                    f"prompt {index} is longer than {self.max_length} tokens; dropped from its end: {tokens.dropped!r}",
-                    stacklevel=2,
-                )
-        length = max(len(tokens.ids) for tokens in batch)
-        # Padding is id -1 until the mask is made: every id of the vocabulary is a real token.
-        ids = torch.tensor([tokens.ids + (-1,) * (length - len(tokens.ids)) for tokens in batch])
-        ids = ids.to(self._table.device)
-        mask = ids >= 0
-        return TextEmbedding(self._table[ids.clamp(min=0)] * mask.unsqueeze(-1), mask)
-
-
-class _Tokens(NamedTuple):
-    ids: tuple[int, ...]
-    dropped: str
-
-
-def _as_list(prompts: str | Sequence[str]) -> list[str]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise TypeError(f"prompts: got {type(prompts).__name__}, expected a string or a sequence of strings")
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompts[{index}]: got {prompt!r} ({type(prompt).__name__}), expected a string")
-    if not prompts:
-        raise ValueError('prompts: got an empty sequence, expected at least one prompt ("" is the unconditional one)')
-    return list(prompts)
+        batch = [_tokenise(prompt, self.max_length) for prompt in as_prompts(prompts)]
+        warn_of_losses(batch, self.max_length)
+        ids, mask = padded(batch, self._table.device)
+        return TextEmbedding(self._table[ids] * mask.unsqueeze(-1), mask)
 
 
 @functools.lru_cache(maxsize=CACHED_PROMPTS)
-def _tokenise(prompt: str, max_length: int) -> _Tokens:
-    """Token ids of a prompt, its BOS token first, cut to `max_length`; and the text that the cut dropped."""
+def _tokenise(prompt: str, max_length: int) -> Tokens:
+    """Token ids of a prompt, its BOS token first, cut to `max_length`; with what the cut dropped, and unknown words."""
     encoding = _tokenizer().encode(prompt, add_special_tokens=False)
     kept = max_length - 1
-    if len(encoding.ids) <= kept:
-        return _Tokens((BOS_ID, *encoding.ids), "")
-    # A word cut in its middle is named whole: what remains of it no longer means it.
-    first_piece = encoding.word_ids.index(encoding.word_ids[kept])
-    start, _ = encoding.offsets[first_piece]
-    return _Tokens((BOS_ID, *encoding.ids[:kept]), prompt[start:].strip())
+    fits = len(encoding.ids) <= kept
+    dropped = "" if fits else text_from(prompt, kept, encoding.word_ids, encoding.offsets)
+    pieces = zip(encoding.tokens, encoding.offsets, strict=True)
+    lost = [
+        i for i, (token, span) in enumerate(pieces) if token == UNKNOWN_TOKEN or not _is_latin(prompt[slice(*span)])
+    ]
+    unknown = dict.fromkeys(word_at(prompt, index, encoding.word_ids, encoding.offsets) for index in lost)
+    return Tokens((BOS_ID, *encoding.ids[:kept]), dropped, tuple(unknown))
+
+
+def _is_latin(text: str) -> bool:
+    """Whether all letters are of the Latin alphabet; digits and punctuation are nobody's."""
+    return all(unicodedata.name(letter, "").startswith("LATIN") for letter in text if letter.isalpha())
 
 
 @functools.cache

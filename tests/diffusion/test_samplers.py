@@ -2,29 +2,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from lumiere_fast.diffusion import (
     SAMPLERS,
+    CosineSchedule,
     EDMParameterization,
     EDMSchedule,
+    EpsilonParameterization,
     NoiseLevel,
-    augmented_conditioning,
+    Parameterization,
+    SampleParameterization,
+    Schedule,
+    VParameterization,
+    check_sampler,
+    clip_generators,
     ddim,
+    ddpm,
     dpm_solver_pp_2m,
+    draw_noise,
+    sampling_table,
 )
 from lumiere_fast.ops import StepCoefficients
 from lumiere_fast.pipelines.denoising import Denoiser
 
 EDM = EDMParameterization()
+KINDS = [EDM, EpsilonParameterization(), VParameterization(), SampleParameterization()]
+SCHEDULES = [EDMSchedule(), CosineSchedule()]
 MEAN, STD = 0.3, 0.5
 
-# A variance-preserving run of levels: the tables must not lean on alpha = 1.
+# Few levels, far apart. A variance-preserving run among them: the tables must not lean on alpha = 1.
 COSINE = [NoiseLevel(math.cos(t), math.sin(t)) for t in (1.5, 1.2, 0.9, 0.5, 0.2)] + [NoiseLevel(1.0, 0.0)]
+RUNS = pytest.mark.parametrize("levels", [COSINE, EDMSchedule().levels(6)], ids=["preserving", "exploding"])
+
+
+def name(value: object) -> str:
+    return type(value).__name__
 
 
 def gaussian_x0(x: float, level: NoiseLevel, mean: float = MEAN, std: float = STD) -> float:
@@ -49,45 +66,107 @@ def affine(table: Sequence[StepCoefficients], levels: Sequence[NoiseLevel]) -> t
     return run(table, levels, 1.0) - offset, offset
 
 
-# Samplers ------------------------------------------------------------------------------------------------------------
+def exact_predictions(levels: Sequence[NoiseLevel], kind: Parameterization) -> tuple[np.ndarray, np.ndarray]:
+    """(slope, offset) at each level of E[target | x], linear in x: what a perfectly trained network answers."""
+    alpha, sigma = torch.tensor(levels, dtype=torch.float64).T
+    answers = []
+    for x in (0.0, 1.0):
+        x0 = torch.tensor([gaussian_x0(x, level) for level in levels], dtype=torch.float64)
+        answers.append(kind.target(x0, (x - alpha * x0) / sigma, alpha, sigma))
+    return (answers[1] - answers[0]).numpy(), answers[0].numpy()
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ddim", 600), ("dpm-solver++", 80)])
-def test_a_gaussian_is_sampled_with_its_mean_and_variance(name: str, steps: int) -> None:
-    """Exactly: from N(MEAN, STD^2 + sigma_max^2) to N(MEAN, STD^2), to 1 %."""
-    levels = EDMSchedule().levels(steps)
-    gain, offset = affine(SAMPLERS[name](levels, EDM), levels)
-    assert gain * MEAN + offset == pytest.approx(MEAN, rel=0.01)
-    assert gain**2 * (STD**2 + levels[0].sigma ** 2) == pytest.approx(STD**2, rel=0.01)
+def moments(
+    table: Sequence[StepCoefficients],
+    levels: Sequence[NoiseLevel],
+    kind: Parameterization,
+    start: tuple[float, float] | None = None,
+) -> tuple[float, float]:
+    """Mean and variance at the end of a run from those of its `start`; None for those of data at the first level.
+
+    Exactly: latent and history are linear in each other and in the fresh noise, so their joint mean and covariance
+    follow the table.
+    """
+    alpha, sigma = levels[0]
+    first, spread = start or (alpha * MEAN, alpha**2 * STD**2 + sigma**2)
+    mean, covariance = np.array([first, 0.0]), np.diag([spread, 0.0])
+    for row, slope, offset in zip(table, *exact_predictions(levels[:-1], kind), strict=True):
+        gain, constant = row.x0_latent + row.x0_prediction * slope, row.x0_prediction * offset  # of x0 in the latent
+        matrix = np.array([[row.latent + row.x0 * gain, row.history], [gain, 0.0]])
+        mean = matrix @ mean + np.array([row.x0, 1.0]) * constant
+        covariance = matrix @ covariance @ matrix.T + np.diag([row.noise**2, 0.0])
+    return mean[0], covariance[0, 0]
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ddim", 600), ("dpm-solver++", 80)])
-def test_a_gaussian_is_sampled_through_the_whole_loop(name: str, steps: int) -> None:
-    """The same with tensors: preconditioned predictions, `denoise_step`, and the loop that calls it."""
-    schedule = EDMSchedule(sigma_max=20.0)
-    noise = torch.randn(2, 1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+# A Gaussian with the exact score -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+@pytest.mark.parametrize(
+    ("sampler", "eta", "steps"),
+    [("ddim", 0.0, 600), ("ddim", 0.5, 1000), ("ddim", 1.0, 1500), ("ddpm", 0.0, 1500), ("dpm-solver++", 0.0, 80)],
+)
+def test_a_gaussian_is_sampled_with_its_mean_and_variance(
+    sampler: str, eta: float, steps: int, schedule: Schedule, kind: Parameterization
+) -> None:
+    levels = schedule.levels(steps)
+    mean, variance = moments(sampling_table(sampler, levels, kind, eta=eta), levels, kind)
+    assert mean == pytest.approx(MEAN, rel=0.01)
+    assert variance == pytest.approx(STD**2, rel=0.01)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_what_the_network_predicts_makes_no_difference(sampler: str, schedule: Schedule) -> None:
+    levels = schedule.levels(9)
+    results = [moments(SAMPLERS[sampler](levels, kind), levels, kind) for kind in KINDS]
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name)
+@pytest.mark.parametrize("schedule", [EDMSchedule(sigma_max=20.0), CosineSchedule()], ids=name)
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 150), ("dpm-solver++", 60), ("ddpm", 200)])
+def test_a_gaussian_is_sampled_through_the_whole_loop(
+    sampler: str, steps: int, schedule: Schedule, kind: Parameterization
+) -> None:
+    """The same with tensors and drawn noise, in fp32: scaled inputs, predictions, `denoise_step`, the loop that calls
+    it. Against the moments of the same table, to four deviations of 2^16 samples."""
+    generators = clip_generators(torch.Generator().manual_seed(0), 2)
+    noise = draw_noise((2, 1, 2, 128, 128), "cpu", generators)
 
     def predict(scaled: torch.Tensor, timestep: torch.Tensor, frames: slice) -> torch.Tensor:
-        sigma = (timestep.double() / 250).exp()[:, None, None, None, None]
-        x = scaled * (sigma**2 + EDM.sigma_data**2).sqrt()
-        x0 = MEAN + STD**2 / (STD**2 + sigma**2) * (x - MEAN)
-        return EDM.target(x0, x, sigma).float()
+        ratio = (timestep.double() / 250).exp()[:, None, None, None, None]
+        alpha = 1 / (1 + ratio**2).sqrt() if isinstance(schedule, CosineSchedule) else torch.ones_like(ratio)
+        sigma = alpha * ratio
+        x = scaled / kind.scale_input(torch.ones_like(ratio), alpha, sigma)
+        x0 = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
+        return kind.target(x0, (x - alpha * x0) / sigma, alpha, sigma).float()
 
-    clip = Denoiser(schedule, EDM, name, threshold=None)(predict, noise, steps, windows=[slice(0, 4)])
-    # the loop starts at sigma_max * noise: the mean it starts from is 0, which the flow shrinks to next to nothing
-    assert clip.mean().item() == pytest.approx(MEAN + STD / 20 * (20 * noise.mean().item() - MEAN), abs=0.01)
-    assert (clip.var() / noise.var()).item() == pytest.approx(STD**2, rel=0.01)
+    denoiser = Denoiser(schedule, kind, sampler, threshold=None)
+    clip = denoiser(predict, noise, steps, windows=[slice(0, 2)], generators=generators)
+    levels = schedule.levels(steps)
+    start = (0.0, levels[0].sigma ** 2)  # as the loop starts
+    mean, variance = moments(SAMPLERS[sampler](levels, kind), levels, kind, start)
+    assert clip.mean().item() == pytest.approx(mean, abs=4 * STD / 256)
+    assert clip.var().item() == pytest.approx(variance, rel=4 * 2**0.5 / 256)
+    assert (mean, variance) == pytest.approx((MEAN, STD**2), rel=0.05)
 
 
+@pytest.mark.parametrize("schedule", [EDMSchedule(sigma_min=0.05, sigma_max=10.0), CosineSchedule()], ids=name)
 @pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpm_solver_pp_2m, 2)])
-def test_order_of_convergence(sampler: Callable[..., list[StepCoefficients]], order: int) -> None:
+def test_order_of_convergence(sampler: Callable[..., list[StepCoefficients]], order: int, schedule: Schedule) -> None:
     """Halving the steps' length divides the error of the probability flow by 2^order. The flow of a Gaussian is known:
-    x keeps its distance from the mean in standard deviations."""
+    x keeps its distance from the mean in standard deviations. Over a part of the schedule, between fixed ends."""
 
     def error(steps: int) -> float:
-        levels = EDMSchedule(sigma_min=0.05, sigma_max=10.0).levels(steps)[:-1]  # without the jump to a clean clip
-        start, end = levels[0].sigma, levels[-1].sigma
-        exact = MEAN + math.sqrt((STD**2 + end**2) / (STD**2 + start**2)) * (4.0 - MEAN)
+        if isinstance(schedule, CosineSchedule):  # its last level moves with the number of steps
+            levels = [NoiseLevel(math.cos(t), math.sin(t)) for t in np.linspace(1.5, 0.1, steps)]
+        else:
+            levels = schedule.levels(steps)[:-1]  # without the jump to a clean clip
+        start, end = (level.alpha**2 * STD**2 + level.sigma**2 for level in (levels[0], levels[-1]))
+        exact = levels[-1].alpha * MEAN + math.sqrt(end / start) * (4.0 - levels[0].alpha * MEAN)
         return abs(run(sampler(levels, EDM), levels, 4.0) - exact)
 
     for steps in (40, 80, 160):
@@ -95,13 +174,21 @@ def test_order_of_convergence(sampler: Callable[..., list[StepCoefficients]], or
     assert error(40) > 1e-7, "nothing to converge"
 
 
-def test_second_order_beats_first() -> None:
-    levels = EDMSchedule().levels(24)
-    gain = {name: abs(affine(table(levels, EDM), levels)[0] * 80 / STD - 1) for name, table in SAMPLERS.items()}
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+def test_second_order_beats_first(schedule: Schedule) -> None:
+    levels = schedule.levels(24)
+    size = math.sqrt(levels[0].alpha ** 2 * STD**2 + levels[0].sigma ** 2)
+    gain = {
+        sampler: abs(affine(SAMPLERS[sampler](levels, EDM), levels)[0] * size / STD - 1)
+        for sampler in ("ddim", "dpm-solver++")
+    }
     assert gain["dpm-solver++"] < gain["ddim"] / 4
 
 
-@pytest.mark.parametrize("levels", [COSINE, EDMSchedule().levels(6)], ids=["preserving", "exploding"])
+# Each sampler against its paper --------------------------------------------------------------------------------------
+
+
+@RUNS
 def test_dpm_solver_coefficients_from_the_paper(levels: list[NoiseLevel]) -> None:
     """Lu et al. 2022, algorithm 2, by its own symbols; the last step, to lambda = infinity, is first order."""
     table = dpm_solver_pp_2m(levels, EDM)
@@ -122,7 +209,7 @@ def test_dpm_solver_coefficients_from_the_paper(levels: list[NoiseLevel]) -> Non
         assert row.noise == 0.0
 
 
-@pytest.mark.parametrize("levels", [COSINE, EDMSchedule().levels(6)], ids=["preserving", "exploding"])
+@RUNS
 def test_ddim_keeps_the_noise_and_changes_its_amount(levels: list[NoiseLevel]) -> None:
     x0, eps = 0.37, -1.2
     for row, now, after in zip(ddim(levels, EDM), levels, levels[1:], strict=False):
@@ -131,7 +218,40 @@ def test_ddim_keeps_the_noise_and_changes_its_amount(levels: list[NoiseLevel]) -
         assert row.history == row.noise == 0.0
 
 
-@pytest.mark.parametrize("levels", [COSINE, EDMSchedule().levels(6)], ids=["preserving", "exploding"])
+@RUNS
+def test_ddpm_draws_from_the_posterior(levels: list[NoiseLevel]) -> None:
+    """Bayes' rule by precisions: N(x'; alpha' x0, sigma'^2), which the clean clip gives, times N(x; r x', b), which the
+    noisy one does. Their product's precision is the sum, its mean the mean weighted by precision."""
+    x, x0 = 0.8, -0.35
+    for row, now, after in zip(ddpm(levels, EDM)[:-1], levels, levels[1:], strict=False):
+        r = now.alpha / after.alpha
+        b = now.sigma**2 - r**2 * after.sigma**2
+        precision = 1 / after.sigma**2 + r**2 / b
+        mean = (after.alpha * x0 / after.sigma**2 + r * x / b) / precision
+        assert row.latent * x + row.x0 * x0 == pytest.approx(mean, rel=1e-9)
+        assert row.noise**2 == pytest.approx(1 / precision, rel=1e-9)
+        assert row.history == 0.0
+
+
+@RUNS
+def test_ddim_of_eta_one_is_ddpm(levels: list[NoiseLevel]) -> None:
+    for one, two in zip(ddim(levels, EDM, eta=1.0), ddpm(levels, EDM), strict=True):
+        assert one == pytest.approx(two, rel=1e-9, abs=1e-12)
+
+
+@RUNS
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_ddim_of_any_eta_keeps_the_marginals(levels: list[NoiseLevel], eta: float) -> None:
+    """Where x ~ N(alpha x0, sigma^2), the step's result is N(alpha' x0, sigma'^2); eta is the share of the posterior's
+    deviation that is drawn afresh."""
+    posterior = [row.noise for row in ddpm(levels, EDM)]
+    for row, now, after, full in zip(ddim(levels, EDM, eta), levels, levels[1:], posterior, strict=False):
+        assert row.latent * now.alpha + row.x0 == pytest.approx(after.alpha)
+        assert (row.latent * now.sigma) ** 2 + row.noise**2 == pytest.approx(after.sigma**2)
+        assert row.noise == pytest.approx(eta * full, rel=1e-9)
+
+
+@RUNS
 def test_the_samplers_agree_where_x0_does_not_change(levels: list[NoiseLevel]) -> None:
     """With a constant x0 there is nothing to extrapolate; and both have read the same parameterisation."""
     for one, two in zip(ddim(levels, EDM), dpm_solver_pp_2m(levels, EDM), strict=True):
@@ -139,104 +259,62 @@ def test_the_samplers_agree_where_x0_does_not_change(levels: list[NoiseLevel]) -
         assert one[:2] == two[:2]
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
-def test_the_last_step_lands_on_x0(name: str) -> None:
+# All -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name)
+@RUNS
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_x0_is_read_as_the_parameterization_says(
+    sampler: str, levels: list[NoiseLevel], kind: Parameterization
+) -> None:
+    table = SAMPLERS[sampler](levels, kind)
+    assert [row[:2] for row in table] == [kind.x0_coefficients(level) for level in levels[:-1]]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_the_last_step_lands_on_x0(sampler: str, schedule: Schedule) -> None:
     for steps in (1, 2, 5):
-        last = SAMPLERS[name](EDMSchedule().levels(steps), EDM)[-1]
-        assert (last.latent, last.x0, last.history) == (0.0, 1.0, 0.0)
+        last = SAMPLERS[sampler](schedule.levels(steps), EDM)[-1]
+        assert last[2:] == (0.0, pytest.approx(1.0), 0.0, 0.0)
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
-def test_one_step_is_one_denoising(name: str) -> None:
-    levels = EDMSchedule().levels(1)
-    (row,) = SAMPLERS[name](levels, EDM)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_one_step_is_one_denoising(sampler: str, schedule: Schedule) -> None:
+    levels = schedule.levels(1)
+    (row,) = SAMPLERS[sampler](levels, EDM)
     assert (row.x0_latent, row.x0_prediction) == EDM.x0_coefficients(levels[0])
     assert run([row], levels, 5.0) == pytest.approx(gaussian_x0(5.0, levels[0]))
 
 
-# Schedule ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("schedule", [*SCHEDULES, CosineSchedule(shift=-1.5)], ids=name)
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize("steps", [3, 1000])
+def test_tables_are_finite_and_small_at_any_number_of_steps(sampler: str, schedule: Schedule, steps: int) -> None:
+    """Neighbouring levels do not cancel, and no step extrapolates far."""
+    levels = schedule.levels(steps)
+    for row, (now, after) in zip(SAMPLERS[sampler](levels, EDM), pairwise(levels), strict=True):
+        assert all(math.isfinite(value) for value in row)
+        assert 0 <= row.noise <= after.sigma
+        assert abs(row.history) < 2
+        assert row.latent * now.alpha + row.x0 + row.history == pytest.approx(after.alpha, abs=1e-9)
 
 
-@pytest.mark.parametrize("steps", [2, 3, 24])
-def test_levels_are_those_of_karras(steps: int) -> None:
-    levels = EDMSchedule(sigma_min=0.05, sigma_max=40.0, rho=5.0).levels(steps)
-    wanted = np.linspace(40.0**0.2, 0.05**0.2, steps) ** 5
-    assert [level.sigma for level in levels[:-1]] == pytest.approx(wanted.tolist())
-    assert levels[-1] == NoiseLevel(1.0, 0.0)
-    assert {level.alpha for level in levels} == {1.0}
-
-
-def test_one_level_is_the_noisiest() -> None:
-    assert EDMSchedule().levels(1) == [NoiseLevel(1.0, pytest.approx(80.0)), NoiseLevel(1.0, 0.0)]
-
-
-@pytest.mark.parametrize("steps", [0, -1])
-def test_fewer_than_one_step_is_refused(steps: int) -> None:
-    with pytest.raises(ValueError, match=f"num_inference_steps must be >= 1, got {steps}"):
-        EDMSchedule().levels(steps)
-
-
-def test_log_snr() -> None:
-    assert NoiseLevel(0.6, 0.8).log_snr == pytest.approx(math.log(0.75))
-    assert NoiseLevel(1.0, 0.0).log_snr == math.inf
-
-
-def test_training_noise_is_log_normal() -> None:
-    schedule = EDMSchedule(train_mean=1.0, train_std=1.4)
-    logs = schedule.sample_sigmas(100_000, torch.Generator().manual_seed(0)).log()
-    assert logs.mean().item() == pytest.approx(1.0, abs=0.02)
-    assert logs.std().item() == pytest.approx(1.4, abs=0.02)
-    again = schedule.sample_sigmas(100_000, torch.Generator().manual_seed(0))
-    assert torch.equal(again.log(), logs)
-
-
-# Parameterisation ----------------------------------------------------------------------------------------------------
-
-SIGMAS = [0.002, 0.02, 0.3, 1.0, 7.0, 80.0]
-
-
-@pytest.mark.parametrize("sigma", SIGMAS)
-@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
-def test_a_network_that_hits_the_target_gives_back_the_clean_clip(sigma: float, sigma_data: float) -> None:
-    edm = EDMParameterization(sigma_data)
-    clean, noise = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noisy = clean + sigma * noise
-    c_skip, c_out = edm.x0_coefficients(NoiseLevel(1.0, sigma))
-    target = edm.target(clean, noisy, torch.tensor(sigma, dtype=torch.float64))
-    torch.testing.assert_close(c_skip * noisy + c_out * target, clean, rtol=0.0, atol=1e-9)
-
-
-@pytest.mark.parametrize("sigma", SIGMAS)
-@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
-def test_inputs_and_targets_have_unit_variance_and_nothing_in_common(sigma: float, sigma_data: float) -> None:
-    edm = EDMParameterization(sigma_data)
-    clean, noise = torch.randn(2, 200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    level = torch.tensor(sigma, dtype=torch.float64)
-    noisy = sigma_data * clean + sigma * noise
-    seen, target = edm.scale_input(noisy, level), edm.target(sigma_data * clean, noisy, level)
-    assert seen.var().item() == pytest.approx(1.0, rel=0.02)
-    assert target.var().item() == pytest.approx(1.0, rel=0.02)
-    assert (seen * target).mean().item() == pytest.approx(
-        0.0, abs=0.02
-    )  # c_skip leaves only what the input does not tell
-
-
-def test_preconditioning_is_that_of_the_table() -> None:
-    """Karras et al. 2022, table 1, with the numbers put in: sigma = 2, sigma_data = 0.5."""
-    assert EDM.x0_coefficients(NoiseLevel(1.0, 2.0)) == pytest.approx((0.25 / 4.25, 2 * 0.5 / math.sqrt(4.25)))
-    assert EDM.scale_input(torch.tensor(3.0), torch.tensor(2.0)).item() == pytest.approx(3 / math.sqrt(4.25))
-    assert EDM.timestep(torch.tensor([2.0, 0.0])).tolist() == pytest.approx([250 * math.log(2), 250 * math.log(1e-4)])
-
-
-# Noise augmentation --------------------------------------------------------------------------------------------------
-
-
-def test_augmented_conditioning_is_the_noised_clip_doubled() -> None:
-    generator = torch.Generator().manual_seed(0)
-    small, noise = torch.randn(2, 2, 3, 4, 6, 5, generator=generator)
-    level = torch.tensor([0.0, 0.3])
-    result = augmented_conditioning(small, noise, level, 2, EDM)
-    noised = torch.stack([small[0], small[1] + 0.3 * noise[1]])
-    wanted = F.interpolate(noised, scale_factor=(1, 2, 2), mode="trilinear", align_corners=False)
-    torch.testing.assert_close(result["image_conditioning"], wanted)
-    torch.testing.assert_close(result["augmentation_level"], EDM.timestep(level))
+@pytest.mark.parametrize(
+    ("sampler", "eta", "message"),
+    [
+        ("euler", 0.0, r"sampler must be one of ddim, dpm-solver\+\+, ddpm, got 'euler'"),
+        ("ddim", 1.5, r"eta must be from 0 \(deterministic\) to 1 \(ancestral\), got 1.5"),
+        ("ddim", -0.1, "eta must be from 0"),
+        ("ddim", math.nan, "eta must be from 0"),
+        ("ddpm", 0.5, "eta is a setting of sampler 'ddim'; leave it 0 for 'ddpm', got 0.5"),
+        ("dpm-solver++", 1.0, "eta is a setting of sampler 'ddim'"),
+    ],
+)
+def test_what_is_no_sampler_is_told(sampler: str, eta: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_sampler(sampler, eta)
+    with pytest.raises(ValueError, match=message):
+        sampling_table(sampler, COSINE, EDM, eta=eta)

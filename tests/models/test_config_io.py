@@ -2,19 +2,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lumiere_fast import InflationConfig, STUNet, UNet2D, UNetConfig, inflate
-from lumiere_fast.models import PRESETS
+from lumiere_fast.models import PRESETS, io
 from lumiere_fast.models.config import config_from_dict, config_to_dict
-from lumiere_fast.models.io import load_model, load_stunet, save_model
+from lumiere_fast.models.io import CONFIG_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, load_model, load_stunet, save_model
 from tests.models.tiny import draw_inputs, randomise, tiny_config, tiny_unet
 
 
@@ -117,7 +121,7 @@ def test_what_is_saved_is_loaded(make: Callable[[], UNet2D | STUNet], tmp_path: 
         assert torch.equal(loaded.state_dict()[name], tensor), name
     inputs = draw_inputs(model, 1, 4, 8, 8)
     assert torch.equal(loaded(**inputs), model(**inputs))
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["config.json", WEIGHTS_NAME]
 
 
 def test_a_loaded_video_model_is_frozen_like_an_inflated_one(folder: Path) -> None:
@@ -130,7 +134,7 @@ def test_a_loaded_video_model_is_frozen_like_an_inflated_one(folder: Path) -> No
 def test_half_precision_on_disk_is_single_precision_in_memory(tmp_path: Path) -> None:
     model = video_model()
     save_model(model, tmp_path, dtype=torch.float16)
-    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
+    assert {t.dtype for t in load_file(tmp_path / WEIGHTS_NAME).values()} == {torch.float16}
     for name, tensor in load_model(tmp_path).state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, model.state_dict()[name].half().float()), name
@@ -151,7 +155,7 @@ def test_saving_again_replaces(folder: Path) -> None:
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS_NAME
     weights = load_file(path)
     change(weights)
     save_file(weights, path)
@@ -197,7 +201,7 @@ def test_weights_of_another_configuration_name_their_first_key(folder: Path) -> 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])
 def test_truncated_weights_are_told(folder: Path, kept: float) -> None:
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS_NAME
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated or not a safetensors file"):
@@ -207,9 +211,10 @@ def test_truncated_weights_are_told(folder: Path, kept: float) -> None:
 def test_a_missing_folder_or_file_is_named(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         load_model(folder / "nowhere")
-    (folder / "model.safetensors").unlink()
+    (folder / WEIGHTS_NAME).unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"model\.safetensors is missing: a model folder holds config\.json and"
+        FileNotFoundError,
+        match=r"model\.safetensors is missing: a model folder holds config\.json and",
     ):
         load_model(folder)
     (folder / "config.json").unlink()
@@ -258,6 +263,240 @@ def test_an_image_model_is_refused_where_a_video_model_is_needed(tmp_path: Path)
     save_model(tiny_unet(dtype=torch.float32), tmp_path)
     with pytest.raises(ValueError, match="holds a UNet2D, a STUNet is needed"):
         load_stunet(tmp_path)
+
+
+# The two methods of a model -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [video_model, lambda: tiny_unet(dtype=torch.float32)], ids=["video", "image"])
+def test_save_pretrained_and_from_pretrained(make: Callable[[], UNet2D | STUNet], tmp_path: Path) -> None:
+    model = make()
+    model.save_pretrained(str(tmp_path / "model"))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["_class_name"], config["_lumiere_fast_version"]) == (type(model).__name__, version("lumiere_fast"))
+    loaded = type(model).from_pretrained(str(tmp_path / "model"))
+    inputs = draw_inputs(model, 1, 4, 8, 8)
+    assert torch.equal(loaded(**inputs), model(**inputs))
+    assert safe_open(tmp_path / "model" / WEIGHTS_NAME, framework="pt").metadata() == {"format": "pt"}
+
+
+def test_from_pretrained_is_of_its_class(folder: Path) -> None:
+    with pytest.raises(ValueError, match="holds a STUNet, not a UNet2D"):
+        UNet2D.from_pretrained(folder)
+
+
+def test_torch_dtype(folder: Path) -> None:
+    half = STUNet.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    for name, tensor in STUNet.from_pretrained(folder).state_dict().items():
+        assert torch.equal(half.state_dict()[name], tensor.bfloat16()), name
+    for wrong in (torch.int8, "float16"):
+        with pytest.raises(ValueError, match=r"torch_dtype must be a floating torch\.dtype"):
+            STUNet.from_pretrained(folder, torch_dtype=wrong)  # type: ignore[arg-type]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_that_is_not_empty_is_kept_unless_told(folder: Path) -> None:
+    before = content(folder)
+    with pytest.raises(FileExistsError, match="model exists and is not empty"):
+        video_model().save_pretrained(folder)
+    assert content(folder) == before
+    (folder / "README.md").write_text("mine")
+    other = tiny_unet(dtype=torch.float32, seed=4)
+    other.save_pretrained(folder, overwrite=True)
+    assert torch.equal(UNet2D.from_pretrained(folder).conv_in.weight, other.conv_in.weight)
+    assert sorted(content(folder)) == ["README.md", "config.json", WEIGHTS_NAME]
+
+
+@pytest.mark.parametrize(
+    "files", [{"notes.txt": "mine"}, {"config.json": "{"}, {"config.json": '{"_class_name": "UNet2DConditionModel"}'}]
+)
+def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    before = content(tmp_path)
+    with pytest.raises(FileExistsError, match="holds something else than a UNet2D or STUNet"):
+        video_model().save_pretrained(tmp_path, overwrite=True)
+    assert content(tmp_path) == before
+
+
+def test_a_file_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(FileExistsError, match="is a file"):
+        video_model().save_pretrained(tmp_path / "model", overwrite=True)
+
+
+# Shards --------------------------------------------------------------------------------------------------------------
+
+SHARD = 20_000  # bytes: a tiny model makes several
+
+
+def test_a_large_model_is_saved_in_shards_and_loaded_again(tmp_path: Path) -> None:
+    model = video_model()
+    model.save_pretrained(tmp_path, max_shard_size=SHARD)
+    index = json.loads((tmp_path / WEIGHTS_INDEX_NAME).read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    count = len(shards)
+    assert count > 3
+    assert shards == [f"diffusion_pytorch_model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    assert sorted(content(tmp_path)) == sorted([*shards, CONFIG_NAME, WEIGHTS_INDEX_NAME])
+    sizes = {name: sum(t.nbytes for t in load_file(tmp_path / name).values()) for name in shards}
+    largest = max(t.nbytes for t in model.state_dict().values())
+    assert max(sizes.values()) <= max(SHARD, largest)
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    for name, shard in index["weight_map"].items():
+        assert name in load_file(tmp_path / shard)
+    loaded = STUNet.from_pretrained(tmp_path)
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_shards_are_planned_for_the_dtype_on_disk(tmp_path: Path) -> None:
+    model = tiny_unet(dtype=torch.float32)
+    size = sum(t.nbytes for t in model.state_dict().values())
+    model.save_pretrained(tmp_path / "half", dtype=torch.float16, max_shard_size=size // 2)
+    assert sorted(content(tmp_path / "half")) == ["config.json", WEIGHTS_NAME]
+    model.save_pretrained(tmp_path / "single", max_shard_size=size // 2)
+    assert (tmp_path / "single" / WEIGHTS_INDEX_NAME).is_file()
+    model.save_pretrained(tmp_path / "text", max_shard_size="20KB")
+    assert (tmp_path / "text" / WEIGHTS_INDEX_NAME).is_file()
+    model.save_pretrained(tmp_path / "default")
+    assert sorted(content(tmp_path / "default")) == ["config.json", WEIGHTS_NAME]
+
+
+def test_only_shards_need_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    model = video_model()
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(STUNet.from_pretrained(tmp_path / "whole").unet.conv_in.weight, model.unet.conv_in.weight)
+    with pytest.raises(ModuleNotFoundError, match="pip install huggingface_hub"):
+        model.save_pretrained(tmp_path / "shards", max_shard_size=SHARD)
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("size", ["many", "3 apples", "", None])
+def test_a_shard_size_that_is_none_is_refused(tmp_path: Path, size: Any) -> None:
+    with pytest.raises(ValueError, match='max_shard_size must be a number of bytes or a string such as "2GB", got'):
+        video_model().save_pretrained(tmp_path / "model", max_shard_size=size)
+    assert not (tmp_path / "model").exists()
+
+
+def test_shards_and_one_file_replace_each_other(tmp_path: Path) -> None:
+    models = [randomise(video_model(), seed) for seed in range(4)]
+    for model, limit in zip(models, (SHARD, 10**9, 2 * SHARD, SHARD), strict=True):
+        model.save_pretrained(tmp_path, max_shard_size=limit, overwrite=tmp_path.joinpath(CONFIG_NAME).exists())
+        loaded = STUNet.from_pretrained(tmp_path)
+        assert torch.equal(loaded.unet.conv_in.weight, model.unet.conv_in.weight)
+        index = tmp_path / WEIGHTS_INDEX_NAME
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {WEIGHTS_NAME}
+        assert index.exists() == (limit < 10**9)
+        assert {path.name for path in tmp_path.glob("*.safetensors")} == named
+        assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_full_disk_leaves_the_old_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content(folder)
+    written: list[str] = []
+
+    def fills_up(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, path, metadata=metadata)
+        written.append(path.name)
+        if len(written) == 3:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(io, "save_file", fills_up)
+    with pytest.raises(OSError, match="no space"):
+        video_model().save_pretrained(folder, max_shard_size=SHARD, overwrite=True)
+    assert len(written) == 3
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_shards_of_two_models_are_never_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Interrupted at a rename, the folder does not load: some shards are old and some new."""
+    video_model().save_pretrained(tmp_path, max_shard_size=SHARD)
+    replace, calls = Path.replace, []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        randomise(video_model(), 7).save_pretrained(tmp_path, max_shard_size=SHARD, overwrite=True)
+    with pytest.raises(FileNotFoundError, match=r"diffusion_pytorch_model\.safetensors is missing"):
+        load_model(tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "error", "message"),
+    [
+        ({"a": "missing.safetensors"}, FileNotFoundError, r"missing\.safetensors is missing: .*index\.json names it"),
+        ({"a": "../model/x.safetensors"}, ValueError, "is not the name of a safetensors file beside it"),
+        ({"a": "weights.bin"}, ValueError, "is not the name of a safetensors file beside it"),
+        ({"a": 3}, ValueError, "is not the name of a safetensors file beside it"),
+        ({}, ValueError, "expected a 'weight_map'"),
+        ([], ValueError, "expected a 'weight_map'"),
+        (None, ValueError, "expected a 'weight_map'"),
+    ],
+)
+def test_a_damaged_index_is_told(folder: Path, weight_map: Any, error: type[Exception], message: str) -> None:
+    (folder / WEIGHTS_NAME).rename(folder / "x.safetensors")
+    (folder / WEIGHTS_INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(error, match=message):
+        load_model(folder)
+
+
+def test_a_shard_that_is_missing_or_truncated_is_named(tmp_path: Path) -> None:
+    video_model().save_pretrained(tmp_path, max_shard_size=SHARD)
+    shard = min(tmp_path.glob("*-00002-of-*.safetensors"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match=r"-00002-of-\d{5}\.safetensors is truncated"):
+        load_model(tmp_path)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"-00002-of-\d{5}\.safetensors is missing"):
+        load_model(tmp_path)
+
+
+# Pickles -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
+def test_a_pickle_is_refused_unopened_with_the_command_that_converts_it(folder: Path, suffix: str) -> None:
+    """The command is run here, on weights that a pickle holds: what it writes loads."""
+    weights = load_file(folder / WEIGHTS_NAME)
+    (folder / WEIGHTS_NAME).unlink()
+    pickle = folder / f"diffusion_pytorch_model{suffix}"
+    pickle.write_bytes(b"not even a pickle")
+    message = rf"diffusion_pytorch_model\{suffix} is a pickle, which can run any code"
+    for path in (folder, pickle):
+        with pytest.raises(ValueError, match=message) as refused:
+            load_model(path)
+    torch.save(weights, pickle)
+    command = str(refused.value).partition('python -c "')[2].rpartition('"')[0]
+    subprocess.run([sys.executable, "-c", command], cwd=folder, check=True)
+    assert torch.equal(load_stunet(folder).unet.conv_in.weight, weights["unet.conv_in.weight"])
+
+
+def test_a_file_is_no_folder(folder: Path) -> None:
+    with pytest.raises(ValueError, match="is a file, a folder of weights is needed: give the folder that holds it"):
+        load_model(folder / WEIGHTS_NAME)
+
+
+def test_weights_under_another_name_are_not_guessed_but_named(folder: Path) -> None:
+    (folder / WEIGHTS_NAME).rename(folder / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"if model\.safetensors holds them, rename it"):
+        load_model(folder)
 
 
 def test_configurations_are_frozen() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 import lumiere_fast
 from lumiere_fast import LumierePipeline
@@ -20,6 +22,25 @@ def test_the_files_are_small_and_safe() -> None:
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     assert max(path.stat().st_size for path in files) < 16 * MIB
     assert sum(path.stat().st_size for path in files) < 24 * MIB
+
+
+def test_the_folder_is_what_save_pretrained_writes(tmp_path: Path) -> None:
+    """But for the version that wrote it."""
+    pipe = LumierePipeline.from_pretrained("demo")
+    pipe.save_pretrained(tmp_path / "demo", dtype=torch.float16)
+    names = [sorted(x.relative_to(root) for x in root.rglob("*.*")) for root in (WEIGHTS / "demo", tmp_path / "demo")]
+    assert names[0] == names[1]
+    for name in names[0]:
+        shipped, written = WEIGHTS / "demo" / name, tmp_path / "demo" / name
+        if name.suffix == ".json":
+            mine, theirs = (json.loads(path.read_text()) for path in (shipped, written))
+            assert "." in mine.pop("_lumiere_fast_version")
+            assert theirs.pop("_lumiere_fast_version")
+            assert mine == theirs, name
+        else:
+            mine, theirs = load_file(shipped), load_file(written)
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
 
 
 def test_the_demo_shows_what_the_sentence_asks_for() -> None:

@@ -6,26 +6,44 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lumiere_fast import STUNet, inflate
-from lumiere_fast.diffusion import EDMParameterization, EDMSchedule, NoiseLevel, augmented_conditioning
+from lumiere_fast import STUNet, inflate, ops
+from lumiere_fast.diffusion import (
+    SAMPLERS,
+    CosineSchedule,
+    EDMParameterization,
+    EDMSchedule,
+    NoiseLevel,
+    SampleParameterization,
+    Schedule,
+    VParameterization,
+    augmented_conditioning,
+    clip_generators,
+    draw_noise,
+)
 from lumiere_fast.ops.denoise_step import Threshold
-from lumiere_fast.pipelines.denoising import Denoiser, plan_windows
-from lumiere_fast.pipelines.super_resolution import SuperResolution, draw_noise
+from lumiere_fast.pipelines.denoising import Denoiser, Predictor, plan_windows, resolve_threshold
+from lumiere_fast.pipelines.super_resolution import SuperResolution
 from lumiere_fast.text import TextEmbedding
 from tests.models.tiny import draw_inputs, randomise, tiny_unet
 
 EDM = EDMParameterization()
 SCHEDULE = EDMSchedule(sigma_min=0.1, sigma_max=10.0)
+SCHEDULES = pytest.mark.parametrize("schedule", [SCHEDULE, CosineSchedule()], ids=lambda kind: type(kind).__name__)
 
 
 def draw(*shape: int, seed: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def seeded(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def of_each_frame(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
@@ -102,26 +120,54 @@ def test_a_step_takes_the_least_squares_solution(num_frames: int, window: int, g
     torch.testing.assert_close(clip, c_skip * SCHEDULE.sigma_max * noise + c_out * solution, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
-def test_windows_do_not_show_where_frames_are_predicted_alone(sampler: str) -> None:
+@SCHEDULES
+@pytest.mark.parametrize("threshold", [None, Threshold("static")])
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_windows_do_not_show_where_frames_are_predicted_alone(
+    sampler: str, threshold: Threshold | None, schedule: Schedule
+) -> None:
     """To the bit: where windows agree their mean is what they agree on."""
     noise = draw(2, 3, 13, 4, 4)
-    denoiser = Denoiser(SCHEDULE, EDM, sampler)
-    whole = denoiser(of_each_frame, noise, 5, windows=[slice(0, 13)])
+    denoiser = Denoiser(schedule, EDM, sampler, threshold)
+
+    def clip(predict: Predictor, windows: list[slice]) -> Tensor:
+        return denoiser(predict, noise, 5, windows=windows, generators=clip_generators(seeded(), 2))
+
+    whole = clip(of_each_frame, [slice(0, 13)])
     for window in (4, 5, 8):
-        assert torch.equal(denoiser(of_each_frame, noise, 5, windows=plan_windows(13, window)), whole)
-    other = denoiser(of_the_window, noise, 5, windows=plan_windows(13, 5))
-    assert (other - denoiser(of_the_window, noise, 5, windows=[slice(0, 13)])).abs().mean() > 1e-2
+        assert torch.equal(clip(of_each_frame, plan_windows(13, window)), whole)
+    other = clip(of_the_window, plan_windows(13, 5))
+    assert (other - clip(of_the_window, [slice(0, 13)])).abs().mean() > 1e-2
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_the_order_of_the_windows_does_not_matter(sampler: str) -> None:
     noise = draw(1, 3, 16, 4, 4)
     windows = plan_windows(16, 8)  # frames 8 to 13 are in two windows or three
     denoiser = Denoiser(SCHEDULE, EDM, sampler)
-    one = denoiser(of_the_window, noise, 5, windows=windows)
-    two = denoiser(of_the_window, noise, 5, windows=[windows[1], windows[2], windows[0]])
+    one, two = (
+        denoiser(of_the_window, noise, 5, windows=order, generators=clip_generators(seeded(), 1))
+        for order in (windows, [windows[1], windows[2], windows[0]])
+    )
     torch.testing.assert_close(one, two, rtol=0, atol=1e-10)
+
+
+@SCHEDULES
+@pytest.mark.parametrize("settings", [{"sampler": name} for name in SAMPLERS] + [{"sampler": "ddim", "eta": 0.7}])
+def test_a_clip_does_not_depend_on_its_batch(settings: dict[str, Any], schedule: Schedule) -> None:
+    """Five clips at once, and 2 and 3 with the same generator, bounded by a quantile of each."""
+    denoiser = Denoiser(schedule, VParameterization(), threshold=Threshold("dynamic", 0.9), **settings)
+
+    def clips(generator: torch.Generator, count: int) -> Tensor:
+        generators = clip_generators(generator, count)
+        noise = draw_noise((count, 3, 10, 4, 4), "cpu", generators)
+        return denoiser(of_the_window, noise, 4, windows=plan_windows(10, 4), generators=generators)
+
+    generator = seeded()
+    parts = torch.cat([clips(generator, 2), clips(generator, 3)])
+    whole = clips(seeded(), 5)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+    assert (whole[0] - whole[1]).abs().mean() > 0.05
 
 
 def test_windows_share_the_noise_at_every_step() -> None:
@@ -145,6 +191,68 @@ def test_windows_share_the_noise_at_every_step() -> None:
     torch.testing.assert_close(unit, noise[:, :, :8], rtol=0, atol=1e-5)
 
 
+@SCHEDULES
+@pytest.mark.parametrize("settings", [{"sampler": "ddpm"}, {"sampler": "ddim", "eta": 0.6}])
+def test_fresh_noise_is_drawn_once_a_frame(settings: dict[str, Any], schedule: Schedule) -> None:
+    """Where every window predicts a clean clip of zeros, the latent is noise of the level's variance: to all frames
+    alike. Noise of each window's own would leave the overlaps less."""
+    seen: list[Tensor] = []
+
+    def predict(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+        seen.append(scaled)
+        return torch.zeros_like(scaled)
+
+    generators = clip_generators(seeded(), 1)
+    noise = draw_noise((1, 3, 14, 64, 64), "cpu", generators)
+    windows = plan_windows(14, 8)
+    denoiser = Denoiser(schedule, SampleParameterization(), threshold=None, **settings)
+    denoiser(predict, noise, 6, windows=windows, generators=generators)
+    for step, level in enumerate(schedule.levels(6)[:-1]):
+        first, second = seen[2 * step : 2 * step + 2]
+        assert torch.equal(first[:, :, 6:8], second[:, :, 0:2])
+        latent = torch.cat([first, second[:, :, 2:]], dim=2) * (level.alpha**2 + level.sigma**2) ** 0.5 / level.sigma
+        assert latent.var(dim=(0, 1, 3, 4)).tolist() == pytest.approx([1.0] * 14, rel=0.06)  # 4.7 deviations
+        assert latent.var().item() == pytest.approx(1.0, rel=0.015)
+    whole = seen[0][0, 0].flatten(), seen[2][0, 0].flatten()
+    assert abs(torch.corrcoef(torch.stack(whole))[0, 1]) < 0.999, "nothing was drawn"
+
+
+def test_a_stochastic_sampler_needs_generators() -> None:
+    denoiser = Denoiser(SCHEDULE, EDM, "ddpm")
+    with pytest.raises(ValueError, match="sampler 'ddpm' draws noise at every step: give generators, one a clip"):
+        denoiser(of_each_frame, draw(1, 1, 4, 2, 2), 2, windows=[slice(0, 4)])
+
+
+def test_the_latent_stays_in_its_dtype_and_predictions_in_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 network, a float32 sampler, and no cast between them but in the op."""
+    seen: list[dict[str, Any]] = []
+    step = ops.denoise_step
+
+    def recorded(windows: list[Tensor], starts: Tensor, latent: Tensor, row: object, **settings: Any) -> object:
+        seen.append({"windows": windows[0].dtype, "latent": latent.dtype, "history": settings["history"]})
+        return step(windows, starts, latent, row, **settings)
+
+    monkeypatch.setattr(ops, "denoise_step", recorded)
+    generators = clip_generators(seeded(), 1)
+    noise = draw_noise((1, 3, 10, 8, 8), "cpu", generators)
+
+    def predict(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+        assert scaled.dtype == timestep.dtype == torch.float32
+        return of_each_frame(scaled, timestep, frames).bfloat16()
+
+    results = {}
+    for sampler in SAMPLERS:
+        denoiser = Denoiser(SCHEDULE, EDM, sampler)
+        arguments = {"windows": plan_windows(10, 4), "generators": generators}
+        results[sampler] = denoiser(predict, noise, 4, **arguments)
+        assert results[sampler].dtype == torch.float32
+    assert {step["windows"] for step in seen} == {torch.bfloat16}
+    assert {step["latent"] for step in seen} == {torch.float32}
+    assert {step["history"].dtype for step in seen if step["history"] is not None} == {torch.float32}
+    exact = Denoiser(SCHEDULE, EDM, "ddim")(of_each_frame, noise, 4, windows=plan_windows(10, 4))
+    assert 0 < (results["ddim"] - exact).abs().max() < 0.02
+
+
 def test_overlaps_are_as_varied_as_the_rest() -> None:
     """With the exact denoiser of a Gaussian the clip has the data's variance in every frame. Averaging windows that
     were sampled each on its own, with its own noise, halves it where two overlap."""
@@ -152,7 +260,8 @@ def test_overlaps_are_as_varied_as_the_rest() -> None:
     def predict(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
         sigma = (timestep / 250).exp()[:, None, None, None, None]
         x = scaled * (sigma**2 + EDM.sigma_data**2).sqrt()
-        return EDM.target(x * EDM.sigma_data**2 / (EDM.sigma_data**2 + sigma**2), x, sigma)
+        x0 = x * EDM.sigma_data**2 / (EDM.sigma_data**2 + sigma**2)
+        return EDM.target(x0, (x - x0) / sigma, torch.ones_like(sigma), sigma)
 
     denoiser = Denoiser(EDMSchedule(), EDM, threshold=None)
     noise = draw(1, 3, 14, 64, 64)
@@ -186,9 +295,44 @@ def test_the_clip_is_bounded_as_asked() -> None:
     assert dynamic.abs().mean() < Denoiser(SCHEDULE, EDM)(predict, noise, 3, windows=whole).abs().mean()
 
 
+@pytest.mark.parametrize("per", ["clip", "frame"])
+@pytest.mark.parametrize("percentile", [0.9, 0.995])
+def test_a_dynamic_threshold_is_a_quantile_of_the_blended_clip(per: str, percentile: float) -> None:
+    """By numpy, of a step whose windows disagree; one clip of the two has a quantile below 1, which counts as 1."""
+    noise = draw(2, 3, 10, 8, 8)
+    windows = plan_windows(10, 4)
+    scale = torch.tensor([4.0, 0.2], dtype=torch.float64)[:, None, None, None, None]
+    predictions = [scale * draw(2, 3, 4, 8, 8, seed=i) for i in range(len(windows))]
+
+    def step(threshold: Threshold | None) -> Tensor:
+        denoiser = Denoiser(SCHEDULE, SampleParameterization(), "ddim", threshold)
+        return denoiser(lambda x, t, frames: predictions[windows.index(frames)], noise, 1, windows=windows)
+
+    x0 = step(None).numpy()
+    axes = (1, 2, 3, 4) if per == "clip" else (1, 3, 4)
+    limit = np.maximum(np.quantile(np.abs(x0), percentile, axis=axes, keepdims=True), 1.0)
+    assert (limit[0] > 1).all()
+    assert (limit[1] == 1).all()
+    wanted = torch.from_numpy(np.clip(x0, -limit, limit) / limit)
+    torch.testing.assert_close(step(Threshold("dynamic", percentile, per)), wanted, rtol=0, atol=1e-9)
+
+
+def test_thresholds_have_names() -> None:
+    assert resolve_threshold("static") == Threshold("static")
+    assert resolve_threshold("dynamic") == Threshold("dynamic")
+    for bound in (None, Threshold("dynamic", 0.9, "frame")):
+        assert resolve_threshold(bound) == bound
+    with pytest.raises(ValueError, match="threshold must be 'static', 'dynamic', None or a Threshold, got 'clip'"):
+        resolve_threshold("clip")
+
+
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match=r"sampler must be one of ddim, dpm-solver\+\+, got 'euler'"):
+    with pytest.raises(ValueError, match=r"sampler must be one of ddim, dpm-solver\+\+, ddpm, got 'euler'"):
         Denoiser(SCHEDULE, EDM, "euler")
+    with pytest.raises(ValueError, match="eta is a setting of sampler 'ddim'"):
+        Denoiser(SCHEDULE, EDM, "ddpm", eta=0.5)
+    with pytest.raises(ValueError, match=r"threshold.percentile must be in \(0, 1\], got 99"):
+        Denoiser(SCHEDULE, EDM, threshold=Threshold("dynamic", 99))
     denoiser = Denoiser(SCHEDULE, EDM)
     with pytest.raises(ValueError, match="frames 4, 5 are in no window"):
         denoiser(of_each_frame, draw(1, 1, 10, 2, 2), 2, windows=[slice(0, 4), slice(6, 10)])
@@ -214,22 +358,19 @@ def text() -> TextEmbedding:
     return TextEmbedding(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
 
 
-def seeded(seed: int = 5) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 @torch.no_grad()
 def by_hand(model: STUNet, clip: Tensor, text: TextEmbedding, steps: int, generator: torch.Generator) -> Tensor:
     """DDIM over the whole clip, no windows, no tables."""
-    x = draw_noise((*clip.shape[:3], 2 * clip.shape[3], 2 * clip.shape[4]), clip.device, generator)
+    generators = clip_generators(generator, clip.shape[0])
+    x = draw_noise((*clip.shape[:3], 2 * clip.shape[3], 2 * clip.shape[4]), "cpu", generators)
     level = torch.full((clip.shape[0],), 0.1)
-    conditioning = augmented_conditioning(clip, draw_noise(clip.shape, clip.device, generator), level, 2, EDM)
+    conditioning = augmented_conditioning(clip, draw_noise(clip.shape, "cpu", generators), level, 2, EDM)
     sigmas = [s.sigma for s in SCHEDULE.levels(steps)]
     x = x * sigmas[0]
     for now, after in pairwise(sigmas):
         sigma = torch.full((clip.shape[0],), now)
-        output = model(EDM.scale_input(x, sigma[:, None, None, None, None]), EDM.timestep(sigma), *text, **conditioning)
         total = now**2 + 0.25
+        output = model(x / total**0.5, 250 * sigma.log(), *text, **conditioning)
         x0 = (x * 0.25 / total + output * now * 0.5 / total**0.5).clamp(-1, 1)
         x = x0 + after * (x - x0) / now
     return x
@@ -273,7 +414,22 @@ def test_the_small_clip_and_its_noise_are_the_same_in_all_windows(text: TextEmbe
     # every second phase of the linear enlargement weighs neighbours (3/4, 1/4) along each axis
     kept = (0.75**2 + 0.25**2) ** 2
     assert seen[0]["image_conditioning"].var().item() == pytest.approx(0.1**2 * kept, rel=0.15)
-    torch.testing.assert_close(seen[0]["augmentation_level"], EDM.timestep(torch.full((2,), 0.1)))
+    torch.testing.assert_close(seen[0]["augmentation_level"], 250 * torch.full((2,), 0.1).log())
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_a_clip_is_enlarged_as_it_would_be_alone(sampler: str, text: TextEmbedding) -> None:
+    """Noise, augmentation and fresh noise are the clip's own; a generator each does what one for both does."""
+    _, enlarge = super_resolution(2, 4, sampler=sampler)
+    clip = draw(2, 3, 6, 8, 8).float().clamp(-1, 1)
+    generator = seeded()
+    with torch.no_grad():
+        both = enlarge(clip, text, 3, seeded())
+        alone = [enlarge(clip[i : i + 1], TextEmbedding(*(x[i : i + 1] for x in text)), 3, generator) for i in (0, 1)]
+        listed = enlarge(clip, text, 3, [seeded(), seeded(9)])
+    torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=1e-4)
+    torch.testing.assert_close(listed[0], both[0], rtol=0, atol=1e-4)
+    assert (listed[1] - both[1]).abs().mean() > 0.01
 
 
 def test_a_seed_decides_everything(text: TextEmbedding) -> None:
@@ -302,9 +458,3 @@ def test_a_seed_decides_everything(text: TextEmbedding) -> None:
 def test_windows_the_model_cannot_take_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_noise_is_drawn_in_the_memory_format_of_activations() -> None:
-    noise = draw_noise((2, 3, 4, 8, 8), torch.device("cpu"), seeded())
-    assert noise.is_contiguous(memory_format=torch.channels_last_3d)
-    assert torch.equal(noise, torch.randn(2, 3, 4, 8, 8, generator=seeded()))

@@ -1,39 +1,39 @@
 from __future__ import annotations
 
-import json
 import math
-import shutil
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lumiere_fast import BackendUnavailable, LumiereOutput, LumierePipeline, inflate, use_backend
-from lumiere_fast.diffusion import EDMParameterization, EDMSchedule
+from lumiere_fast import BackendUnavailable, LumiereOutput, LumierePipeline, use_backend
+from lumiere_fast.diffusion import (
+    PREDICTION_TYPES,
+    SAMPLERS,
+    CosineSchedule,
+    EDMParameterization,
+    EDMSchedule,
+    Parameterization,
+    SampleParameterization,
+    Schedule,
+    VParameterization,
+    clip_generators,
+    draw_noise,
+)
 from lumiere_fast.dispatch import BACKENDS
-from lumiere_fast.models.io import save_model
+from lumiere_fast.ops import Threshold
 from lumiere_fast.pipelines.denoising import Denoiser
-from lumiere_fast.pipelines.text_to_video import PipelineConfig, denoise_from_text
+from lumiere_fast.pipelines.super_resolution import SuperResolution
+from lumiere_fast.pipelines.text_to_video import denoise_from_text
 from lumiere_fast.text import WordVectorEncoder
-from tests.models.tiny import randomise, tiny_unet
+from lumiere_fast.video import to_uint8
+from tests.models.tiny import tiny_unet
+from tests.pipelines.tiny import SCHEDULE, make_pipeline
 
 BALL, STAR = "a red ball moving left", "a blue star rising"
-SCHEDULE = EDMSchedule(sigma_max=20.0)
-
-
-def make_pipeline(
-    base_factor: int = 2, ssr_factor: int = 2, window_frames: int = 4, **ssr_changes: Any
-) -> LumierePipeline:
-    """8x8 to 16x16 pixels, 4 frames, all parameters random."""
-    common = {"text_embed_dim": 64, "dtype": torch.float32}
-    base = inflate(tiny_unet(**common, sample_size=8), temporal_factors=(base_factor,), temporal_conditioning=True)
-    ssr = inflate(tiny_unet(**common, ssr=True, **{"sample_size": 16} | ssr_changes), temporal_factors=(ssr_factor,))
-    config = PipelineConfig(SCHEDULE, SCHEDULE, num_frames=4, fps=8, window_frames=window_frames)
-    return LumierePipeline(randomise(base), randomise(ssr), config)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,111 @@ def test_each_prompt_of_a_batch_has_its_own_clip(pipe: LumierePipeline) -> None:
     assert (first.base_frames[1] - second.base_frames[1]).abs().mean() > 0.01
 
 
+PROMPTS = [BALL, STAR, "a green ring on a white background, going around in a circle"]
+EVERY_SAMPLER = [{"sampler": name} for name in SAMPLERS] + [{"sampler": "ddim", "eta": 0.5}]
+
+
+def with_schedules(pipe: LumierePipeline, base: Schedule, ssr: Schedule, **kinds: Parameterization) -> LumierePipeline:
+    """The same networks, taken for others' training."""
+    return LumierePipeline(pipe.base, pipe.ssr, replace(pipe.config, base_schedule=base, ssr_schedule=ssr, **kinds))
+
+
+@pytest.mark.parametrize("settings", EVERY_SAMPLER, ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize("preserving", [False, True])
+def test_a_batch_may_be_cut_anywhere(pipe: LumierePipeline, settings: dict[str, Any], preserving: bool) -> None:
+    """One generator over two calls makes the clips of one call; so does each clip's own generator, if it is seeded as
+    the one would seed it. To the rounding of matrix products of other sizes."""
+    if preserving:
+        kinds = {"base_parameterization": VParameterization(), "ssr_parameterization": VParameterization()}
+        pipe = with_schedules(pipe, CosineSchedule(), CosineSchedule(), **kinds)
+    settings = {"num_inference_steps": 3, "ssr_num_inference_steps": 2, "num_frames": 6, **settings}
+    generator = torch.Generator().manual_seed(4)
+    parts = [pipe(cut, generator=generator, **settings) for cut in (PROMPTS[:2], PROMPTS[2:])]
+    whole = pipe(PROMPTS, generator=torch.Generator().manual_seed(4), **settings)
+    for name in ("base_frames", "frames"):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        torch.testing.assert_close(joined, getattr(whole, name), rtol=0, atol=1e-3)
+    assert (whole.frames[0] - whole.frames[1]).abs().mean() > 0.05
+
+
+def test_each_prompt_may_have_its_generator(pipe: LumierePipeline) -> None:
+    def make(prompts: list[str], seeds: list[int]) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(
+            prompts, generator=generators, num_inference_steps=2, ssr_num_inference_steps=2, sampler="ddpm"
+        ).frames
+
+    both = make([BALL, STAR], [7, 8])
+    torch.testing.assert_close(both[:1], make([BALL], [7]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(both[1:], make([STAR], [8]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(both[:1], generate(pipe, seed=7, sampler="ddpm").frames, rtol=0, atol=1e-3)
+    assert (make([BALL, BALL], [7, 8])[1] - both[0]).abs().mean() > 0.05
+    with pytest.raises(ValueError, match="one for each of the 2 clips, got 3"):
+        make([BALL, STAR], [1, 2, 3])
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_super_resolution_starts_alike_whatever_the_base_drew(pipe: LumierePipeline, sampler: str) -> None:
+    seen: list[Tensor] = []
+    handle = pipe.ssr.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        for steps in (1, 4):
+            generate(pipe, num_inference_steps=steps, ssr_num_inference_steps=1, sampler=sampler)
+    finally:
+        handle.remove()
+    assert torch.equal(*seen)
+
+
+def test_each_stage_has_its_schedule_and_its_parameterization(pipe: LumierePipeline) -> None:
+    """A pipeline of components that differ is its two stages, each run with its own."""
+    schedules = CosineSchedule(), EDMSchedule(sigma_max=30.0)
+    mixed = with_schedules(
+        pipe,
+        *schedules,
+        base_parameterization=VParameterization(),
+        ssr_parameterization=SampleParameterization(),
+    )
+    clips = clip_generators(torch.Generator().manual_seed(0), 1)
+    base = Denoiser(schedules[0], VParameterization(), "ddpm")
+    generators = clip_generators(clips, 1)
+    noise = draw_noise((1, 3, 4, 8, 8), "cpu", generators)
+    enlarge = SuperResolution(pipe.ssr, Denoiser(schedules[1], SampleParameterization(), "ddpm"), 4, factor=2)
+    with torch.no_grad():
+        clip = denoise_from_text(pipe.base, pipe.text_encoder, base, [BALL], noise, 3, 2.0, generators=generators)
+        frames = enlarge(clip, pipe.text_encoder.encode([BALL]), 2, clips)
+    output = generate(mixed, num_inference_steps=3, guidance_scale=2.0, sampler="ddpm")
+    torch.testing.assert_close(output.base_frames, clip.clamp(-1, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.frames, frames.clamp(-1, 1), rtol=0, atol=1e-5)
+    assert (output.frames - generate(pipe, num_inference_steps=3, sampler="ddpm").frames).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES.values(), ids=list(PREDICTION_TYPES))
+@pytest.mark.parametrize("schedule", [SCHEDULE, CosineSchedule(shift=-0.5)], ids=["exploding", "preserving"])
+@pytest.mark.parametrize("settings", EVERY_SAMPLER, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_any_training_is_sampled_by_any_sampler(
+    pipe: LumierePipeline, kind: type[Parameterization], schedule: Schedule, settings: dict[str, Any]
+) -> None:
+    kinds = {"base_parameterization": kind(), "ssr_parameterization": kind()}
+    frames = generate(with_schedules(pipe, schedule, schedule, **kinds), **settings).frames
+    assert frames.abs().max() <= 1
+    assert frames.std() > 0.05
+
+
+def test_the_clip_is_bounded_as_asked(pipe: LumierePipeline) -> None:
+    """High guidance overshoots: static clips what dynamic scales."""
+
+    def base(threshold: Any) -> Tensor:
+        return generate(pipe, guidance_scale=40.0, threshold=threshold, ssr_num_inference_steps=1).base_frames
+
+    frames = {name: base(name) for name in ("static", "dynamic", None)}
+    assert torch.equal(frames["static"], generate(pipe, guidance_scale=40.0).base_frames)
+    assert torch.equal(frames["dynamic"], base(Threshold("dynamic", 0.995, "clip")))
+    saturated = {name: (clip.abs() == 1).float().mean().item() for name, clip in frames.items()}
+    assert saturated["dynamic"] < 0.02 < saturated["static"]
+    assert (frames[None] - frames["static"]).abs().mean() > 0.01
+    assert not torch.equal(base(Threshold("dynamic", 0.9, "frame")), frames["dynamic"])
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
 def test_guidance_of_one_is_the_conditional_model_and_zero_ignores_the_prompt(
     pipe: LumierePipeline, sampler: str
@@ -111,10 +216,10 @@ def test_guidance_extrapolates_from_the_empty_prompt(pipe: LumierePipeline) -> N
     edm, scale = EDMParameterization(), 3.5
     noise = torch.randn(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     sigma = torch.full((1,), SCHEDULE.sigma_max)
-    seen = edm.scale_input(noise * SCHEDULE.sigma_max, sigma[:, None, None, None, None])
+    seen = noise * SCHEDULE.sigma_max / (SCHEDULE.sigma_max**2 + 0.25) ** 0.5
     encode = WordVectorEncoder().encode
     with torch.no_grad():
-        conditional, unconditional = (pipe.base(seen, edm.timestep(sigma), *encode(p)) for p in (BALL, ""))
+        conditional, unconditional = (pipe.base(seen, 250 * sigma.log(), *encode(p)) for p in (BALL, ""))
         prediction = scale * conditional + (1 - scale) * unconditional
         total = SCHEDULE.sigma_max**2 + 0.25
         x0 = 0.25 / total * SCHEDULE.sigma_max * noise + SCHEDULE.sigma_max * 0.5 / total**0.5 * prediction
@@ -141,6 +246,48 @@ def test_images_come_from_the_image_model() -> None:
     with torch.no_grad():
         images = denoise_from_text(unet, WordVectorEncoder(), denoiser, [BALL, STAR], noise, 2, 3.0)
     assert images.shape == (2, 3, 1, 8, 8)
+
+
+# Half precision ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preserving", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_networks_in_half_precision_make_the_same_clip(preserving: bool, dtype: torch.dtype, tolerance: float) -> None:
+    """The networks alone: they predict in their dtype, and what goes in is still in float32."""
+    pipe, full = make_pipeline(), make_pipeline()
+    if preserving:
+        kinds = {"base_parameterization": VParameterization(), "ssr_parameterization": VParameterization()}
+        pipe, full = (with_schedules(each, CosineSchedule(), CosineSchedule(), **kinds) for each in (pipe, full))
+    assert pipe.to(dtype=dtype) is pipe
+    assert pipe.dtype == dtype
+    seen: list[torch.dtype] = []
+    for model in (pipe.base, pipe.ssr):
+        model.register_forward_hook(lambda module, args, output: seen.extend([args[0].dtype, output.dtype]))
+    output, wanted = generate(pipe, num_frames=6, sampler="ddpm"), generate(full, num_frames=6, sampler="ddpm")
+    assert set(seen[::2]) == {torch.float32}
+    assert set(seen[1::2]) == {dtype}
+    assert output.frames.dtype == output.base_frames.dtype == torch.float32
+    for frames, exact in ((output.base_frames, wanted.base_frames), (output.frames, wanted.frames)):
+        assert 0 < (frames - exact).abs().mean() < tolerance
+
+
+def test_noise_levels_are_told_in_full_precision() -> None:
+    """Around 250 ln 16 = 693 bfloat16 steps by 4: a level rounded before its embedding would be its neighbour's."""
+    model = make_pipeline().to(torch.bfloat16).base
+    text = WordVectorEncoder().encode(BALL)
+    clip = torch.zeros(1, 3, 4, 8, 8)
+    one, two = (model(clip, torch.tensor([level]), *text) for level in (691.0, 693.0))
+    assert torch.tensor(691.0).bfloat16() == torch.tensor(693.0).bfloat16()
+    assert (one - two).abs().max() > 0.01
+
+
+def test_the_dtype_may_be_said_as_diffusers_does() -> None:
+    pipe = make_pipeline()
+    assert pipe.to(torch.float16).dtype == torch.float16
+    assert pipe.to("cpu", torch.float32).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"dtype must be a floating one, such as torch.bfloat16, got torch.int8"):
+        pipe.to(torch.int8)
 
 
 # Progress ------------------------------------------------------------------------------------------------------------
@@ -175,15 +322,23 @@ def test_progress_bars_go_to_stderr(pipe: LumierePipeline, capsys: pytest.Captur
         ({"prompt": "  \n"}, "prompt must be a sentence"),
         ({"prompt": []}, "prompt must be a sentence"),
         ({"prompt": [BALL, ""]}, "prompt must be a sentence"),
+        ({"prompt": None}, "prompt must be a sentence, or several; got None"),
+        ({"prompt": [BALL, 3]}, "prompt must be a sentence, or several; got .*3"),
         ({"num_frames": 5}, "temporal factor 2, got 5; the nearest accepted are 4 and 6"),
         ({"num_frames": 0}, "got 0"),
         ({"num_frames": -4}, "got -4"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be >= 1, got 0"),
-        ({"num_inference_steps": -1}, "num_inference_steps must be >= 1, got -1"),
-        ({"ssr_num_inference_steps": 0}, "ssr_num_inference_steps must be >= 1, got 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be >= 1, an integer, got 0"),
+        ({"num_inference_steps": -1}, "num_inference_steps must be >= 1, an integer, got -1"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be >= 1, an integer, got 2.5"),
+        ({"ssr_num_inference_steps": 0}, "ssr_num_inference_steps must be >= 1, an integer, got 0"),
         ({"guidance_scale": -0.5}, "guidance_scale must be >= 0, got -0.5"),
         ({"guidance_scale": math.nan}, "guidance_scale must be >= 0, got nan"),
-        ({"sampler": "euler"}, r"sampler must be one of ddim, dpm-solver\+\+, got 'euler'"),
+        ({"guidance_scale": "3"}, "guidance_scale must be >= 0, got '3'"),
+        ({"sampler": "euler"}, r"sampler must be one of ddim, dpm-solver\+\+, ddpm, got 'euler'"),
+        ({"sampler": "ddpm", "eta": 0.5}, "eta is a setting of sampler 'ddim'; leave it 0 for 'ddpm', got 0.5"),
+        ({"sampler": "ddim", "eta": 2}, r"eta must be from 0 \(deterministic\) to 1 \(ancestral\), got 2"),
+        ({"threshold": "clip"}, "threshold must be 'static', 'dynamic', None or a Threshold, got 'clip'"),
+        ({"threshold": Threshold("dynamic", 99.5)}, r"threshold.percentile must be in \(0, 1\], got 99.5"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(
@@ -207,10 +362,15 @@ def test_models_must_fit_together() -> None:
         make_pipeline(sample_size=20)
 
 
-def test_an_unknown_text_encoder_is_refused(pipe: LumierePipeline) -> None:
-    config = PipelineConfig(SCHEDULE, SCHEDULE, 4, 8, 4, text_encoder="t5-xxl")
-    with pytest.raises(ValueError, match="text_encoder must be 'word-vectors-v1', got 't5-xxl'"):
-        LumierePipeline(pipe.base, pipe.ssr, config)
+def test_the_models_must_read_the_text_encoder(pipe: LumierePipeline) -> None:
+    class Wide(WordVectorEncoder):
+        embed_dim = 48
+
+    with pytest.raises(ValueError, match=r"base reads text of width 64, the text encoder 'word-vectors-v1' gives 48"):
+        LumierePipeline(pipe.base, pipe.ssr, pipe.config, Wide())
+    narrow = make_pipeline(text_encoder=Wide())
+    with pytest.raises(ValueError, match="ssr reads text of width 48"):
+        LumierePipeline(pipe.base, narrow.ssr, pipe.config)
 
 
 # Backends ------------------------------------------------------------------------------------------------------------
@@ -235,99 +395,33 @@ def test_the_reference_can_be_asked_for(pipe: LumierePipeline) -> None:
     torch.testing.assert_close(output.frames, generate(pipe).frames, rtol=0, atol=1e-4)
 
 
-# Folders -------------------------------------------------------------------------------------------------------------
+# Other forms of the result -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def saved(pipe: LumierePipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pipelines") / "tiny"
-    pipe.save_pretrained(folder)
-    return folder
+def test_arrays_and_images_are_the_tensor(pipe: LumierePipeline) -> None:
+    pytest.importorskip("PIL")
+    settings: dict[str, Any] = {"prompt": [BALL, STAR], "num_frames": 2}
+    tensor, array, images = (generate(pipe, **settings, output_type=kind) for kind in ("pt", "np", "pil"))
+    assert torch.equal(tensor.frames, generate(pipe, **settings).frames)
+    for name, size in (("frames", 16), ("base_frames", 8)):
+        clips, found = getattr(tensor, name), getattr(array, name)
+        assert (found.shape, found.dtype) == ((2, 2, size, size, 3), np.float32)
+        np.testing.assert_allclose(found, (clips.permute(0, 2, 3, 4, 1).numpy() + 1) / 2, atol=1e-6)
+        pictures = getattr(images, name)
+        assert [len(clip) for clip in pictures] == [2, 2]
+        for clip, shown in zip(clips, pictures, strict=True):
+            np.testing.assert_array_equal(np.stack([np.asarray(picture) for picture in shown]), to_uint8(clip))
+            assert {(picture.mode, picture.size) for picture in shown} == {("RGB", (size, size))}
 
 
-@pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy of the saved pipeline, to damage."""
-    return Path(shutil.copytree(saved, tmp_path / "tiny"))
-
-
-def test_what_is_saved_is_loaded(pipe: LumierePipeline, saved: Path) -> None:
-    assert sorted(path.name for path in saved.iterdir()) == ["base", "model_index.json", "ssr"]
-    for given in (saved, str(saved)):
-        loaded = LumierePipeline.from_pretrained(given)
-        assert loaded.config == pipe.config
-        assert not loaded.base.training
-        assert not loaded.ssr.training
-    torch.testing.assert_close(generate(loaded).frames, generate(pipe).frames, rtol=0, atol=1e-4)
-
-
-def test_half_precision_on_disk(pipe: LumierePipeline, tmp_path: Path) -> None:
-    pipe.save_pretrained(tmp_path, dtype=torch.float16)
-    assert {x.dtype for x in load_file(tmp_path / "ssr" / "model.safetensors").values()} == {torch.float16}
-    loaded = LumierePipeline.from_pretrained(tmp_path)
-    assert {p.dtype for p in loaded.ssr.parameters()} == {torch.float32}
-    assert (generate(loaded).base_frames - generate(pipe).base_frames).abs().mean() < 0.02
+def test_an_unknown_form_is_refused_before_any_work(pipe: LumierePipeline) -> None:
+    calls: list[object] = []
+    with pytest.raises(ValueError, match="output_type must be one of pt, np, pil, got 'latent'"):
+        generate(pipe, output_type="latent", progress=lambda *call: calls.append(call))
+    assert calls == []
 
 
 def test_the_pipeline_moves_as_one(pipe: LumierePipeline) -> None:
     assert pipe.to("cpu") is pipe
     assert pipe.device == torch.device("cpu")
     assert pipe.default_fps == 8
-
-
-def edit_index(folder: Path, **changes: Any) -> None:
-    path = folder / "model_index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def swap_models(folder: Path) -> None:
-    (folder / "base").rename(folder / "spare")
-    (folder / "ssr").rename(folder / "base")
-    (folder / "spare").rename(folder / "ssr")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: edit_index(f, _class_name="StableDiffusionPipeline"), "expected _class_name LumierePipeline"),
-        (lambda f: edit_index(f, scheduler="x"), r"model_index\.json: not a pipeline of this version.*scheduler"),
-        (lambda f: edit_index(f, base_schedule={"sigma": 1}), r"model_index\.json: not a pipeline of this version"),
-        (lambda f: (f / "model_index.json").write_text("{"), r"model_index\.json is not valid JSON"),
-        (lambda f: edit_index(f, text_encoder="t5"), "text_encoder must be"),
-        (lambda f: edit_index(f, fps="x"), "fps must be an integer >= 1, got 'x'"),
-        (lambda f: edit_index(f, window_frames=0), "window_frames must be an integer >= 1, got 0"),
-        (lambda f: edit_index(f, sigma_data=-1), "sigma_data must be a number > 0, got -1"),
-        (lambda f: edit_index(f, base_schedule={"sigma_min": 100}), "sigma_min must not exceed sigma_max"),
-        (lambda f: (f / "base" / "model.safetensors").write_bytes(b"123"), r"base/model\.safetensors is truncated"),
-        (swap_models, "look at their order"),
-        (
-            lambda f: shutil.copy(f / "base" / "model.safetensors", f / "ssr" / "model.safetensors"),
-            r"ssr/model\.safetensors: these weights are of another architecture: 'unet\.\S+'",
-        ),
-        (
-            lambda f: save_model(tiny_unet(dtype=torch.float32), f / "base"),
-            "base holds a UNet2D, a STUNet is needed",
-        ),
-    ],
-)
-def test_a_damaged_folder_is_told(folder: Path, damage: Callable[[Path], object], message: str) -> None:
-    damage(folder)
-    with pytest.raises(ValueError, match=message):
-        LumierePipeline.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    ("missing", "message"),
-    [
-        (".", "is not a folder of weights; give one, or a shipped model"),
-        ("model_index.json", r"model_index\.json is missing"),
-        ("ssr", "ssr is not a folder"),
-        ("base/config.json", r"base/config\.json is missing"),
-        ("base/model.safetensors", r"base/model\.safetensors is missing"),
-    ],
-)
-def test_what_is_missing_is_named(folder: Path, missing: str, message: str) -> None:
-    path = folder / missing
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(FileNotFoundError, match=message):
-        LumierePipeline.from_pretrained(folder)

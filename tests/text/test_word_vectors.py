@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lumiere_fast.text import TextEncoder, WordVectorEncoder, word_vectors
+from lumiere_fast.text import PromptWarning, TextEncoder, WordVectorEncoder, word_vectors
 from tools.make_word_vectors import DROPPED_COMPONENTS, common_words, quantise_rows, reduce_embeddings
 
 PROMPTS = ["a red ball moving left", "", "two unflappable crêpes, twirling!", "star"]
@@ -115,7 +115,35 @@ def test_unknown_words_become_pieces_and_stay_apart(encoder: WordVectorEncoder) 
     assert mask.sum() > 2
     assert not torch.equal(vector(encoder, "floofinator"), vector(encoder, "zorbulation"))
     # A script outside the vocabulary is [UNK], still a real token.
-    assert encoder.encode("\U00013080").mask.tolist() == [[True, True]]
+    with pytest.warns(PromptWarning):
+        assert encoder.encode("\U00013080").mask.tolist() == [[True, True]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a \U0001f600 ball", ["\U0001f600"]),  # not in the vocabulary
+        ("a красный мяч and a красный star", ["красный", "мяч"]),  # letter by letter in it, and once each
+        ("a blueμ ball", ["blueμ"]),  # the word whole
+        ("日本", ["日", "本"]),  # the tokeniser's words
+        ("x" * 101, ["x" * 101]),  # longer than the tokeniser looks at
+    ],
+)
+def test_unknown_words_are_named(encoder: WordVectorEncoder, prompt: str, words: list[str]) -> None:
+    with pytest.warns(PromptWarning) as caught:
+        encoder.encode(["a red ball", prompt])
+    named = ", ".join(repr(word) for word in words)
+    assert [str(each.message) for each in caught] == [
+        f"prompt 1 has words that the text encoder does not know: {named}; they will not be followed"
+    ]
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("prompt", ["", "a floofinator, co-op!", "Crêpes at 12:30 (½ off)", "naïve Straße", "2² — …"])
+def test_latin_words_are_known_in_pieces_at_least(encoder: WordVectorEncoder, prompt: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.encode(prompt)
 
 
 @pytest.mark.parametrize(
@@ -165,13 +193,13 @@ def test_exactly_max_length_tokens_is_not_truncated(encoder: WordVectorEncoder) 
 def test_truncation_names_the_dropped_words_every_time(encoder: WordVectorEncoder) -> None:
     prompt = "red " * 31 + "Spinning quickly"
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"prompt 1 is longer than 32 tokens.*: 'Spinning quickly'"):
+        with pytest.warns(PromptWarning, match=r"prompt 1 is longer than 32 tokens.*: 'Spinning quickly'"):
             truncated = encoder.encode(["", prompt])
     assert torch.equal(truncated.hidden_states[1], encoder.encode("red " * 31).hidden_states[0])
 
 
 def test_truncation_inside_a_word_names_the_whole_word(encoder: WordVectorEncoder) -> None:
-    with pytest.warns(UserWarning, match=r": 'floofinator ball'"):
+    with pytest.warns(PromptWarning, match=r": 'floofinator ball'"):
         encoder.encode("red " * 30 + "floofinator ball")
 
 
