@@ -1,1 +1,1 @@
-"""Procedural captioned clips and the tracker that scores a clip against its caption."""
+"""Captioned clips: procedural ones with the tracker that scores a clip against its caption, and folders of videos."""

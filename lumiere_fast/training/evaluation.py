@@ -10,11 +10,10 @@ from torch import Tensor
 
 from lumiere_fast.data.clips import ClipBatch, ClipSampler
 from lumiere_fast.data.tracker import evaluate
-from lumiere_fast.diffusion import EDMParameterization
+from lumiere_fast.diffusion import EDMParameterization, Parameterization, Schedule, clip_generators, draw_noise
 from lumiere_fast.models import UNet2D
 from lumiere_fast.pipelines import LumierePipeline
 from lumiere_fast.pipelines.denoising import Denoiser
-from lumiere_fast.pipelines.super_resolution import draw_noise
 from lumiere_fast.pipelines.text_to_video import denoise_from_text
 from lumiere_fast.text import WordVectorEncoder
 from lumiere_fast.training.stages import IMAGES
@@ -58,19 +57,24 @@ def evaluate_images(
     num_inference_steps: int = 24,
     guidance_scale: float = 3.0,
     seed: int = EVALUATION_SEED,
+    noising: tuple[Schedule, Parameterization] | None = None,
 ) -> dict[str, Any]:
     """Tracker figures of a text-to-image model: colour, ground and shape, and "look", all three at once.
 
     The gate before inflation: a shape that the image model cannot draw no temporal layer will.
+
+    Args:
+        noising: how the model was trained, as `read_noising` tells it of a run's folder; None for the default.
     """
-    denoiser = Denoiser(IMAGES.schedule, EDMParameterization())
+    denoiser = Denoiser(*(noising or (IMAGES.schedule, EDMParameterization())))
     text_encoder = WordVectorEncoder()
     generator = torch.Generator().manual_seed(seed)
     size = unet.config.sample_size
     images: list[Tensor] = []
     attributes = []
     for batch in _heldout(seed, num_images, batch_size, still=True):
-        noise = draw_noise((len(batch.prompts), 3, 1, size, size), torch.device("cpu"), generator)
+        generators = clip_generators(generator, len(batch.prompts))
+        noise = draw_noise((len(batch.prompts), 3, 1, size, size), "cpu", generators)
         images.append(
             denoise_from_text(
                 unet, text_encoder, denoiser, batch.prompts, noise, num_inference_steps, guidance_scale

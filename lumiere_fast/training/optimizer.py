@@ -50,12 +50,15 @@ class MuonAdamW:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """The moments, under "<moment>.<parameter name>"."""
-        return {f"{moment}.{name}": state[moment] for name, state, moments in self._states() for moment in moments}
+        """The moments, under "<moment>.<parameter name>": of parameters that have been stepped."""
+        states = ((name, state, moments) for name, state, moments in self._states() if state)
+        return {f"{moment}.{name}": state[moment] for name, state, moments in states for moment in moments}
 
     def load_state(self, saved: Mapping[str, Tensor], step: int) -> None:
         """Restore what `state` gave after `step` steps."""
         for name, state, moments in self._states():
+            if f"{moments[0]}.{name}" not in saved:
+                continue  # not stepped yet
             target = self.matrices.get(name, self.parameters[name])
             for moment in moments:
                 # laid out like the parameter, as the optimiser makes them: other strides round otherwise

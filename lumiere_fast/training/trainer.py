@@ -1,15 +1,19 @@
 """The training loop: a learning rate with warm-up and decay, an exponential moving average, checkpoints that resume.
 
-A run's folder holds `config.json` and `model.safetensors` (the averaged weights, loadable by `load_model` at any time),
-`training.safetensors` (raw weights, average, optimiser moments; settings and step as its metadata) and `log.csv`.
+A run's folder holds the averaged model (loadable by `load_model` at any time), `training.safetensors` (raw weights,
+average, optimiser moments, losses not yet logged; settings and step as its metadata), `log.csv` and `loss.png`.
+
+A run that is interrupted, even killed, and resumed ends in the same weights, average, moments and log (but for its
+times) as one that is not, on the same machine with the same number of threads: data and noise are functions of (seed,
+step), and all else is in the checkpoint, which takes the place of the last one in one step.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,18 +24,22 @@ import torch
 from torch import Tensor, nn
 
 from lumiere_fast.models.io import (
-    WEIGHTS_NAME,
+    CONFIG_NAME,
     load_weights,
     read_metadata,
     read_safetensors,
     save_file_atomically,
     save_model,
 )
+from lumiere_fast.training.log import LOG_NAME, LogRow, append_row, keep_rows_until
+from lumiere_fast.training.loss_curve import MISSING, can_draw, draw_loss_curve
 from lumiere_fast.training.optimizer import MuonAdamW
 from lumiere_fast.training.tasks import DenoisingTask
 
 STATE_NAME = "training.safetensors"
-LOG_NAME = "log.csv"
+LOSSES_KEY = "unlogged_losses"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,11 @@ class Trainer:
 
     Args:
         resume: continue from the folder's last checkpoint. Without it a folder that holds a run is refused.
+
+    Raises:
+        FileExistsError: the folder holds a model or a run, or is a file.
+        FileNotFoundError: there is no run to resume.
+        ValueError: the run to resume had other settings; names each of them, then and now.
     """
 
     def __init__(self, task: DenoisingTask, config: TrainingConfig, folder: Path, *, resume: bool = False) -> None:
@@ -76,63 +89,85 @@ class Trainer:
         self.parameters = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
         self.optimizer = MuonAdamW(self.parameters, weight_decay=config.weight_decay)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.unlogged: list[Tensor] = []  # losses of the steps since the last row of the log
         self.settings = self._settings()
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"{folder} is a file; a run needs a folder")
         if resume:
             self._restore()
-        elif any((folder / name).exists() for name in (STATE_NAME, WEIGHTS_NAME)):
+        elif any((folder / name).exists() for name in (STATE_NAME, CONFIG_NAME, LOG_NAME)):
             raise FileExistsError(f"{folder} holds a model or a run: continue it with resume, or choose another folder")
 
     def run(
         self, *, checkpoint_every: int = 500, log_every: int = 50, on_log: Callable[[int, float], None] | None = None
     ) -> None:
-        """Train to `config.steps`, saving every `checkpoint_every` steps and at the end."""
+        """Train to `config.steps`, saving at the start, every `checkpoint_every` steps and at the end.
+
+        Raises:
+            ValueError: weights are no longer finite. The last checkpoint is from before.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        keep_rows_until(self.folder / LOG_NAME, self.step)
+        if not can_draw():
+            logger.warning(MISSING)
         self.task.model.train()
-        losses, started = [], time.perf_counter()
+        self.save()  # a run that is killed from here on resumes; one that was killed in `save` gets the rest of it
+        timed, started = 0, time.perf_counter()
         while self.step < self.config.steps:
-            losses.append(self._train_step())
+            self.unlogged.append(self._train_step())
             self.step += 1
-            if self.step % log_every == 0:
-                loss = torch.stack(losses).mean().item()  # waits for the device, so that the time below is the steps'
-                self._log(loss, (time.perf_counter() - started) / len(losses))
+            timed += 1
+            last = self.step == self.config.steps
+            if self.step % log_every == 0 or last:
+                loss = torch.stack(self.unlogged).mean().item()  # waits for the device: the time is then the steps'
+                self._log(loss, (time.perf_counter() - started) / timed)
                 if on_log is not None:
                     on_log(self.step, loss)
-                losses, started = [], time.perf_counter()
-            if self.step % checkpoint_every == 0 or self.step == self.config.steps:
+                self.unlogged, timed, started = [], 0, time.perf_counter()
+            if self.step % checkpoint_every == 0 or last:
                 self.save()
 
     def _train_step(self) -> Tensor:
-        loss = self.task.loss(self.step)
         self.optimizer.zero_grad()
-        loss.backward()
+        losses = []
+        for loss in self.task.losses(self.step):
+            (loss / self.task.gradient_accumulation_steps).backward()
+            losses.append(loss.detach())
         nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
         self.optimizer.step(self.config.learning_rate_at(self.step))
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
-        return loss.detach()
+        return torch.stack(losses).mean()
 
     def _log(self, loss: float, seconds_per_step: float) -> None:
-        path = self.folder / LOG_NAME
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["step", "loss", "seconds_per_step"])
-            writer.writerow([self.step, f"{loss:.5f}", f"{seconds_per_step:.4f}"])
+        rate = self.config.learning_rate_at(self.step - 1)
+        append_row(self.folder / LOG_NAME, LogRow(self.step, loss, rate, seconds_per_step))
 
     def save(self) -> None:
-        """Write the checkpoint, then the averaged model."""
+        """Write the checkpoint, then the averaged model and the picture of the log."""
+        self._check_finite()
         state = {f"raw.{name}": p.detach() for name, p in self.parameters.items()}
         state |= {f"average.{name}": average for name, average in self.average.items()}
         state |= self.optimizer.state()
+        if self.unlogged:
+            state[LOSSES_KEY] = torch.stack(self.unlogged)
         run = json.dumps({"step": self.step, "settings": self.settings})
         contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
         save_file_atomically(contiguous, self.folder / STATE_NAME, metadata={"run": run})
         with self.averaged():
             save_model(self.task.model, self.folder)
+        if can_draw() and (self.folder / LOG_NAME).exists():
+            draw_loss_curve(self.folder)
+
+    def _check_finite(self) -> None:
+        """A checkpoint of lost weights would take the place of the last good one."""
+        norms = torch.stack(torch._foreach_norm(list(self.parameters.values())))
+        if not bool(norms.isfinite().all()):
+            raise ValueError(
+                f"weights are no longer finite at step {self.step}; the last checkpoint in {self.folder} is kept. "
+                "Train with a lower learning_rate, or a longer warm-up"
+            )
 
     def averaged(self) -> _Swap:
         """Context in which the model holds the averaged weights."""
@@ -155,12 +190,12 @@ class Trainer:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: there is no run to resume")
         state, run = read_safetensors(path), json.loads(read_metadata(path)["run"])
-        settings = run["settings"]
-        changed = [key for key, value in settings.items() if self.settings.get(key) != value]
+        saved = run["settings"]
+        changed = [key for key in {**saved, **self.settings} if saved.get(key) != self.settings.get(key)]
         if changed:
             raise ValueError(
                 f"{self.folder} was trained with other settings: "
-                + ", ".join(f"{key}={settings[key]} (now {self.settings.get(key)})" for key in changed)
+                + ", ".join(f"{key}={saved.get(key)} (now {self.settings.get(key)})" for key in changed)
             )
         raw = {name.removeprefix("raw."): tensor for name, tensor in state.items() if name.startswith("raw.")}
         frozen = {k: v for k, v in self.task.model.state_dict().items() if k not in self.parameters}
@@ -169,6 +204,8 @@ class Trainer:
         self.optimizer.load_state(state, self.step)
         for name, average in self.average.items():
             average.copy_(state[f"average.{name}"])
+        if LOSSES_KEY in state:
+            self.unlogged = list(state[LOSSES_KEY].to(self.task.device).unbind())
 
 
 class _Swap:

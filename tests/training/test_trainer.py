@@ -1,130 +1,34 @@
+"""The loop: what it learns, averages and writes, and that a run cut anywhere goes on as if it had not been."""
+
 from __future__ import annotations
 
 import copy
 import csv
 import dataclasses
 import json
-from collections.abc import Iterator
+import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from lumiere_fast import STUNet, UNet2D, inflate
+from lumiere_fast import STUNet, UNet2D
 from lumiere_fast.diffusion import EDMSchedule
-from lumiere_fast.models.blocks import channels_last_weights
 from lumiere_fast.models.io import load_model, read_metadata, save_model
-from lumiere_fast.training import train
+from lumiere_fast.training import tasks
 from lumiere_fast.training.tasks import DenoisingTask
-from lumiere_fast.training.trainer import Trainer, TrainingConfig
+from lumiere_fast.training.trainer import STATE_NAME, Trainer, TrainingConfig
 from tests.models.tiny import tiny_config
+from tests.training.common import CONFIG, assert_equal_runs, gradients, log_without_times, make_task, same, values
 
-CONFIG = TrainingConfig(steps=6, learning_rate=5e-3, warmup_steps=2)
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """With one thread a sum has one order, so that runs can be compared to the bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def make_task(kind: str = "image", *, batch_size: int = 4, seed: int = 0, **changes: Any) -> DenoisingTask:
-    """Freshly initialised models of 8x8 pixels, or 16x16 for an "ssr", in the layout that training uses."""
-    torch.manual_seed(seed)
-    ssr = "ssr" in kind
-    unet = UNet2D(tiny_config(ssr=ssr, sample_size=16 if ssr else 8, text_embed_dim=64))
-    model = inflate(unet, temporal_factors=(2,), temporal_conditioning=True) if "video" in kind else unet
-    return DenoisingTask(channels_last_weights(model), EDMSchedule(), batch_size, seed=seed, num_frames=4, **changes)
-
-
-def values(task: DenoisingTask) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
-
-
-def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-KINDS = ["image", "ssr image", "video", "ssr video"]
-
-
-# The loss ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_is_a_function_of_weights_and_step(kind: str) -> None:
-    task, twin = make_task(kind), make_task(kind)
-    with torch.no_grad():
-        losses = [task.loss(step).item() for step in range(3)]
-        torch.manual_seed(123)
-        assert [twin.loss(step).item() for step in (2, 0, 1)] == [losses[2], losses[0], losses[1]]
-    assert len(set(losses)) == 3
-    reseeded = dataclasses.replace(task, seed=1)
-    assert reseeded.loss(0).item() != losses[0]
-    task.model.get_parameter("unet.conv_in.bias" if "video" in kind else "conv_in.bias").data.add_(0.1)
-    assert task.loss(0).item() != losses[0]
-
-
-def test_the_loss_is_the_error_of_the_parameterised_prediction() -> None:
-    """With a network that answers 0 it is the variance of the target: one, less what the clips' own variance lacks."""
-    task = make_task(batch_size=64)
-    task.model.forward = lambda sample, *args, **kwargs: torch.zeros_like(sample)  # type: ignore[method-assign]
-    zero = sum(task.loss(step).item() for step in range(8)) / 8
-    assert 0.5 < zero < 2.0
-
-
-@pytest.mark.parametrize(("share", "empty"), [(0.0, 0), (1.0, 64), (0.25, 16)])
-def test_prompts_are_dropped_at_their_rate(share: float, empty: int) -> None:
-    task = make_task(batch_size=64, drop_text=share)
-    prompts: list[str] = []
-    encoder = task.text_encoder
-
-    class Recorder:
-        name, embed_dim, max_length = encoder.name, encoder.embed_dim, encoder.max_length
-
-        def encode(self, batch: list[str]) -> Any:
-            prompts.extend(batch)
-            return encoder.encode(batch)
-
-    task.text_encoder = Recorder()  # type: ignore[assignment]
-    with torch.no_grad():
-        task.loss(0)
-        assert abs(prompts.count("") - empty) <= (8 if 0 < share < 1 else 0)
-        task.loss(1)
-    assert prompts[:64] != prompts[64:] or share == 1, "every step has the same clips"
-
-
-def test_a_video_task_takes_windows_of_a_clip() -> None:
-    task = make_task("video")
-    shapes: list[tuple[int, ...]] = []
-    task.model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
-    with torch.no_grad():
-        task.loss(0)
-    assert shapes == [(4, 3, 4, 8, 8)]
-    starts = {float(task._batch(step, torch.Generator().manual_seed(step)).frames[0, 0]) for step in range(60)}
-    assert starts == {float(start) for start in range(13)}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_frames": 17}, "num_frames must be from 1 to the 16 of a clip, got 17"),
-        ({"num_frames": 0}, "got 0"),
-    ],
-)
-def test_impossible_tasks_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(make_task("video"), **changes)
-
-
-def test_text_of_another_width_is_refused() -> None:
-    with pytest.raises(ValueError, match="the model reads text of width 12, word-vectors-v1 gives 64"):
-        DenoisingTask(UNet2D(tiny_config()), EDMSchedule(), 4)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # Learning ------------------------------------------------------------------------------------------------------------
@@ -183,11 +87,35 @@ def test_the_scheduled_rate_is_the_one_used(tmp_path: Path) -> None:
     assert rates == [CONFIG.learning_rate_at(step) for step in range(6)]
 
 
-def test_gradients_are_clipped(tmp_path: Path) -> None:
-    trainer = Trainer(make_task(), dataclasses.replace(CONFIG, steps=1, max_grad_norm=1e-3), tmp_path)
-    trainer.run()
-    norm = torch.stack([p.grad.norm() for p in trainer.parameters.values() if p.grad is not None]).norm()
-    assert norm.item() == pytest.approx(1e-3, rel=1e-2)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_gradients_are_clipped_once_a_step(parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of a step's gradients, cut to the norm: not the mean of cut ones."""
+    limit = 1e-3
+    norms: list[float] = []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def clip(*args: Any, **kwargs: Any) -> Any:
+        norms.append(original(*args, **kwargs).item())
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    task = make_task(batch_size=8 // parts, gradient_accumulation_steps=parts)
+    config = dataclasses.replace(CONFIG, steps=1, max_grad_norm=limit)
+    whole = make_task(batch_size=8)
+    whole.loss(0).backward()
+    wanted = gradients(whole)
+    norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm().item()
+    Trainer(task, config, tmp_path).run()
+    assert norms == [pytest.approx(norm, rel=1e-4)]
+    for name, gradient in gradients(task).items():
+        torch.testing.assert_close(gradient, wanted[name] * limit / norm, rtol=1e-3, atol=1e-8)
+
+
+def test_accumulation_changes_a_run_by_rounding_alone(tmp_path: Path) -> None:
+    runs = {"whole": {"batch_size": 8}, "parts": {"batch_size": 2, "gradient_accumulation_steps": 4}}
+    for name, settings in runs.items():
+        Trainer(make_task(**settings), dataclasses.replace(CONFIG, steps=2), tmp_path / name).run(log_every=1)
+    logs = [[float(row["loss"]) for row in log_without_times(tmp_path / name)] for name in runs]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-3)
 
 
 # The average ---------------------------------------------------------------------------------------------------------
@@ -243,24 +171,137 @@ def interrupt_at(wanted: int) -> Any:
     return on_log
 
 
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(kind: str, tmp_path: Path) -> None:
-    whole = Trainer(make_task(kind), CONFIG, tmp_path / "whole")
-    whole.run()
-    with pytest.raises(Interrupted):  # at the fifth step, two after a checkpoint
-        Trainer(make_task(kind), CONFIG, tmp_path / "cut").run(checkpoint_every=3, log_every=1, on_log=interrupt_at(5))
+RUNS: dict[str, dict[str, Any]] = {
+    "image": {},
+    "video": {"kind": "video"},
+    "accumulated": {"batch_size": 2, "gradient_accumulation_steps": 2},
+    "ssr accumulated": {"kind": "ssr video", "batch_size": 1, "gradient_accumulation_steps": 2},
+    "folder": {"folder": True, "batch_size": 2},
+    "folder accumulated": {"kind": "video", "folder": True, "batch_size": 1, "gradient_accumulation_steps": 2},
+    "bf16 accumulated": {"precision": "bf16", "batch_size": 2, "gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, average, moments, losses not logged yet and the log, which had rows after the checkpoint."""
+    monkeypatch.setattr(tasks, "_has_bf16_units", lambda device: True)
+    settings = dict(RUNS[name])
+    if settings.pop("folder", False):
+        settings["folder"] = request.getfixturevalue("videos")
+    config = dataclasses.replace(CONFIG, steps=8)
+
+    def make() -> DenoisingTask:
+        return make_task(**settings)
+
+    whole = Trainer(make(), config, tmp_path / "whole")
+    whole.run(log_every=2)
+    with pytest.raises(Interrupted):  # in the sixth step; checkpoint and log fall apart: at 3 and at 4
+        Trainer(make(), config, tmp_path / "cut").run(checkpoint_every=3, log_every=2, on_log=interrupt_at(4))
+    assert [row["step"] for row in log_without_times(tmp_path / "cut")] == ["2", "4"]
     torch.manual_seed(77)
-    task = make_task(kind)
-    if kind == "image":
-        for parameter in task.model.parameters():
+    task = make()
+    for parameter in task.model.parameters():
+        if parameter.requires_grad:
             parameter.data.fill_(0.5)  # all of it must come from the checkpoint
-    resumed = Trainer(task, CONFIG, tmp_path / "cut", resume=True)
+    resumed = Trainer(task, config, tmp_path / "cut", resume=True)
     assert resumed.step == 3
-    resumed.run()
+    resumed.run(log_every=2)
     assert same(values(task), values(whole.task))
     assert same(resumed.average, whole.average)
-    for name in ("model.safetensors", "training.safetensors", "config.json"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+    assert [row["step"] for row in log_without_times(tmp_path / "cut")] == ["2", "4", "6", "8"]
+    for each in (task, whole.task):
+        each.source.close()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.training.common import CONFIG, make_task
+from lumiere_fast.training.trainer import Trainer
+
+countdown = int(sys.argv[2])
+
+def dies(function):
+    def call(*args, **kwargs):
+        global countdown
+        countdown -= 1
+        if countdown == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+
+trainer = Trainer(make_task(), CONFIG, Path(sys.argv[1]))
+for name in ("replace", "rename", "unlink", "write_text"):
+    setattr(Path, name, dies(getattr(Path, name)))
+from safetensors import torch as safetensors
+from lumiere_fast.models import io
+io.save_file = dies(safetensors.save_file)
+trainer.run(checkpoint_every=2, log_every=1)
+"""
+
+
+def test_a_kill_in_the_middle_of_saving_leaves_a_run_that_resumes(tmp_path: Path) -> None:
+    """SIGKILL before the n-th change of a file, of several n: the run goes on to the end that it would have had."""
+    Trainer(make_task(), CONFIG, tmp_path / "whole").run(checkpoint_every=2, log_every=1)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    steps = set()
+    for count in (12, 22):
+        folder = tmp_path / str(count)
+        command = [sys.executable, "-c", KILLED, str(folder), str(count)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        resumed = Trainer(make_task(), CONFIG, folder, resume=True)
+        steps.add(resumed.step)
+        resumed.run(checkpoint_every=2, log_every=1)
+        assert_equal_runs(tmp_path / "whole", folder)
+        assert not list(folder.glob("*.partial*"))
+    assert len(steps) > 1
+
+
+class Killed(BaseException):
+    """In place of a signal: nothing may catch it."""
+
+
+def test_a_run_resumes_from_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above at every change of a file there is, in one process."""
+    config = dataclasses.replace(CONFIG, steps=3)
+    Trainer(make_task(), config, tmp_path / "whole").run(checkpoint_every=2, log_every=1)
+    originals = {name: getattr(Path, name) for name in ("replace", "write_text", "mkdir")}
+    for moment in range(1, 100):
+        folder = tmp_path / str(moment)
+        trainer = Trainer(make_task(), config, folder)
+        left = moment
+
+        def dying(name: str) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    raise Killed
+                return originals[name](*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in originals:
+                patch.setattr(Path, name, dying(name))
+            try:
+                trainer.run(checkpoint_every=2, log_every=1)
+            except Killed:
+                pass
+            else:
+                break
+        # before the first checkpoint nothing is there: the run starts anew
+        resumed = Trainer(make_task(), config, folder, resume=(folder / STATE_NAME).exists())
+        resumed.run(checkpoint_every=2, log_every=1)
+        assert_equal_runs(tmp_path / "whole", folder)
+    assert 8 < moment < 99
 
 
 def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
@@ -296,6 +337,15 @@ def test_changed_settings_are_named(config: dict[str, Any], task: dict[str, Any]
         Trainer(make_task(), CONFIG, tmp_path).run(checkpoint_every=1, log_every=1, on_log=interrupt_at(2))
     with pytest.raises(ValueError, match=f"was trained with other settings: {message}"):
         Trainer(make_task(**task), dataclasses.replace(CONFIG, **config), tmp_path, resume=True)
+
+
+def test_a_setting_that_the_checkpoint_does_not_tell_is_named(tmp_path: Path) -> None:
+    """A checkpoint from before there was such a setting: nobody knows what it was."""
+    old = Trainer(make_task(), dataclasses.replace(CONFIG, steps=1), tmp_path)
+    del old.settings["precision"]
+    old.run()
+    with pytest.raises(ValueError, match=r"other settings: precision=None \(now fp32\)$"):
+        Trainer(make_task(), dataclasses.replace(CONFIG, steps=1), tmp_path, resume=True)
 
 
 def test_other_frozen_weights_make_another_run(tmp_path: Path) -> None:
@@ -353,16 +403,29 @@ def test_the_log_holds_the_mean_loss(tmp_path: Path) -> None:
     assert all(float(row["seconds_per_step"]) > 0 for row in rows)
 
 
-def test_the_first_mean_after_a_resume_is_of_the_steps_made(tmp_path: Path) -> None:
-    losses: list[float] = []
-    Trainer(make_task(), CONFIG, tmp_path / "whole").run(log_every=1, on_log=lambda step, loss: losses.append(loss))
-    with pytest.raises(Interrupted):
-        Trainer(make_task(), CONFIG, tmp_path / "cut").run(checkpoint_every=1, log_every=2, on_log=interrupt_at(4))
-    means: list[tuple[int, float]] = []
-    resumed = Trainer(make_task(), CONFIG, tmp_path / "cut", resume=True)
-    assert resumed.step == 3
-    resumed.run(log_every=2, on_log=lambda *row: means.append(row))
-    assert means[0] == (4, pytest.approx(losses[3]))
+def test_the_log_tells_the_rate_and_ends_with_the_last_step(tmp_path: Path) -> None:
+    Trainer(make_task(), CONFIG, tmp_path).run(log_every=4)
+    rows = log_without_times(tmp_path)
+    assert [row["step"] for row in rows] == ["4", "6"]
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates == pytest.approx([CONFIG.learning_rate_at(3), CONFIG.learning_rate_at(5)], rel=1e-4)
+
+
+def test_lost_weights_do_not_take_the_place_of_a_checkpoint(tmp_path: Path) -> None:
+    task = make_task()
+    trainer = Trainer(task, CONFIG, tmp_path)
+
+    def lose(step: int, loss: float) -> None:
+        if step == 3:
+            next(task.model.parameters()).data.fill_(math.nan)
+
+    with pytest.raises(ValueError, match=r"weights are no longer finite at step 4; the last checkpoint in .* is kept"):
+        trainer.run(checkpoint_every=2, log_every=1, on_log=lose)
+    resumed = Trainer(make_task(), CONFIG, tmp_path, resume=True)
+    assert resumed.step == 2
+    resumed.run(checkpoint_every=2, log_every=1)
+    Trainer(make_task(), CONFIG, tmp_path / "whole").run(checkpoint_every=2, log_every=1)
+    assert_equal_runs(tmp_path / "whole", tmp_path)
 
 
 def test_settings_are_plain_json(tmp_path: Path) -> None:
@@ -377,44 +440,3 @@ def test_settings_are_plain_json(tmp_path: Path) -> None:
 def test_fewer_than_one_step_is_refused(steps: int) -> None:
     with pytest.raises(ValueError, match=f"steps must be >= 1, got {steps}"):
         TrainingConfig(steps=steps)
-
-
-# The stages ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("stage", "arguments", "message"),
-    [
-        ("t2v", {}, "stage must be one of t2i, inflate, ssr, got 't2v'"),
-        ("inflate", {}, "stage 'inflate' needs a source folder"),
-        ("t2i", {"steps": 0}, "steps must be >= 1, got 0"),
-        ("t2i", {"batch_size": 0, "steps": 1}, "batch_size=0"),
-    ],
-)
-def test_bad_stages_are_refused(stage: str, arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        train(stage, tmp_path / "out", **arguments)
-
-
-@pytest.mark.parametrize(("stage", "kind"), [("t2i", "ssr image"), ("ssr", "image"), ("t2i", "video")])
-def test_a_stage_goes_on_from_a_model_of_its_own_kind(stage: str, kind: str, tmp_path: Path) -> None:
-    save_model(make_task(kind).model, tmp_path / "model")
-    with pytest.raises(ValueError, match=f"model holds no model of stage '{stage}'"):
-        train(stage, tmp_path / "out", source=tmp_path / "model")
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
-        train(stage, tmp_path / "out", source=tmp_path / "nowhere")
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_inflate_stage_adds_to_an_image_model_and_goes_on_from_a_video_model(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    unet = UNet2D(tiny_config(3, ssr=True, sample_size=16, text_embed_dim=64))
-    save_model(unet, tmp_path / "image")
-    train("inflate", tmp_path / "video", source=tmp_path / "image", steps=1, batch_size=1)
-    video = load_model(tmp_path / "video")
-    assert isinstance(video, STUNet)
-    assert same(video.unet.state_dict(), unet.state_dict())
-    train("inflate", tmp_path / "more", source=tmp_path / "video", steps=1, batch_size=1, learning_rate=1e-9)
-    more = load_model(tmp_path / "more")
-    for name, tensor in video.state_dict().items():
-        torch.testing.assert_close(more.state_dict()[name], tensor, rtol=0, atol=1e-6)
