@@ -38,6 +38,5 @@ def duplicate_then_conv3d(x: Tensor, factor: Sequence[int], mode: str, weight: T
 @each_scenario(SPEC)
 def test_space_time_upsample(case: Case) -> None:
     learned = case.scenario.options["learned"]
-    case.compare(
-        bound((duplicate_then_conv1d, duplicate_then_conv3d) if learned else (interpolate, interpolate_frames), case)
-    )
+    functions = (duplicate_then_conv1d, duplicate_then_conv3d) if learned else (interpolate, interpolate_frames)
+    case.compare(bound(functions, case), limits=case.copy(), compiled=functions[0])

@@ -6,8 +6,9 @@ from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Case, each_scenario
+from benchmarks.harness import Case, Side, each_scenario
 from lumiere_fast.ops.spatial_attention import SPEC
 
 
@@ -36,6 +37,21 @@ def matmul(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> T
     return (scores.softmax(-1) @ c).transpose(1, 2).reshape(q.shape)
 
 
+def forced_sdpa(backend: SDPBackend, **inputs: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return sdpa(**inputs)
+
+
+def fused_on_a_gpu(case: Case) -> dict[str, Side]:
+    """The two fused kernels of torch; flash takes no mask, and neither runs in fp32."""
+    kernels = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+    if case.device != "cuda" or case.dtype.itemsize != 2:
+        return {}
+    if "key_mask" in case.inputs:
+        del kernels["SDPA flash"]
+    return {name: partial(forced_sdpa, kernel, **case.inputs) for name, kernel in kernels.items()}
+
+
 @each_scenario(SPEC)
 def test_spatial_attention(case: Case) -> None:
     case.compare(
@@ -43,5 +59,6 @@ def test_spatial_attention(case: Case) -> None:
             "SDPA of views": partial(sdpa, **case.inputs),
             "SDPA of copies": partial(sdpa, **case.inputs, copied=True),
             "matmul": partial(matmul, **case.inputs),
+            **fused_on_a_gpu(case),
         }
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,31 +14,33 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.eager import eager_ops
 from benchmarks.harness import Case, Side, each_scenario
 from lumiere_fast import dispatch
+from lumiere_fast.benchmark import stunet_inputs
 from lumiere_fast.models import PRESETS, STUNet, UNet2D, inflate
 from lumiere_fast.models.blocks import channels_last_weights
 from lumiere_fast.ops._spec import Draw, OpSpec, Scenario
 
-TEXT_TOKENS = 16
 
-
-def random_stunet(preset: str, part: str) -> STUNet:
-    """A model of the preset with every weight drawn: as initialised, most of its layers add zero."""
+def random_stunet(preset: str, part: str, device: str = "cpu") -> STUNet:
+    """A model of the preset with every weight drawn, on the device: as initialised, most of its layers add zero."""
     cascade = PRESETS[preset]
     config, inflation = (
         (cascade.base, cascade.base_inflation) if part == "base" else (cascade.ssr, cascade.ssr_inflation)
     )
-    model = inflate(UNet2D(config), inflation).eval()
-    generator = torch.Generator().manual_seed(0)
+    with torch.device(device):
+        model = inflate(UNet2D(config), inflation).eval()
+    if device == "meta":
+        return model
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1 and parameter.device.type != "meta":
+            if parameter.dim() > 1:
                 parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
     return channels_last_weights(model)
 
 
 @functools.lru_cache(maxsize=1)
 def loaded(preset: str, part: str, device: str, dtype: torch.dtype) -> STUNet:
-    return random_stunet(preset, part).to(device, dtype)
+    return random_stunet(preset, part, device).to(dtype)
 
 
 def make_inputs(
@@ -45,23 +48,13 @@ def make_inputs(
 ) -> dict[str, Any]:
     cascade = PRESETS[scenario.options["preset"]]
     config = cascade.base if scenario.options["part"] == "base" else cascade.ssr
-    draw, B = Draw(device, dtype, generator), scenario.sizes["B"]
-    inputs = {
-        "sample": draw.activation(*scenario.shape("BCTHW")),
-        "timestep": torch.full((B,), 100.0, device=device),
-        "encoder_hidden_states": draw(B, TEXT_TOKENS, config.text_embed_dim),
-        "encoder_attention_mask": torch.ones(B, TEXT_TOKENS, dtype=torch.bool, device=device),
-    }
-    if config.conditioning_channels:
-        inputs["image_conditioning"] = draw.activation(*scenario.shape("BCTHW"))
-        inputs["augmentation_level"] = torch.zeros(B, device=device)
-    return inputs
+    draw = Draw(device, dtype, generator)
+    return stunet_inputs(config, draw, scenario.sizes["B"], scenario.sizes["T"])
 
 
 def flops(scenario: Scenario) -> int:
     """Counted by torch over one forward of shapes without values."""
-    with torch.device("meta"):
-        model = random_stunet(scenario.options["preset"], scenario.options["part"])
+    model = random_stunet(scenario.options["preset"], scenario.options["part"], "meta")
     inputs = make_inputs(scenario, "cpu", torch.float32, torch.Generator())
     inputs = {name: value.to("meta") for name, value in inputs.items()}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -93,20 +86,32 @@ SPEC = OpSpec(
 
 
 @each_scenario(SPEC)
-def test_stunet(case: Case, request: pytest.FixtureRequest) -> None:
+def test_stunet(case: Case) -> None:
     options = case.scenario.options
     model = loaded(options["preset"], options["part"], case.device, case.dtype)
 
-    def ours() -> Tensor:
-        with dispatch.use_backend(case.backend):
+    def on(backend: str) -> Tensor:
+        with dispatch.use_backend(backend):
             return model(**case.inputs)
 
-    def eager() -> Tensor:
+    def eager(**inputs: Tensor) -> Tensor:
         with eager_ops():
-            return model(**case.inputs)
+            return model(**inputs)
 
-    baselines: dict[str, Side] = {"eager layers": eager}
-    if request.config.getoption("--compile"):
-        compiled = torch.compile(model, dynamic=False)
-        baselines["torch.compile"] = lambda: compiled(**case.inputs)
-    case.compare(baselines, ours=ours, rtol=1e-3 if case.dtype == torch.float32 else 0.1)
+    baselines: dict[str, Side] = {"eager layers": partial(eager, **case.inputs)}
+    if case.backend != "reference":
+        baselines["reference backend"] = partial(on, "reference")
+    case.compare(
+        baselines,
+        ours=partial(on, case.backend),
+        rtol=1e-3 if case.dtype == torch.float32 else 0.1,
+        compiled=reference_forward(model),
+    )
+
+
+def reference_forward(model: STUNet) -> Callable[..., Tensor]:
+    def forward(**inputs: Tensor) -> Tensor:
+        with dispatch.use_backend("reference"):
+            return model(**inputs)
+
+    return forward

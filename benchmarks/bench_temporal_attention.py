@@ -46,4 +46,6 @@ def test_temporal_attention(case: Case) -> None:
             "rearrange + SDPA": partial(rearrange_sdpa, **case.inputs),
             "rearrange + matmul": partial(rearrange_matmul, **case.inputs),
         },
+        limits=case.copy(),
+        compiled=rearrange_sdpa,
     )

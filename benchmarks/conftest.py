@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.harness import Case, Row, Side, assert_same, clock_for, interleave, quantile, table
+from benchmarks.harness import Case, Row, default_dtype, draw_inputs, prepare, table
 from lumiere_fast.ops._spec import OpSpec, Scenario
 
 ROWS = pytest.StashKey[list[Row]]()
@@ -28,6 +28,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     config.option.benchmark_quiet = True  # our table replaces pytest-benchmark's
+
+
+def pytest_sessionstart() -> None:
+    prepare()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -62,37 +66,21 @@ def case(
     request: pytest.FixtureRequest, benchmark: Any, spec: OpSpec, scenario: Scenario, backend: str, threads: int
 ) -> Iterator[Case]:
     config, device = request.config, default_device()
-    dtype = getattr(torch, config.getoption("--dtype") or ("float32" if device == "cpu" else "bfloat16"))
+    dtype = getattr(torch, name) if (name := config.getoption("--dtype")) else default_dtype(device)
 
-    def run(case: Case, ours: Side, baselines: Mapping[str, Side], limits: Mapping[str, Side], rtol: float) -> None:
-        with torch.no_grad():
-            assert_same({name: side() for name, side in baselines.items()}, ours(), rtol)
-            for side in limits.values():
-                side()
-            clock, budget = clock_for(device), config.getoption("--budget")
-            mine, theirs = interleave(benchmark, clock, ours, {**baselines, **limits}, budget)
-        row = Row(
-            op=spec.name,
-            scenario=scenario.name,
-            backend=case.chosen_backend,
-            threads=threads,
-            samples=mine,
-            baselines={name: quantile(theirs[name], 0.5) for name in baselines},
-            limits={name: quantile(theirs[name], 0.5) for name in limits},
-            ratios={
-                name: quantile([other / our for other, our in zip(times, mine, strict=True)], 0.5)
-                for name, times in theirs.items()
-            },
-            nbytes=spec.bytes(scenario, dtype),
-            flops=spec.flops(scenario),
-        )
+    def finish(row: Row) -> None:
         benchmark.extra_info.update(row.extra_info())
         config.stash[ROWS].append(row)
 
-    inputs = spec.make_inputs(scenario, device, dtype, torch.Generator().manual_seed(0))
+    def repeat(timed: Callable[[], None], before: Callable[[], None], rounds: int) -> None:
+        """pytest-benchmark records our side; the others run in its set-up."""
+        benchmark.pedantic(timed, setup=before, rounds=rounds, iterations=1)
+
+    inputs = draw_inputs(spec, scenario, device, dtype)
+    budget, compiles = config.getoption("--budget"), config.getoption("--compile")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    yield Case(spec, scenario, backend, device, dtype, inputs, run)
+    yield Case(spec, scenario, backend, device, dtype, threads, inputs, finish, budget, compiles, repeat)
     torch.set_num_threads(before)
 
 

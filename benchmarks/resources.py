@@ -1,0 +1,468 @@
+"""What every kernel that ships takes of a GPU, read from its machine code: no GPU is needed.
+
+    python -m benchmarks.resources [--op NAME] [--json]
+
+Every configuration of every Triton kernel (the `VARIANTS` of kernels/<op>.py) and every kernel of csrc/<op>.cu is
+compiled for sm_80 and sm_90 as it would be for a launch. Registers, stack and shared memory come from cuobjdump,
+spilled bytes from ptxas, instructions from the disassembly. The table is held against `RULES`; a broken rule is named,
+and the exit status is 1. Rows are kept in the user's cache folder by source, compiler and architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lumiere_fast import evidence, kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = Path(kernels.__file__).parent
+CSRC = ROOT / "csrc"
+ARCHITECTURES = (80, 90)
+WORKER_TIMEOUT = 500
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel in one configuration, compiled for one architecture.
+
+    Args:
+        spills: bytes, stores and loads together.
+        shared: bytes of static and dynamic shared memory.
+        wgmma, mma: warpgroup and warp matrix instructions.
+        loads, stores: global instructions by bytes a thread, smallest first.
+        wide_loads: how many 16-byte loads the configuration promises at least.
+        narrow_offsets: pointer offsets computed in less than 64 bits; None where that is not known (CUDA).
+        missing: why there are no figures.
+    """
+
+    op: str
+    backend: str
+    kernel: str
+    variant: str
+    arch: int
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    shared: int = 0
+    wgmma: int = 0
+    mma: int = 0
+    loads: tuple[tuple[int, int], ...] = ()
+    stores: tuple[tuple[int, int], ...] = ()
+    wide_loads: int = 0
+    narrow_offsets: int | None = None
+    missing: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.backend} {self.kernel} ({self.variant}) sm_{self.arch}"
+
+
+class Rule(NamedTuple):
+    """What must hold for the rows it binds.
+
+    Args:
+        binds: of all rows with figures, those it is about.
+        broken: what is wrong with a row; None if nothing is.
+    """
+
+    name: str
+    binds: Callable[[Row], bool]
+    broken: Callable[[Row], str | None]
+
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may have
+TENSOR_CORE_OPS = ("temporal_conv", "spatial_attention")
+WIDE = 16
+CUDA_WIDE = {"blend_windows": r"blend_kernel<.*, 1>>"}  # the kernels of csrc/<op>.cu that promise 16-byte loads
+
+
+def _at_most(field: str, limit: Callable[[Row], int]) -> Callable[[Row], str | None]:
+    def broken(row: Row) -> str | None:
+        value = getattr(row, field)
+        return f"{field} is {value}, at most {limit(row)} is allowed" if value > limit(row) else None
+
+    return broken
+
+
+def _at_least(value: Callable[[Row], int], least: Callable[[Row], int], what: str) -> Callable[[Row], str | None]:
+    return lambda row: f"{what}: {value(row)}, at least {least(row)} must be" if value(row) < least(row) else None
+
+
+RULES = (
+    Rule("nothing spills", lambda row: True, _at_most("spills", lambda row: 0)),
+    Rule("no stack", lambda row: True, _at_most("stack", lambda row: 0)),
+    Rule("shared memory fits", lambda row: True, _at_most("shared", lambda row: SHARED_LIMIT[row.arch])),
+    Rule(
+        "wgmma on sm_90",
+        lambda row: row.arch == 90 and row.op in TENSOR_CORE_OPS,
+        _at_least(lambda row: row.wgmma, lambda row: 1, "wgmma instructions"),
+    ),
+    Rule(
+        "16-byte global loads",
+        lambda row: row.wide_loads > 0,
+        _at_least(lambda row: dict(row.loads).get(WIDE, 0), lambda row: row.wide_loads, "16-byte global loads"),
+    ),
+    Rule("64-bit offsets", lambda row: row.narrow_offsets is not None, _at_most("narrow_offsets", lambda row: 0)),
+)
+
+
+def violations(rows: Iterable[Row]) -> list[str]:
+    """One line for each row that breaks a rule."""
+    return [
+        f"{rule.name}: {row.name}: {wrong}"
+        for row in rows
+        for rule in RULES
+        if row.missing is None and rule.binds(row) and (wrong := rule.broken(row)) is not None
+    ]
+
+
+def measure(op: str | None = None) -> list[Row]:
+    """The rows of one op or of all, from the cache where nothing changed."""
+    jobs = [job for job in _jobs() if op in (None, job.op)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for rows in pool.map(_cached, jobs) for row in rows]
+
+
+class Job(NamedTuple):
+    """The kernels of one source for one architecture: what is compiled at once, and cached as one."""
+
+    op: str
+    backend: str
+    arch: int
+
+
+def _jobs() -> list[Job]:
+    sources = {"triton": KERNELS.glob("[!_]*.py"), "cuda": CSRC.glob("*.cu")}
+    ops = sorted((path.stem, backend) for backend, paths in sources.items() for path in paths)
+    return [Job(op, backend, arch) for op, backend in ops for arch in ARCHITECTURES]
+
+
+def _cached(job: Job) -> list[Row]:
+    compiler = _triton_version() if job.backend == "triton" else _nvcc_version()
+    if compiler is None:
+        tool = "Triton is not installed" if job.backend == "triton" else "nvcc was not found"
+        return [Row(job.op, job.backend, "-", "-", job.arch, missing=tool)]
+    source = kernels.source_hash(job.op) if job.backend == "triton" else _csrc_hash(job.op)
+    key = hashlib.sha256("\n".join((source, compiler, Path(__file__).read_text("utf-8"))).encode()).hexdigest()[:16]
+    path = evidence.cache_folder() / "resources" / f"{job.op}-{job.backend}-sm_{job.arch}-{key}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return _rows(path.read_text("utf-8"))
+    if job.backend == "triton":
+        rows = triton_rows(job.op, f"{kernels.__name__}.{job.op}", job.arch)
+    else:
+        rows = cuda_rows(job.op, CSRC / f"{job.op}.cu", job.arch)
+    _keep(path, rows)
+    return rows
+
+
+def _keep(path: Path, rows: Sequence[Row]) -> None:
+    """A folder that cannot be written only costs the next run its time."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(_json(rows), "utf-8")
+        partial.replace(path)
+
+
+def _json(rows: Iterable[Row]) -> str:
+    return json.dumps([asdict(row) for row in rows])
+
+
+def _rows(text: str) -> list[Row]:
+    def pairs(value: Any) -> Any:
+        return tuple(tuple(pair) for pair in value) if isinstance(value, list) else value
+
+    return [Row(**{name: pairs(value) for name, value in row.items()}) for row in json.loads(text)]
+
+
+def triton_rows(op: str, module: str, arch: int, path: Path | None = None) -> list[Row]:
+    """The rows of a module's `VARIANTS`, compiled in a process without Triton's interpreter.
+
+    Args:
+        path: a folder to import the module from.
+
+    Raises:
+        RuntimeError: a kernel does not compile.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    folders = [str(ROOT), *([str(path)] if path else []), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+    with tempfile.TemporaryDirectory() as cache:  # ptxas speaks only where it is run
+        environment |= {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.resources", "--worker", op, module, str(arch)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+            timeout=WORKER_TIMEOUT,
+        )
+    if done.returncode != 0:
+        raise RuntimeError(f"{module} does not compile for sm_{arch}:\n{done.stderr}")
+    return _rows(done.stdout)
+
+
+def _compile_variants(op: str, name: str, arch: int) -> Iterator[Row]:
+    module = importlib.import_module(name)
+    for variant in module.VARIANTS:
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            compiled = _compile(getattr(module, variant.kernel), variant, arch)
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            spills = _spills(log.getvalue() or _ptxas_log(compiled.asm["ptx"], arch, Path(folder)))
+            (usage,) = _usage(cubin).values()
+        usage["shared"] = max(usage["shared"], compiled.metadata.shared)  # what a launch asks for is not in the cubin
+        yield Row(
+            op,
+            "triton",
+            variant.kernel,
+            variant.name,
+            arch,
+            **usage,
+            **instructions(compiled.asm["ptx"], PTX),
+            spills=sum(spills.values()),
+            wide_loads=variant.wide_loads,
+            narrow_offsets=narrow_offsets(compiled.asm["ttir"]),
+        )
+
+
+def _compile(kernel: Any, variant: Any, arch: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(kernel, dict(variant.signature), dict(variant.constexprs))
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def narrow_offsets(ttir: str) -> int:
+    """How many pointers move by offsets of fewer than 64 bits, other than the lane in a tile and constants."""
+    harmless = set(re.findall(r"(%\S+) = (?:tt\.make_range|arith\.constant) ", ttir))
+    moves = re.findall(r"= tt\.addptr %\S+, (%\S+) : [^,\n]+, (?:tensor<[^>]*x)?(i\d+)", ttir)
+    return sum(int(kind[1:]) < 64 and offset not in harmless for offset, kind in moves)
+
+
+def cuda_rows(op: str, source: Path, arch: int) -> list[Row]:
+    """The rows of the kernels in a .cu file, compiled with the build's flags.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        arch_flag = f"-arch=sm_{_cuda_target(arch)}"
+        log = _run("nvcc", *_nvcc_flags(), "-cubin", arch_flag, "-Xptxas=-v", str(source), "-o", str(cubin))
+        usage, sass = _usage(cubin), _run("cuobjdump", "--dump-sass", str(cubin))
+    parts = re.split(r"^\s*Function : (\S+)$", sass, flags=re.MULTILINE)[1:]
+    code = dict(zip(parts[::2], parts[1::2], strict=True))
+    spills, names = _spills(log), _demangled(list(usage))
+    rows = []
+    for mangled, figures in usage.items():
+        kernel, variant = names[mangled]
+        figures |= instructions(code[mangled], SASS)
+        wide = int(op in CUDA_WIDE and re.fullmatch(CUDA_WIDE[op], f"{kernel}<{variant}>") is not None)
+        rows.append(Row(op, "cuda", kernel, variant, arch, **figures, spills=spills[mangled], wide_loads=wide))
+    return rows
+
+
+def _cmake(pattern: str) -> list[str]:
+    """What CMakeLists.txt says, so that it is said once."""
+    found = re.search(pattern, (ROOT / "CMakeLists.txt").read_text("utf-8"))
+    return found.group(1).split(";") if found else []
+
+
+def _nvcc_flags() -> list[str]:
+    own = _cmake(r"\$<\$<COMPILE_LANGUAGE:CUDA>:([^>]*)>")
+    return ["-std=c++17", "-O3", "-DNDEBUG", "-DLF_BUILDING", f"-I{CSRC}", f"-I{CSRC / 'include'}", *own]
+
+
+def _cuda_target(arch: int) -> str:
+    """The build's own target of this generation: 90a, say."""
+    targets = _cmake(r'LF_CUDA_ARCHS "([^"]*)"')
+    return next((target for target in targets if target.rstrip("af") == str(arch)), str(arch))
+
+
+def _csrc_hash(op: str) -> str:
+    files = sorted([*CSRC.glob(f"{op}*"), *(CSRC / "common").glob("*"), *(CSRC / "include").glob("*")])
+    digest = hashlib.sha256(repr((_nvcc_flags(), [_cuda_target(arch) for arch in ARCHITECTURES])).encode())
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _demangled(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The kernel and its template arguments, by mangled name."""
+    filters = [tool for tool in ("cu++filt", "c++filt") if shutil.which(tool)]
+    plain = _run(filters[0], *names).splitlines() if filters and names else list(names)
+    found = {}
+    for name, text in zip(names, plain, strict=True):
+        text = re.sub(r"lf::|\(anonymous namespace\)::|_INTERNAL_\w+::|^void ", "", text).rsplit("(", 1)[0]
+        kernel, _, arguments = text.replace("> >", ">>").partition("<")
+        found[name] = (kernel, arguments.removesuffix(">"))
+    return found
+
+
+def _spills(log: str) -> dict[str, int]:
+    """Bytes by kernel, from what `ptxas -v` says."""
+    found = re.findall(
+        r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
+    )
+    if not found:
+        raise RuntimeError(f"ptxas said nothing of spills:\n{log}")
+    return {name: int(stores) + int(loads) for name, stores, loads in found}
+
+
+def _ptxas_log(ptx: str, arch: int, folder: Path) -> str:
+    """For a Triton that keeps ptxas's words to itself: what it says to the same code."""
+    source = folder / "kernel.ptx"
+    source.write_text(ptx, "utf-8")
+    return _run("ptxas", "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", str(source), "-o", os.devnull)
+
+
+def _usage(cubin: Path) -> dict[str, dict[str, Any]]:
+    """Registers, stack and static shared memory of the kernels in a cubin, by mangled name."""
+    text = _run("cuobjdump", "--dump-resource-usage", str(cubin))
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    return {
+        name: dict(zip(("registers", "stack", "shared"), map(int, numbers), strict=True)) for name, *numbers in found
+    }
+
+
+# What is counted in PTX (Triton's) and in SASS (nvcc's): bulk and asynchronous copies are loads.
+PTX = {
+    "instruction": r"^\s*(?:@!?%p\d+\s+)?([a-z]+[A-Za-z0-9_.:]*)\s",
+    "wgmma": r"wgmma\.mma_async",
+    "mma": r"w?mma\.(sync|m\d)",
+    "loads": r"ld\.(volatile\.|relaxed\.\w+\.|acquire\.\w+\.)?global|cp\.async\.(c[ag]\.|bulk\.)",
+    "stores": r"st\.(volatile\.|relaxed\.\w+\.|release\.\w+\.)?global",
+}
+SASS = {
+    "instruction": r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)",
+    "wgmma": r"[A-Z]GMMA",
+    "mma": r"[HIDQB]MMA",
+    "loads": r"LDG(STS)?\b|UTMALDG|UBLKCP",
+    "stores": r"STG\b",
+}
+
+
+def instructions(code: str, language: Mapping[str, str]) -> dict[str, Any]:
+    """Matrix instructions, and global loads and stores by bytes a thread."""
+    names = Counter(re.findall(language["instruction"], code, re.MULTILINE))
+
+    def of(kind: str) -> dict[str, int]:
+        return {name: number for name, number in names.items() if re.match(language[kind], name)}
+
+    def widths(kind: str) -> tuple[tuple[int, int], ...]:
+        found: Counter[int] = Counter()
+        for name, number in of(kind).items():
+            found[_width(name)] += number
+        return tuple(sorted(found.items()))
+
+    matrix = {kind: sum(of(kind).values()) for kind in ("wgmma", "mma")}
+    return {**matrix, "loads": widths("loads"), "stores": widths("stores")}
+
+
+def _width(instruction: str) -> int:
+    """Bytes a thread; copies by the tensor memory unit, and those that bypass L1, count as the widest."""
+    if re.match(r"UTMALDG|UBLKCP|cp\.async\.(cg|bulk)", instruction):
+        return WIDE
+    vector = re.search(r"\.v(\d)\b", instruction)
+    bits = re.search(r"\.[USbusf]?(8|16|32|64|128|256)\b", instruction)
+    return (int(vector.group(1)) if vector else 1) * (int(bits.group(1)) // 8 if bits else 4)
+
+
+@functools.cache
+def _tool(name: str) -> str:
+    """From the CUDA toolkit, or as it ships inside Triton."""
+    spec = util.find_spec("triton")
+    shipped = Path(spec.origin).parent / "backends/nvidia/bin" / name if spec and spec.origin else None
+    if shipped is not None and shipped.exists():
+        return str(shipped)
+    found = shutil.which(name)
+    if found is None:
+        raise RuntimeError(f"{name} was found neither in the search path nor inside Triton; install triton or CUDA")
+    return found
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([_tool(tool), *arguments], capture_output=True, text=True, timeout=WORKER_TIMEOUT)
+    if done.returncode != 0:
+        raise RuntimeError(f"{tool} failed:\n{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _triton_version() -> str | None:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("triton")
+    return None
+
+
+@functools.cache
+def _nvcc_version() -> str | None:
+    return _run("nvcc", "--version") if shutil.which("nvcc") else None
+
+
+COLUMNS = ("op", "backend", "kernel", "variant", "arch", "regs", "stack", "spills", "shared", "wgmma", "mma")
+ACCESSES = ("loads", "stores")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for each row; loads and stores as bytes x instructions."""
+    lines = [[*COLUMNS, *ACCESSES]]
+    for row in rows:
+        named = [row.op, row.backend, row.kernel, row.variant, f"sm_{row.arch}"]
+        if row.missing is not None:
+            lines.append([*named, f"not compiled: {row.missing}"])
+            continue
+        figures = (row.registers, row.stack, row.spills, row.shared, row.wgmma, row.mma)
+        accesses = (" ".join(f"{width}x{number}" for width, number in pairs) for pairs in (row.loads, row.stores))
+        lines.append([*named, *map(str, figures), *accesses])
+    widths = [max(len(line[i]) for line in lines if len(line) > len(COLUMNS)) for i in range(len(lines[0]))]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=False)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.partition("\n")[0])
+    parser.add_argument("--op", choices=sorted({job.op for job in _jobs()}), help="only the kernels of this op")
+    parser.add_argument("--json", action="store_true", help="print the rows and what they break as JSON")
+    parser.add_argument("--worker", nargs=3, metavar=("OP", "MODULE", "ARCH"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        op, module, arch = options.worker
+        print(_json(_compile_variants(op, module, int(arch))))
+        return 0
+    rows = measure(options.op)
+    broken = violations(rows)
+    if options.json:
+        print(json.dumps({"rows": [asdict(row) for row in rows], "broken": broken}, indent=1))
+    else:
+        print(table(rows))
+        print("\n".join(["", *broken]) if broken else f"\n{len(rows)} rows keep all of {len(RULES)} rules")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Times several ways to do one thing, in turn and in one process, so that a slow moment falls on all of them.
+
+A ratio of two sides is the median over rounds of the one's time over the other's in the same round.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+Side = Callable[[], Any]
+Clock = Callable[[Side], float]
+Repeat = Callable[[Callable[[], None], Callable[[], None], int], Any]
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
+L2_FLUSH_BYTES = 256 << 20
+L2_FLUSHES = 4  # about 0.3 ms of device time, in which the host gets ahead
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """From here on this process reuses the memory that it frees; whether its C library can be told so.
+
+    As it starts, glibc takes each large tensor fresh from the kernel and gives it back: the page faults of a result of
+    128 MiB cost 50 ms, and filling it 5. A side that cannot write into a held buffer would be timed on page faults.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and mallopt(M_MMAP_THRESHOLD, 1 << 30) == mallopt(M_TRIM_THRESHOLD, 2**31 - 1) == 1
+
+
+def cpu_clock(side: Side) -> float:
+    """Seconds of wall time."""
+    start = time.perf_counter()
+    side()
+    return time.perf_counter() - start
+
+
+class CudaClock:
+    """Seconds of device time between two events, with the L2 cache flushed before.
+
+    While the device is busy flushing, the host queues the side's launches: what they cost the host is not measured.
+    """
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self.start = torch.cuda.Event(enable_timing=True)
+        self.stop = torch.cuda.Event(enable_timing=True)
+
+    def __call__(self, side: Side) -> float:
+        for _ in range(L2_FLUSHES):
+            self.flush.zero_()
+        self.start.record()
+        side()
+        self.stop.record()
+        self.stop.synchronize()
+        return self.start.elapsed_time(self.stop) / 1e3
+
+
+def clock_for(device: torch.device | str) -> Clock:
+    return CudaClock() if torch.device(device).type == "cuda" else cpu_clock
+
+
+def run_rounds(timed: Callable[[], None], before: Callable[[], None], rounds: int) -> None:
+    for _ in range(rounds):
+        before()
+        timed()
+
+
+def interleave(
+    ours: Side, others: Mapping[str, Side], clock: Clock, budget: float, repeat: Repeat = run_rounds
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Seconds of `ours`, and of each other side, in every round.
+
+    Args:
+        ours, others: already run once, so that nothing is built or cached in the first round.
+        budget: seconds of all rounds together, from which their number follows: MIN_ROUNDS to MAX_ROUNDS.
+        repeat: runs `(timed, before, rounds)`, that is before() and timed() in each round; pytest-benchmark's place.
+    """
+    cost = clock(ours) + sum(clock(side) for side in others.values())
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / cost)))
+    mine: list[float] = []
+    theirs: dict[str, list[float]] = {name: [] for name in others}
+
+    def time_others() -> None:
+        for name, side in others.items():
+            theirs[name].append(clock(side))
+
+    repeat(lambda: mine.append(clock(ours)), time_others, rounds)
+    return mine, theirs
+
+
+def quantile(samples: Sequence[float], fraction: float) -> float:
+    """The sample at `fraction` of the way through the sorted ones (the lower of two)."""
+    return sorted(samples)[int(fraction * (len(samples) - 1))]
+
+
+def median(samples: Sequence[float]) -> float:
+    return quantile(samples, 0.5)
+
+
+def times_as_fast(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """The median over rounds of their seconds over ours: above 1 where we are faster."""
+    return median([other / our for other, our in zip(theirs, ours, strict=True)])
+
+
+def seconds(value: float) -> str:
+    """For people: `250 us`, `1.50 ms`, `2.00 s`."""
+    return f"{value * 1e6:.0f} us" if value < 1e-3 else f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def aligned(cells: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> list[str]:
+    """Lines of a table whose first row is its head; the columns in `numbers` are set to the right."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    pads = [str.rjust if i in numbers else str.ljust for i in range(len(widths))]
+    lines = [
+        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

@@ -1,0 +1,196 @@
+"""How a benchmark's row comes about: sides checked before they are timed, held buffers, ratios, verdicts, the table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bench_blend_windows, bench_denoise_step, harness, worker
+from benchmarks.bench_blend_windows import Accumulate, FrameByFrame
+from benchmarks.bench_denoise_step import BySorting, Composed
+from benchmarks.harness import Case, Row
+from lumiere_fast import ops, timing
+from lumiere_fast.ops._spec import Scenario
+
+TINY = Scenario("tiny", {"B": 1, "C": 3, "T": 10, "H": 4, "W": 5}, {"window": 4, "per": "clip"}, cpu=True)
+
+
+def case_of(module: Any, rows: list[Row], backend: str = "reference", **changes: Any) -> Case:
+    inputs = harness.draw_inputs(module.SPEC, TINY, "cpu", torch.float32)
+    return Case(module.SPEC, TINY, backend, "cpu", torch.float32, 1, inputs, rows.append, 1e-9, **changes)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Seconds by the name of a side, in place of time."""
+    costs: dict[str, float] = {}
+    monkeypatch.setattr(timing, "clock_for", lambda device: lambda side: costs[side.__name__])
+    return costs
+
+
+def test_a_row_of_made_up_times(clock: dict[str, float]) -> None:
+    rows: list[Row] = []
+    case = case_of(bench_blend_windows, rows)
+    expected = ops.blend_windows(**case.inputs)
+
+    def ours() -> Any:
+        return expected
+
+    def slow() -> Any:
+        return expected.clone()
+
+    def copy() -> None:
+        pass
+
+    clock.update(ours=2.0, slow=6.0, copy=1.0)
+    case.compare({"slow": slow}, limits={"copy": copy}, ours=ours)
+    (row,) = rows
+    assert (row.median, row.baselines, row.limits) == (2.0, {"slow": 6.0}, {"copy": 1.0})
+    assert row.ratios == {"slow": 3.0, "copy": 0.5} and row.strongest == "slow"
+    assert row.numbers()["gb_per_s"] == row.nbytes / 2e9 and row.numbers()["rounds"] == timing.MIN_ROUNDS
+    assert row.source and row.verdict == "no goal" and row.extra_info()["source"] == row.source
+    assert "slow 3.00*, (copy 0.50)" in harness.table([row])[2]
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x + 1e-2, lambda x: x[:, :1], lambda x: x * float("nan")])
+def test_a_baseline_that_differs_gives_no_row(wrong: Any) -> None:
+    rows: list[Row] = []
+    case = case_of(bench_blend_windows, rows)
+    expected = ops.blend_windows(**case.inputs)
+    with pytest.raises(AssertionError, match=r"baseline (differs|gives)"):
+        case.compare({"baseline": lambda: wrong(expected)})
+    assert rows == []
+
+
+def test_a_baseline_that_torch_cannot_run_is_left_out_and_told() -> None:
+    rows: list[Row] = []
+    case = case_of(bench_blend_windows, rows)
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: invalid configuration argument\nand more")
+
+    case.compare({"broken": broken, "frames": lambda: ops.blend_windows(**case.inputs)})
+    assert rows[0].broken == {"broken": "CUDA error: invalid configuration argument"}
+    assert list(rows[0].baselines) == ["frames"] and "(broken cannot run)" in harness.table(rows)[2]
+
+
+def test_our_own_failure_is_not_swallowed() -> None:
+    def ours() -> None:
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        case_of(bench_blend_windows, []).compare({}, ours=ours)
+
+
+def test_the_baselines_of_blend_windows_write_into_what_they_hold() -> None:
+    case = case_of(bench_blend_windows, [])
+    windows, num_frames = case.inputs["windows"], case.inputs["num_frames"]
+    expected = ops.blend_windows(**case.inputs)
+    for baseline in (Accumulate(windows, num_frames), FrameByFrame(windows, num_frames)):
+        first = baseline(**case.inputs)
+        first.fill_(float("nan"))
+        assert baseline(**case.inputs) is first
+        torch.testing.assert_close(first, expected)
+        assert first.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("per", ["clip", "frame"])
+def test_the_baseline_of_denoise_step_writes_into_what_it_holds(per: str) -> None:
+    scenario = replace(TINY, options={**TINY.options, "per": per})
+    inputs = harness.draw_inputs(bench_denoise_step.SPEC, scenario, "cpu", torch.float32)
+    step = Composed(BySorting(), inputs["windows"], inputs["latent"])
+    for result in step(**inputs):
+        result.fill_(float("nan"))
+    latent, x0 = step(**inputs)
+    expected = ops.denoise_step(**inputs)
+    torch.testing.assert_close(latent, expected.latent)
+    torch.testing.assert_close(x0, expected.x0)
+    assert [result.data_ptr() for result in step(**inputs)] == [latent.data_ptr(), x0.data_ptr()]
+
+
+def test_the_copy_moves_the_op_s_bytes() -> None:
+    case = case_of(bench_blend_windows, [])
+    (copied,) = (side() for side in case.copy().values())
+    assert 2 * copied.numel() == case.spec.bytes(TINY, torch.float32)
+
+
+# ---------------------------------------------------------------- the lab's worker
+
+
+def test_the_worker_knows_every_scenario_of_a_cpu() -> None:
+    described = worker.describe("cpu")
+    units = described["benchmarks"]
+    assert described["machine"]["device"] == "cpu" and described["machine"]["versions"]["torch"] == torch.__version__
+    assert {unit["op"] for unit in units} == {*worker.benchmarked_ops(), "stunet", "pipeline"}
+    for unit in units:
+        spec, _ = harness.benchmark_of(unit["op"])
+        assert {s.name: s.cpu for s in spec.scenarios}[unit["scenario"]]
+    blends = {(unit["scenario"], unit["backend"]) for unit in units if unit["op"] == "blend_windows"}
+    names = [scenario.name for scenario in bench_blend_windows.SPEC.scenarios if scenario.cpu]
+    assert blends == {(name, backend) for name in names for backend in ("cpu", "reference")}
+
+
+UNIT = {"stage": "benchmarks", "op": "blend_windows", "backend": "reference", "scenario": "demo", "dtype": "float32"}
+SETTINGS = {"threads": 1, "budget": 1e-6, "compile": False}
+
+
+def test_the_worker_reports_times_and_what_they_are_held_against() -> None:
+    before = torch.get_num_threads()
+    row = worker.benchmark({**UNIT, **SETTINGS}, "cpu")
+    torch.set_num_threads(before)
+    assert row["verdict"] == "no goal" and row["numbers"]["median_s"] > 0 and "GB/s" in row["measured"]
+    assert set(row["numbers"]["ratios"]) == {"accumulate loop", "frame by frame", "copy"}
+
+
+def test_the_worker_gives_a_wrong_result_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.blend_windows
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        return right(*args, **options).add_(1e-2)
+
+    monkeypatch.setattr(ops, "blend_windows", wrong)
+    monkeypatch.setattr(worker, "_reasons_against", lambda case: [])
+    row = worker.benchmark({**UNIT, **SETTINGS}, "cpu")
+    assert set(row) == {"verdict", "why"} and row["verdict"] == "failed" and "differs from us" in row["why"]
+
+
+def test_the_worker_tells_what_cannot_run_or_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = worker.benchmark({**UNIT, **SETTINGS, "backend": "cuda"}, "cpu")
+    assert row["verdict"] == "skipped" and "cuda" in row["why"]
+
+    def full(case: Any) -> list[str]:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(worker, "_reasons_against", full)
+    row = worker.benchmark({**UNIT, **SETTINGS}, "cpu")
+    assert row["verdict"] == "skipped" and "out of memory" in row["why"]
+
+
+def test_the_worker_s_smoke_has_a_row_for_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # as the lab starts it
+    rows = {row["backend"]: row for row in worker.smoke("blend_windows", "cpu")}
+    assert set(rows) == {"triton", "cuda", "cpu"} and all(row["verdict"] in ("met", "skipped") for row in rows.values())
+    assert all((row["source"] is None) == (row["verdict"] == "skipped") for row in rows.values())
+
+
+def test_a_smoke_that_raises_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    def checks(device: str, names: list[str]) -> Any:
+        raise RuntimeError("ptxas died")
+
+    monkeypatch.setattr(worker.selftest, "checks", checks)
+    (row,) = worker.smoke("blend_windows", "cpu")
+    assert row["verdict"] == "failed" and "ptxas died" in row["why"]
+
+
+def test_what_others_use_of_the_machine_is_told() -> None:
+    assert harness.used_by_others((1.0, 10.0, 100.0), (3.0, 16.0, 108.0)) == 0.5  # 6 s of 8 busy, 2 of them ours
+    assert harness.used_by_others((1.0, 10.0, 100.0), (3.0, 11.0, 108.0)) == 0.0  # ticks are coarse
+    assert harness.used_by_others(None, None) is None
+    rows: list[Row] = []
+    case_of(bench_blend_windows, rows).compare({})
+    told = worker._against_baselines(replace(rows[0], others=0.25, broken={"a": "x"}))
+    assert told == "a cannot run, others used 25% of the machine meanwhile"
+    assert "others" not in worker._against_baselines(replace(rows[0], others=0.05))
