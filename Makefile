@@ -25,7 +25,10 @@ venv: $(STAMP)
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
+# What the native core is built from counts too: an edit there rebuilds it, and only what the edit touches.
+CORE := CMakeLists.txt $(shell find csrc -type f -not -path 'csrc/tests/*')
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(CORE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
@@ -48,10 +51,12 @@ lint: $(STAMP)
 # cmake and ninja may be the system's or, after `make venv`, the environment's.
 native: export PATH := $(abspath $(BIN)):$(PATH)
 native:
-	cmake -S . -B build/native -G Ninja
+	cmake -S . -B build/native -G Ninja -DLF_WERROR=ON
 	cmake --build build/native
 	ctest --test-dir build/native --output-on-failure
 
+# Without the stamp, since the next `make` has to build the native core again.
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f lumiere_fast/_native.* lumiere_fast/_native_build.json $(STAMP)
 	find lumiere_fast kernels benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,20 +1,46 @@
+// What the library says of itself: version, build, statuses, element sizes.
+#include "build_info.h"  // made by CMake
+#include "common/cuda_error.h"
 #include "lumiere_fast.h"
 
-// Two macros, so that the numbers are expanded before they are made text.
-#define LF_TEXT(x) #x
-#define LF_VERSION_TEXT(major, minor, patch) LF_TEXT(major) "." LF_TEXT(minor) "." LF_TEXT(patch)
+#include <cstdio>
+
+namespace lf {
+namespace {
+
+thread_local char last_cuda_error[256] = "";
+
+}  // namespace
+
+lf_status cuda_error(const char* name, const char* text) noexcept {
+  std::snprintf(last_cuda_error, sizeof last_cuda_error, "%s: %s", name, text);
+  return LF_CUDA_ERROR;
+}
+
+}  // namespace lf
 
 int32_t lf_version() noexcept { return LF_VERSION_MAJOR * 10000 + LF_VERSION_MINOR * 100 + LF_VERSION_PATCH; }
 
-const char* lf_version_string() noexcept {
-  return LF_VERSION_TEXT(LF_VERSION_MAJOR, LF_VERSION_MINOR, LF_VERSION_PATCH);
-}
+const char* lf_version_string() noexcept { return LF_VERSION_TEXT; }
+
+const char* lf_build_info() noexcept { return LF_BUILD_INFO; }
+
+const char* lf_last_cuda_error() noexcept { return lf::last_cuda_error; }
 
 const char* lf_status_string(lf_status status) noexcept {
   switch (status) {
     case LF_OK: return "success";
-    case LF_INVALID_ARGUMENT: return "invalid argument: a required pointer is null";
+    case LF_INVALID_ARGUMENT: return "invalid argument: a required pointer is null, or a count is out of range";
     case LF_UNSUPPORTED_DTYPE: return "unsupported dtype code";
+    case LF_INVALID_SHAPE: return "invalid shape: a size is negative or 0, or two shapes do not fit";
+    case LF_INVALID_STRIDES: return "invalid strides: elements of the output lie on top of one another";
+    case LF_WINDOW_OUT_OF_RANGE: return "a window sticks out of the video";
+    case LF_UNCOVERED: return "a position of the video is in no window";
+    case LF_INVALID_WEIGHTS: return "invalid weights: not positive and finite, or for windows that differ in length";
+    case LF_OUT_OF_MEMORY: return "out of host memory";
+    case LF_NOT_BUILT: return "the CUDA half was not built";
+    case LF_CUDA_ERROR: return "CUDA reported an error";
+    case LF_TOO_MANY: return "too many windows over one position, or too many weights, for one launch";
     default: return "unknown status";
   }
 }

@@ -8,29 +8,60 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lumiere_fast
+import lumiere_fast.native
 
 ROOT = Path(__file__).resolve().parents[1]
-IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache")
-
-
-def python(*arguments: str, cwd: Path, path: Path | None = None, hide_gpu: bool = False) -> str:
-    """Output of this interpreter run elsewhere, with ``path`` searched before what is installed."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    if hide_gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    if path is not None:
-        environment["PYTHONPATH"] = str(path)
-    result = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+IGNORED = shutil.ignore_patterns(
+    *(
+        ".git",
+        ".venv",
+        "build",
+        "dist",
+        "runs",
+        "*.egg-info",
+        "__pycache__",
+        ".*_cache",
+        "_native*.so",
+        "_native_build.json",
     )
+)
+NATIVE = {f"lumiere_fast/_native{sysconfig.get_config_var('EXT_SUFFIX')}"}
+REPORT = {"lumiere_fast/_native_build.json"}
+
+# A build without nvcc, which is quicker; the CUDA half is built by the install that runs these tests.
+NO_NVCC = {"CUDACXX": "/nonexistent/nvcc"}
+NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", **NO_NVCC}
+
+needs_toolchain = pytest.mark.skipif(
+    not all(shutil.which(tool) for tool in ("cmake", "ninja"))
+    or not (shutil.which("c++") or shutil.which("g++"))
+    or find_spec("pybind11") is None,
+    reason="needs cmake, ninja, pybind11 and a C++ compiler",
+)
+
+
+def run(*command: str, cwd: Path, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command run elsewhere, with ``path`` searched for modules before what is installed."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "CC", "CXX", "CUDACXX")}
+    kept |= {"PYTHONPATH": str(path)} if path is not None else {}
+    return subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True, check=False)
+
+
+def python(*arguments: str, cwd: Path, path: Path | None = None, **environment: str) -> str:
+    """Output of this interpreter."""
+    result = run(sys.executable, *arguments, cwd=cwd, path=path, **environment)
     assert result.returncode == 0, f"{arguments}\n{result.stdout}{result.stderr}"
     return result.stdout
 
@@ -49,19 +80,21 @@ def no_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def build_wheel(source: Path, out: Path, path: Path | None = None, **environment: str) -> Path:
+    command = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), ".")
+    python(*command, cwd=source, path=path, **environment)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
 @pytest.fixture(scope="module")
 def wheel(source: Path, no_torch: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    python(
-        "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), ".", cwd=source, path=no_torch
-    )
-    (path,) = out.glob("*.whl")
-    return path
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"), no_torch, **NO_NVCC)
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel unpacked, which for a pure one is what installing does."""
+    """The wheel unpacked, which for one without data or scripts is what installing does."""
     folder = tmp_path_factory.mktemp("installed")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
@@ -84,10 +117,11 @@ def test_wheel_has_one_top_level_package(wheel: Path) -> None:
 
 def test_wheel_ships_every_file_of_the_package(installed: Path) -> None:
     """Also finds a folder that lacks ``__init__.py`` and a data file that ``package_data`` does not name."""
-    expected = {f"lumiere_fast/{name}" for name in files_under(ROOT / "lumiere_fast")}
+    built = re.compile(r"_native(\.|_build\.json$)")  # the tree may hold an editable install's
+    expected = {f"lumiere_fast/{name}" for name in files_under(ROOT / "lumiere_fast") if not built.match(name)}
     expected |= {f"lumiere_fast/kernels/{name}" for name in files_under(ROOT / "kernels")}
     shipped = {name for name in files_under(installed) if name.startswith("lumiere_fast/")}
-    assert shipped == expected
+    assert shipped - NATIVE == expected | REPORT
     assert "lumiere_fast/py.typed" in shipped
 
 
@@ -128,25 +162,163 @@ def test_editable_install_maps_kernels(inside: bool, tmp_path: Path) -> None:
     assert Path(found.strip()) == ROOT / "kernels" / "__init__.py"
 
 
-def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+def unpacked_sdist(source: Path, folder: Path) -> Path:
     script = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-    python("-c", script, str(tmp_path), cwd=source)
-    (archive,) = tmp_path.glob("*.tar.gz")
+    python("-c", script, str(folder), cwd=source)
+    (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
-    (tree,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    for name in (
-        "CMakeLists.txt",
-        "csrc/include/lumiere_fast.h",
-        "Makefile",
-        "constraints.txt",
-        "tests/test_packaging.py",
-    ):
+        tar.extractall(folder, filter="data")
+    (tree,) = (path for path in folder.iterdir() if path.is_dir())
+    return tree
+
+
+def test_sdist_holds_what_a_build_needs_and_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+    """All of csrc/, so that it builds the same module; the wheel here is made without it, to compare the rest."""
+    tree = unpacked_sdist(source, tmp_path)
+    assert files_under(tree / "csrc") == files_under(ROOT / "csrc")
+    for name in ("CMakeLists.txt", "Makefile", "constraints.txt", "tests/test_packaging.py"):
         assert (tree / name).is_file(), f"{name} is missing from the sdist"
-    script = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    python("-c", script, str(tmp_path), cwd=tree)
-    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(tmp_path / wheel.name) as second:
-        assert set(first.namelist()) == set(second.namelist())
+    second = build_wheel(tree, tmp_path / "wheels", LUMIERE_FAST_SKIP_NATIVE="1")
+    assert names_in(second) == names_in(wheel) - NATIVE
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def native_report(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "lumiere_fast" / "_native_build.json").read_text())
+    return report
+
+
+def unpack(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def environment_with(wheel: Path, folder: Path) -> tuple[Path, Path]:
+    """A fresh environment with the wheel: its interpreter and its site-packages.
+
+    The libraries that the wheel needs come from this environment, without what the .pth files here add: our own tree.
+    """
+    home = folder / "venv"
+    venv.create(home, with_pip=False)
+    interpreter = home / ("Scripts" if os.name == "nt" else "bin") / "python"
+    asked = run(str(interpreter), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
+    site = Path(asked.stdout.strip())
+    install = ("install", "-q", "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel))
+    python("-m", "pip", "--python", str(interpreter), *install, cwd=folder)
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return interpreter, site
+
+
+USE_NATIVE = """
+import torch
+from lumiere_fast import native, ops
+windows = torch.arange(24.0).reshape(2, 1, 1, 3, 2, 2)
+out = torch.full((1, 1, 5, 2, 2), torch.nan)
+native.blend_windows(list(windows), [0, 2], (5,), None, out=out)
+assert torch.equal(out, ops.blend_windows(windows, [0, 2], 5, backend="reference"))
+print(native.load().__file__, native.why_not("cuda"), sep="\\n")
+"""
+
+
+@needs_toolchain
+class TestNativeCoreInAWheel:
+    def test_the_wheel_is_a_platform_s_and_carries_one_module(self, wheel: Path, installed: Path) -> None:
+        assert f"cp{sys.version_info.major}{sys.version_info.minor}" in wheel.name and "none-any" not in wheel.name
+        assert {name for name in names_in(wheel) if "_native." in name} == NATIVE
+        (info,) = installed.glob("*.dist-info")
+        assert "Root-Is-Purelib: false" in (info / "WHEEL").read_text()
+
+    def test_it_works_installed_in_an_environment_of_its_own(self, wheel: Path, tmp_path: Path) -> None:
+        interpreter, site = environment_with(wheel, tmp_path)
+        done = run(str(interpreter), "-c", USE_NATIVE, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        module, reasons = done.stdout.splitlines()
+        assert Path(module).relative_to(site).as_posix() in NATIVE
+        assert "without its CUDA half: CUDACXX was /nonexistent/nvcc, which is not there" in reasons
+
+    def test_without_nvcc_the_report_says_so(self, installed: Path) -> None:
+        report = native_report(installed)
+        assert report["version"] == declared_version()
+        assert report["cpu"] == {"built": True, "why_not": None}
+        assert not report["cuda"]["built"] and "install CUDA 12.1 or newer" in report["cuda"]["why_not"]
+        assert report["info"]["compiler"] and report["info"]["cuda"] is None
+        csrc = ROOT / "csrc"
+        sources = report["info"]["sources"]
+        assert sources == {op: lumiere_fast.native.hash_of_sources(op, csrc) for op in sources}
+
+    def test_a_build_again_compiles_nothing(self, wheel: Path, source: Path) -> None:
+        built = python("setup.py", "build_ext", cwd=source, **NO_NVCC)
+        assert "ninja: no work to do" in built and "Building CXX" not in built
+
+
+class TestInstallWithoutNativeCore:
+    @needs_toolchain
+    def test_without_a_compiler_the_install_is_pure_python_and_says_why(
+        self, source: Path, wheel: Path, tmp_path: Path
+    ) -> None:
+        """In a tree where a build has succeeded before: nothing of that one may come along."""
+        tree = Path(shutil.copytree(source, tmp_path / "tree"))
+        assert list(tree.glob("build/lib*/lumiere_fast/_native*"))
+        pure = build_wheel(tree, tmp_path / "wheels", **NO_COMPILER)
+        assert pure.name == f"lumiere_fast-{declared_version()}-py3-none-any.whl"
+        folder = unpack(pure, tmp_path / "unpacked")
+        assert not [name for name in names_in(pure) if "_native." in name]
+        report = native_report(folder)
+        assert "configuring the native core failed" in report["cpu"]["why_not"]
+        assert any("/nonexistent/c" in line for line in report["log"]) and report["info"] is None
+        script = """
+import torch
+from lumiere_fast import native, ops
+assert ops.blend_windows(torch.ones(1, 1, 1, 3, 2, 2), [0], 3).shape == (1, 1, 3, 2, 2)
+print(native.why_not("cpu") + native.why_not("cuda"))
+try:
+    native.load()
+except native.NativeUnavailable as error:
+    print(error)
+"""
+        said = run(str(environment_with(pure, tmp_path)[0]), "-c", script, cwd=tmp_path).stdout
+        assert said.count("the native core was not built: configuring the native core failed") == 3
+
+    def test_a_module_of_an_earlier_build_does_not_survive(self, source: Path, tmp_path: Path) -> None:
+        tree = shutil.copytree(source, tmp_path / "tree", ignore=shutil.ignore_patterns("build", "weights", "tests"))
+        (stale,) = (tree / name for name in NATIVE)
+        stale.write_bytes(b"of an earlier build")
+        python("setup.py", "build_ext", "--inplace", cwd=tree, LUMIERE_FAST_SKIP_NATIVE="1")
+        assert not stale.exists()
+        for half in ("cpu", "cuda"):
+            assert "LUMIERE_FAST_SKIP_NATIVE was set" in native_report(tree)[half]["why_not"]
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "said"),
+        [
+            ("LUMIERE_FAST_CUDA_ARCHS", "80;hopper", "LUMIERE_FAST_CUDA_ARCHS has 'hopper'"),
+            ("LUMIERE_FAST_CUTLASS_DIR", "/nonexistent", "LUMIERE_FAST_CUTLASS_DIR is /nonexistent, which has no"),
+            ("MAX_JOBS", "many", "MAX_JOBS is 'many'; it takes a number"),
+        ],
+    )
+    def test_what_cannot_be_meant_is_refused(self, variable: str, value: str, said: str, source: Path) -> None:
+        done = run(sys.executable, "setup.py", "-q", "build_ext", cwd=source, **{variable: value})
+        assert done.returncode != 0 and said in done.stderr
+
+
+@needs_toolchain
+@pytest.mark.skipif(sys.platform == "win32", reason="the tools here are shell scripts")
+def test_a_cuda_half_that_fails_leaves_the_cpu_half(source: Path, wheel: Path, tmp_path: Path) -> None:
+    """nvcc is there, but it does not work."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'nvcc: error: no licence' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    second = build_wheel(source, tmp_path / "wheels", CUDACXX=str(nvcc))
+    assert names_in(second) >= NATIVE
+    report = native_report(unpack(second, tmp_path / "unpacked"))
+    assert report["cpu"]["built"] and not report["cuda"]["built"]
+    assert f"with nvcc {nvcc}, configuring the native core failed" in report["cuda"]["why_not"]
+    assert report["log"]
 
 
 def declared_version() -> str:
@@ -178,5 +350,5 @@ for name in sorted({{*names, "lumiere_fast.kernels"}} - {{"lumiere_fast.cli"}}):
     importlib.import_module(name)
     print(name)
 """
-    imported = python("-c", script, cwd=tmp_path, hide_gpu=True).split()
+    imported = python("-c", script, cwd=tmp_path, CUDA_VISIBLE_DEVICES="").split()
     assert {"lumiere_fast.kernels", "lumiere_fast.info", "lumiere_fast.video"} <= set(imported)

@@ -1,6 +1,7 @@
 /* The C ABI of lumiere_fast. It knows neither torch nor Python, and no exception crosses it.
  *
- * Functions that can fail return an lf_status and write their results through pointers; when they fail they write nothing.
+ * Functions that can fail return an lf_status and write their results through pointers; when they fail they write
+ * nothing.
  * Every code is a fixed-width integer with a value that will not change, so that callers need not be compiled with the
  * compiler that built the library.
  */
@@ -32,15 +33,33 @@ LF_API int32_t lf_version(void) LF_NOEXCEPT;
 /* The same as "major.minor.patch". The string is static. */
 LF_API const char* lf_version_string(void) LF_NOEXCEPT;
 
+/* How the library was built, as a JSON object: version, compiler, flags, avx2 (true or false), cuda (the toolkit's
+ * version, or null where the CUDA half was not built), cuda_archs, and sources (for each op a hash of its source
+ * files). The string is static. */
+LF_API const char* lf_build_info(void) LF_NOEXCEPT;
+
 typedef int32_t lf_status;
 enum {
   LF_OK = 0,
-  LF_INVALID_ARGUMENT = 1, /* a pointer that must not be null is null */
-  LF_UNSUPPORTED_DTYPE = 2 /* the dtype code is none of the codes below */
+  LF_INVALID_ARGUMENT = 1,    /* a pointer that must not be null is null, or a count is not one of those accepted */
+  LF_UNSUPPORTED_DTYPE = 2,   /* the dtype code is none of the codes below */
+  LF_INVALID_SHAPE = 3,       /* a size is negative or 0 where it may not be, or two shapes do not fit */
+  LF_INVALID_STRIDES = 4,     /* elements of an output lie on top of one another */
+  LF_WINDOW_OUT_OF_RANGE = 5, /* a window sticks out of the video */
+  LF_UNCOVERED = 6,           /* a position of the video is in no window */
+  LF_INVALID_WEIGHTS = 7,     /* a weight is not positive and finite, or the windows it is for differ in length */
+  LF_OUT_OF_MEMORY = 8,       /* working memory on the host could not be had */
+  LF_NOT_BUILT = 9,           /* this library was built without its CUDA half */
+  LF_CUDA_ERROR = 10,         /* CUDA reported an error: lf_last_cuda_error() says which */
+  LF_TOO_MANY = 11            /* more windows over one position, or more weights, than one launch can take */
 };
 
-/* A short English sentence for a status, "unknown status" for a code that is none of the above. The string is static. */
+/* A short English sentence for a status, "unknown status" for a code that is none of the above. The string is
+ * static. */
 LF_API const char* lf_status_string(lf_status status) LF_NOEXCEPT;
+
+/* What CUDA said when a call of this thread last returned LF_CUDA_ERROR; "" if none did. Valid until the next one. */
+LF_API const char* lf_last_cuda_error(void) LF_NOEXCEPT;
 
 /* Element types of activations, weights and statistics. */
 typedef int32_t lf_dtype;
@@ -54,6 +73,48 @@ enum {
 /* Bytes of one element of `dtype`.
  * LF_UNSUPPORTED_DTYPE: `dtype` is not a code above; LF_INVALID_ARGUMENT: `bytes` is null. */
 LF_API lf_status lf_dtype_size(lf_dtype dtype, int64_t* bytes) LF_NOEXCEPT;
+
+/* Where the CPU functions take their threads from. By default each call starts its own, and they end with it. With the
+ * function GOMP_parallel of an OpenMP runtime they are that runtime's, so that a program which already computes with it
+ * has one pool of threads and not two that hold the cores against each other. `parallel` calls work(data) on up to
+ * `num_threads` threads at once and returns when all have returned; `flags` is 0. Null: the default again. */
+typedef void (*lf_parallel)(void (*work)(void*), void* data, uint32_t num_threads, uint32_t flags);
+LF_API void lf_borrow_threads(lf_parallel parallel) LF_NOEXCEPT;
+
+/* blend_windows: out[p] = sum_i w[p - start_i] windows_i[p - start_i] / sum_i w[p - start_i] over the windows i that
+ * cover p. A position that one window covers is that window's, bit for bit. Sums are in fp32 at least.
+ *
+ * dtype         of the windows and of out
+ * num_windows   N >= 1
+ * windows       N pointers to element (0, 0, 0, 0, 0) of each window, in the device's memory for the CUDA call
+ * shapes        N x 5 sizes (B, C, T, H, W); nothing may be 0 but B
+ * strides       N x 5, in elements, of any sign
+ * axes          1: windows lie in time, and B, C, H, W are the video's. 3: they lie in time and space
+ * starts        N x axes: where in the video each window begins, (t) or (t, h, w)
+ * weights       null for equal weights; or T' + H' + W' (T' where axes is 1) positive values, one vector behind the
+ *               other, whose product weighs a position of a window. Windows must then be alike in length
+ * out           may not share memory with a window
+ * out_shape     5 sizes: the video's
+ * out_strides   5, in elements, of any sign, 0 only where the size is 1
+ *
+ * All arrays but the tensors themselves are in host memory and are read before the call returns. */
+
+/* On the CPU, with at most `num_threads` >= 1 threads, the caller's among them; little work takes only that one. */
+LF_API lf_status lf_blend_windows_cpu(lf_dtype dtype, int64_t num_windows, const void* const* windows,
+                                      const int64_t* shapes, const int64_t* strides, int32_t axes,
+                                      const int64_t* starts, const double* weights, void* out,
+                                      const int64_t* out_shape, const int64_t* out_strides,
+                                      int32_t num_threads) LF_NOEXCEPT;
+
+/* On CUDA device `device`, queued on `stream` (a cudaStream_t; null is the default stream), without waiting for it. It
+ * allocates nothing and can be captured in a graph. The current device is the caller's again when it returns.
+ * LF_TOO_MANY: over 640 windows at one position, or over 32 that all differ in strides (128 and 8 where space is
+ * weighted); over 2880 weights for 3 axes. */
+LF_API lf_status lf_blend_windows_cuda(lf_dtype dtype, int64_t num_windows, const void* const* windows,
+                                       const int64_t* shapes, const int64_t* strides, int32_t axes,
+                                       const int64_t* starts, const double* weights, void* out,
+                                       const int64_t* out_shape, const int64_t* out_strides, int32_t device,
+                                       void* stream) LF_NOEXCEPT;
 
 #ifdef __cplusplus
 } /* extern "C" */

@@ -22,11 +22,19 @@ static void check_version(const char* expected) {
 }
 
 static void check_status_strings(void) {
-  const lf_status codes[] = {LF_OK, LF_INVALID_ARGUMENT, LF_UNSUPPORTED_DTYPE, 1000};
-  for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j < i; ++j) CHECK(strcmp(lf_status_string(codes[i]), lf_status_string(codes[j])) != 0);
+  for (lf_status i = LF_OK; i <= LF_TOO_MANY; ++i) {
+    for (lf_status j = -1; j < i; ++j) CHECK(strcmp(lf_status_string(i), lf_status_string(j)) != 0);
   }
   CHECK(strcmp(lf_status_string(-1), "unknown status") == 0);
+  CHECK(strcmp(lf_status_string(LF_TOO_MANY + 1), "unknown status") == 0);
+  CHECK(strcmp(lf_last_cuda_error(), "") == 0);
+}
+
+static void check_build_info(const char* version) {
+  char expected[64];
+  snprintf(expected, sizeof expected, "{\"version\": \"%s\", \"compiler\": \"", version);
+  CHECK(strncmp(lf_build_info(), expected, strlen(expected)) == 0);
+  CHECK(strstr(lf_build_info(), "\"sources\": {\"blend_windows\": \"") != NULL);
 }
 
 static void check_dtype_sizes(void) {
@@ -51,6 +59,7 @@ int main(int argc, char** argv) {
   }
   check_version(argv[1]);
   check_status_strings();
+  check_build_info(argv[1]);
   check_dtype_sizes();
   if (failures == 0) printf("ABI of lumiere_fast %s: all checks passed\n", lf_version_string());
   return failures != 0;

@@ -1,0 +1,166 @@
+// The Python module lumiere_fast._native: the only file that knows Python. It reads addresses, shapes and strides out
+// of Python objects and hands them to the C functions; lumiere_fast/native.py gives it tensors' and explains statuses.
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "lumiere_fast.h"
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr Py_ssize_t kAxes = 5;
+
+// Straight to CPython: pybind11's casters cost more than a small call's work.
+int64_t integer(PyObject* object) {
+  const long long value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// The items of a list or tuple, or of anything else that can be iterated.
+class Items {
+ public:
+  explicit Items(PyObject* object)
+      : sequence_(py::reinterpret_steal<py::object>(PySequence_Fast(object, "a sequence is needed"))) {
+    if (!sequence_) throw py::error_already_set();
+  }
+  Py_ssize_t size() const { return PySequence_Fast_GET_SIZE(sequence_.ptr()); }
+  PyObject* operator[](Py_ssize_t i) const { return PySequence_Fast_GET_ITEM(sequence_.ptr(), i); }
+
+  void require(Py_ssize_t size, const char* what) const {
+    if (this->size() != size) throw py::value_error(what);
+  }
+
+ private:
+  py::object sequence_;
+};
+
+void append_axes(PyObject* object, std::vector<int64_t>& to) {
+  const Items items(object);
+  items.require(kAxes, "blend_windows: every window, and out, must have 5 axes (B, C, T, H, W)");
+  for (Py_ssize_t i = 0; i < kAxes; ++i) to.push_back(integer(items[i]));
+}
+
+// (address, shape, strides) of some tensors.
+struct Operands {
+  std::vector<void*> data;
+  std::vector<int64_t> shapes, strides;
+
+  void add(PyObject* object) {
+    const Items items(object);
+    items.require(3, "an operand is (address, shape, strides)");
+    void* address = PyLong_AsVoidPtr(items[0]);
+    if (address == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    data.push_back(address);
+    append_axes(items[1], shapes);
+    append_axes(items[2], strides);
+  }
+};
+
+struct BlendArguments {
+  Operands windows, out;
+  std::vector<int64_t> starts;
+  std::vector<double> weights;
+  int32_t axes;
+
+  BlendArguments(py::handle windows_, py::handle starts_, py::handle extent_, py::handle weights_, py::handle out_) {
+    const Items parts(windows_.ptr()), first(starts_.ptr()), extent(extent_.ptr());
+    for (Py_ssize_t i = 0; i < parts.size(); ++i) windows.add(parts[i]);
+    for (Py_ssize_t i = 0; i < first.size(); ++i) starts.push_back(integer(first[i]));
+    out.add(out_.ptr());
+    axes = static_cast<int32_t>(extent.size());
+    if (axes != 1 && axes != 3) throw py::value_error("blend_windows: extent must be (T,) or (T, H, W)");
+    first.require(parts.size() * axes, "blend_windows: starts must hold one integer a window and blended axis");
+    for (int32_t axis = 0; axis < axes; ++axis) {
+      const bool fits = integer(extent[axis]) == out.shapes[2 + axis];
+      if (!fits) throw py::value_error("blend_windows: out must have the extent");
+    }
+    if (!weights_.is_none()) read_weights(weights_.ptr());
+  }
+
+  const double* weights_or_null() const { return weights.empty() ? nullptr : weights.data(); }
+
+ private:
+  void read_weights(PyObject* object) {
+    const Items items(object);
+    int64_t needed = 0;
+    for (int32_t axis = 0; axis < axes && !windows.shapes.empty(); ++axis) needed += windows.shapes[2 + axis];
+    items.require(needed, "blend_windows: weights must hold one number for each place on each axis blended");
+    for (Py_ssize_t i = 0; i < items.size(); ++i) {
+      weights.push_back(PyFloat_AsDouble(items[i]));
+      if (PyErr_Occurred()) throw py::error_already_set();
+    }
+  }
+};
+
+lf_status blend_windows_cpu(lf_dtype dtype, py::handle windows, py::handle starts, py::handle extent,
+                            py::handle weights, py::handle out, int32_t num_threads) {
+  const BlendArguments a(windows, starts, extent, weights, out);
+  const py::gil_scoped_release release;
+  return lf_blend_windows_cpu(dtype, a.windows.data.size(), a.windows.data.data(), a.windows.shapes.data(),
+                              a.windows.strides.data(), a.axes, a.starts.data(), a.weights_or_null(), a.out.data[0],
+                              a.out.shapes.data(), a.out.strides.data(), num_threads);
+}
+
+lf_status blend_windows_cuda(lf_dtype dtype, py::handle windows, py::handle starts, py::handle extent,
+                             py::handle weights, py::handle out, int32_t device, uintptr_t stream) {
+  const BlendArguments a(windows, starts, extent, weights, out);
+  const py::gil_scoped_release release;
+  return lf_blend_windows_cuda(dtype, a.windows.data.size(), a.windows.data.data(), a.windows.shapes.data(),
+                               a.windows.strides.data(), a.axes, a.starts.data(), a.weights_or_null(), a.out.data[0],
+                               a.out.shapes.data(), a.out.strides.data(), device, reinterpret_cast<void*>(stream));
+}
+
+// DLPack's tensor, as its specification lays it out; the unversioned capsule holds one at its start.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t dimensions;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t* shape;
+  int64_t* strides;  // in elements; null for rows one behind the other
+  uint64_t byte_offset;
+};
+
+// What a DLPack capsule describes: (address, shape, strides), (code, bits), device type and device number. It stays the
+// capsule's: whoever uses the address keeps the capsule.
+py::tuple dlpack(const py::capsule& capsule) {
+  const auto* tensor = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  if (tensor == nullptr) throw py::error_already_set();
+  if (tensor->lanes != 1) throw py::value_error("elements of several lanes are not supported");
+  py::tuple shape(tensor->dimensions), strides(tensor->dimensions);
+  int64_t behind = 1;
+  for (int32_t i = tensor->dimensions - 1; i >= 0; --i) {
+    shape[i] = py::int_(tensor->shape[i]);
+    strides[i] = py::int_(tensor->strides ? tensor->strides[i] : behind);
+    behind *= tensor->shape[i];
+  }
+  const auto address = reinterpret_cast<uintptr_t>(tensor->data) + tensor->byte_offset;
+  return py::make_tuple(py::make_tuple(address, shape, strides), py::make_tuple(int(tensor->code), int(tensor->bits)),
+                        tensor->device_type, tensor->device_id);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "The native core; lumiere_fast.native is the door to it.";
+  module.attr("__version__") = lf_version_string();
+  module.attr("DTYPES") = py::dict(py::arg("float32") = int(LF_FLOAT32), py::arg("float64") = int(LF_FLOAT64),
+                                   py::arg("float16") = int(LF_FLOAT16), py::arg("bfloat16") = int(LF_BFLOAT16));
+  module.attr("OK") = int(LF_OK);
+  module.attr("OUT_OF_MEMORY") = int(LF_OUT_OF_MEMORY);
+  module.attr("NOT_BUILT") = int(LF_NOT_BUILT);
+  module.attr("CUDA_ERROR") = int(LF_CUDA_ERROR);
+  module.def("build_info", [] { return lf_build_info(); });
+  module.def("status_string", [](lf_status status) { return lf_status_string(status); });
+  module.def("last_cuda_error", [] { return lf_last_cuda_error(); });
+  module.def("dlpack", &dlpack);
+  module.def("borrow_threads", [](uintptr_t parallel) { lf_borrow_threads(reinterpret_cast<lf_parallel>(parallel)); });
+  module.def("blend_windows_cpu", &blend_windows_cpu);
+  module.def("blend_windows_cuda", &blend_windows_cuda);
+}

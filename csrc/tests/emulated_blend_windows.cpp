@@ -1,0 +1,42 @@
+// blend_windows.cu, compiled for the host and run thread after thread. There is one device, number 0.
+#include "../blend_windows.cu"
+
+dim3 blockIdx(0), threadIdx(0);
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaSuccess ? "cudaSuccess" : "cudaErrorInvalidDevice";
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid device ordinal";
+}
+
+namespace {
+
+template <class T, class B> bool run(const void* kernel, dim3 grid, dim3 block, void** parameters) {
+  if (kernel != reinterpret_cast<const void*>(&lf::blend_kernel<T, B>)) return false;
+  for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+    for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) {
+      lf::blend_kernel<T, B>(*static_cast<const B*>(parameters[0]));
+    }
+  }
+  return true;
+}
+
+template <class B> bool run_any(const void* kernel, dim3 grid, dim3 block, void** parameters) {
+  return run<float, B>(kernel, grid, block, parameters) || run<double, B>(kernel, grid, block, parameters) ||
+         run<lf::Half, B>(kernel, grid, block, parameters) || run<lf::BFloat16, B>(kernel, grid, block, parameters);
+}
+
+}  // namespace
+
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** parameters, size_t, cudaStream_t) {
+  const bool known = run_any<lf::SmallBatch>(kernel, grid, block, parameters) ||
+                     run_any<lf::LargeBatch>(kernel, grid, block, parameters) ||
+                     run_any<lf::VaryingBatch>(kernel, grid, block, parameters);
+  return known ? cudaSuccess : cudaErrorInvalidDevice;
+}

@@ -1,0 +1,35 @@
+// As much of CUDA's runtime as csrc/*.cu uses, for a compiler of the host: a kernel runs thread after thread. It proves
+// indices and arithmetic where there is no device; nothing about speed, and nothing that needs threads at once.
+#ifndef LF_EMULATION_CUDA_RUNTIME_API_H
+#define LF_EMULATION_CUDA_RUNTIME_API_H
+
+#include <cstddef>
+#include <cstdint>
+
+#define __host__
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(threads)
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x_) : x(x_), y(1), z(1) {}
+};
+
+extern dim3 blockIdx, threadIdx;
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
+
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+const char* cudaGetErrorName(cudaError_t error);
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** parameters, size_t shared, cudaStream_t);
+
+#endif  // LF_EMULATION_CUDA_RUNTIME_API_H

@@ -1,0 +1,316 @@
+"""The door to the native core in ``csrc/``: loaded when first asked for, and where it cannot be used it says why.
+
+The core is one torch-free module with a CPU half and a CUDA half. Its functions write into tensors that are already
+there and return nothing, so they also take numpy arrays and any object with ``__dlpack__``, without a copy:
+
+    from lumiere_fast import native
+    native.blend_windows(windows, starts, (num_frames,), None, out=video)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+HALVES = ("cpu", "cuda")
+
+_PACKAGE = Path(__file__).resolve().parent
+_REPORT = _PACKAGE / "_native_build.json"
+_CSRC = _PACKAGE.parent / "csrc"  # there in a source tree and an editable install only
+_REBUILD = "install again (`make venv` in a source tree)"
+
+
+class NativeUnavailable(RuntimeError):
+    """The native core, or a half of it, cannot be used; the message has every reason."""
+
+
+def load() -> ModuleType:
+    """The module ``lumiere_fast._native``.
+
+    Raises:
+        NativeUnavailable: it cannot be used at all; see `why_not`.
+    """
+    module, reasons = _loaded()
+    if module is None:
+        raise NativeUnavailable("the native core cannot be used: " + "; ".join(reasons))
+    return module
+
+
+def why_not(half: str) -> list[str]:
+    """Every reason why that half of the native core cannot be used; empty where it can be.
+
+    Whether there is a device, and whether it is one that the CUDA half was built for, is not asked here.
+    """
+    if half not in HALVES:
+        raise ValueError(f"half must be one of {', '.join(HALVES)}, got {half!r}")
+    module, reasons = _loaded()
+    if module is None:
+        return list(reasons)
+    if half == "cuda" and _build_info()["cuda"] is None:
+        return [f"the native core was built without its CUDA half: {_reported('cuda') or 'the build left no reason'}"]
+    return []
+
+
+def build_info() -> dict[str, Any]:
+    """How the core was built: version, compiler, flags, avx2, cuda (a version or None), cuda_archs, sources (hashes).
+
+    Empty where there is no core that can be used; then `build_report` tells more.
+    """
+    return {} if _loaded()[0] is None else dict(_build_info())
+
+
+def build_report() -> dict[str, Any] | None:
+    """What the last install said of its build: for each half built or why not, and the end of a failed step's log."""
+    try:
+        report: dict[str, Any] = json.loads(_REPORT.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report
+
+
+def source_hash(op: str) -> str | None:
+    """A hash of the sources of `op` that the core was built from; None where it has no such op or is not there."""
+    return build_info().get("sources", {}).get(op)
+
+
+def hash_of_sources(op: str, csrc: Path = _CSRC) -> str:
+    """The hash that a core built from the folder `csrc` as it is now would have for `op`; CMakeLists.txt says the same.
+
+    Over the files of the op, csrc/<op>.* and csrc/<op>_*, and those that all share, csrc/common/*.
+    """
+    files = [path for pattern in ("common/*", f"{op}.*", f"{op}_*") for path in csrc.glob(pattern)]
+    hashes = {path.relative_to(csrc).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    listing = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+@functools.cache
+def _loaded() -> tuple[ModuleType | None, tuple[str, ...]]:
+    """The module, or every reason why there is none; found out once."""
+    try:
+        module = importlib.import_module("lumiere_fast._native")
+    except ImportError as error:
+        return None, (_why_absent(error),)
+    reasons = _why_outdated(json.loads(module.build_info()))
+    if reasons:
+        return None, reasons
+    module.borrow_threads(_torch_threads())
+    return module, ()
+
+
+def _torch_threads() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that torch computes with; 0 where it uses another.
+
+    Its idle threads spin for a while, waiting for torch's next operator. Threads of our own would have to share the
+    cores with them; theirs start at once.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        # Looked up in what the library was linked with, where another package may have brought its own runtime.
+        return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+@functools.cache
+def _build_info() -> dict[str, Any]:
+    info: dict[str, Any] = json.loads(load().build_info())
+    return info
+
+
+def _why_absent(error: ImportError) -> str:
+    built = list(_PACKAGE.glob("_native.*.so")) + list(_PACKAGE.glob("_native.*.pyd"))
+    reported = _reported("cpu")
+    if reported is not None:
+        return f"the native core was not built: {reported}"
+    if not built:
+        return f"the native core was not built, and no install left a word about it: {_REBUILD}"
+    names = ", ".join(path.name for path in built)
+    return f"the native core is there ({names}) but does not load: {error}; {_REBUILD}"
+
+
+def _why_outdated(info: dict[str, Any]) -> tuple[str, ...]:
+    """A core of another version, or of sources that have changed since, would compute something else than told here."""
+    reasons = []
+    version = metadata.version("lumiere_fast")
+    if info["version"] != version:
+        reasons.append(f"the native core is of version {info['version']}, the package of {version}: {_REBUILD}")
+    if _CSRC.is_dir():
+        changed = [op for op, built in info["sources"].items() if hash_of_sources(op) != built]
+        if changed:
+            reasons.append(f"csrc/ has changed since the native core was built ({', '.join(changed)}): {_REBUILD}")
+    return tuple(reasons)
+
+
+def _reported(half: str) -> str | None:
+    report = build_report()
+    return report[half]["why_not"] if report else None
+
+
+# --- operands ---------------------------------------------------------------------------------------------------------
+
+_TORCH_NAMES = {getattr(torch, name): name for name in ("float32", "float64", "float16", "bfloat16")}
+_DLPACK_NAMES = {(2, 32): "float32", (2, 64): "float64", (2, 16): "float16", (4, 16): "bfloat16"}  # (code, bits)
+_DLPACK_CPU, _DLPACK_CUDA = (1, 3), (2, 13)  # plain and pinned memory; device and managed memory
+
+
+class _Operand(NamedTuple):
+    """Where a tensor lies: what `view` is to the module, and whether it may be used with others."""
+
+    view: tuple[int, Sequence[int], Sequence[int]]  # address, shape, strides in elements
+    dtype: str
+    device: int | None  # number of the CUDA device, None for the CPU
+    owner: object  # keeps the memory
+
+
+def _operand(op: str, name: str, x: Any, write: bool) -> _Operand:
+    if isinstance(x, Tensor):
+        return _of_tensor(op, name, x, write)
+    if hasattr(x, "__array_interface__"):
+        return _of_array(op, name, x, write)
+    if hasattr(x, "__dlpack__"):
+        return _of_dlpack(op, name, x)
+    raise ValueError(f"{op}: {name} must be a tensor, a numpy array or an object with __dlpack__, got {type(x)}")
+
+
+def _of_tensor(op: str, name: str, x: Tensor, write: bool) -> _Operand:
+    dtype = _TORCH_NAMES.get(x.dtype)
+    if dtype is None:
+        raise _wrong_dtype(op, name, x.dtype)
+    if x.is_neg():  # a view whose memory holds the negated numbers
+        if write:
+            raise ValueError(f"{op}: {name} is a negated view, which cannot be written to; give a plain tensor")
+        x = x.resolve_neg()
+    if x.is_cuda:
+        device = x.device.index
+    elif x.is_cpu:
+        device = None
+    else:
+        raise ValueError(f"{op}: {name} must be on the CPU or a CUDA device, got {x.device}")
+    return _Operand((x.data_ptr(), x.shape, x.stride()), dtype, device, x)
+
+
+def _of_array(op: str, name: str, x: Any, write: bool) -> _Operand:
+    interface = x.__array_interface__
+    dtype = {"<f4": "float32", "<f8": "float64", "<f2": "float16"}.get(interface["typestr"])
+    if dtype is None:
+        raise _wrong_dtype(op, name, interface["typestr"])
+    address, read_only = interface["data"]
+    if write and read_only:
+        raise ValueError(f"{op}: {name} is a read-only array; give one that can be written to")
+    size = int(interface["typestr"][2:])
+    if any(stride % size for stride in x.strides):
+        raise ValueError(f"{op}: the strides of {name} must be multiples of its {size}-byte elements, got {x.strides}")
+    return _Operand((address, x.shape, [stride // size for stride in x.strides]), dtype, None, x)
+
+
+def _of_dlpack(op: str, name: str, x: Any) -> _Operand:
+    kind, number = x.__dlpack_device__()
+    if kind not in (*_DLPACK_CPU, *_DLPACK_CUDA):
+        raise ValueError(f"{op}: {name} must be on the CPU or a CUDA device, got DLPack's device type {kind}")
+    device = number if kind in _DLPACK_CUDA else None
+    # On CUDA the producer makes the data ready for the stream that we launch on; 1 is how DLPack spells the default.
+    capsule = x.__dlpack__() if device is None else x.__dlpack__(stream=_stream(device) or 1)
+    view, element, _, _ = load().dlpack(capsule)
+    dtype = _DLPACK_NAMES.get(element)
+    if dtype is None:
+        raise _wrong_dtype(op, name, f"DLPack's code {element[0]} of {element[1]} bits")
+    return _Operand(view, dtype, device, (x, capsule))
+
+
+def _wrong_dtype(op: str, name: str, got: object) -> ValueError:
+    return ValueError(f"{op}: {name} must be float32, float64, float16 or bfloat16, got {got}")
+
+
+def _stream(device: int) -> int:
+    stream: int = torch.cuda.current_stream(device).cuda_stream
+    return stream
+
+
+def _operands(op: str, name_of: Callable[[int], str], tensors: Sequence[Any]) -> tuple[str, int | None, list[Any], Any]:
+    """dtype and device of all, the view of each, and what to hold while they are used. The first is to be written."""
+    first = tensors[0]
+    if type(first) is Tensor and (first.is_cpu or first.is_cuda) and first.dtype in _TORCH_NAMES:
+        dtype, device = first.dtype, first.get_device()
+        # The usual case, told at a fraction of the cost.
+        if all(type(x) is Tensor and x.dtype is dtype and x.get_device() == device and not x.is_neg() for x in tensors):
+            views = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
+            return _TORCH_NAMES[dtype], None if device < 0 else device, views, tensors
+    operands = [_operand(op, name_of(i), x, i == 0) for i, x in enumerate(tensors)]
+    kinds = [f"{x.dtype} on {'the CPU' if x.device is None else f'cuda:{x.device}'}" for x in operands]
+    for i, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise ValueError(f"{op}: {name_of(i)} must be {kinds[0]} like {name_of(0)}, got {kind}")
+    return operands[0].dtype, operands[0].device, [x.view for x in operands], operands
+
+
+def _out_or_window(index: int) -> str:
+    return f"windows[{index - 1}]" if index else "out"
+
+
+def _target(device: int | None) -> tuple[int, ...]:
+    """A function's last arguments: the CPU half's number of threads, or the CUDA half's device and stream."""
+    return (torch.get_num_threads(),) if device is None else (device, _stream(device))
+
+
+def _raise(op: str, status: int) -> NoReturn:
+    """Raise what a status of the module means."""
+    module = load()
+    said = module.status_string(status)
+    if status == module.NOT_BUILT:
+        raise NativeUnavailable(f"{op}: " + "; ".join(why_not("cuda")))
+    if status == module.CUDA_ERROR:
+        raise RuntimeError(f"{op}: {said}: {module.last_cuda_error()}")
+    if status == module.OUT_OF_MEMORY:
+        raise MemoryError(f"{op}: {said}")
+    raise ValueError(f"{op}: {said}")
+
+
+# --- ops --------------------------------------------------------------------------------------------------------------
+
+
+def blend_windows(
+    windows: Sequence[Any],
+    starts: Sequence[int],
+    extent: Sequence[int],
+    weights: Sequence[float] | None,
+    *,
+    out: Any,
+) -> None:
+    """`lumiere_fast.ops.blend_windows` into `out`, on the CPU or the CUDA device where the tensors are.
+
+        out[f] = sum_i w[f - starts[i]] * windows[i][f - starts[i]] / sum_i w[f - starts[i]]
+
+    Args:
+        windows: N tensors (B, C, T'_i, H, W), numpy arrays or DLPack objects of any strides; float32, float64, float16
+            or bfloat16, all of one. They share no memory with `out`.
+        starts: flat: N first frames, or 3N corners (t, h, w) one after the other.
+        extent: (T,), or (T, H, W) where windows lie in space too.
+        weights: None for equal weights, or the vectors of the blended axes one after the other: T' or T' + H' + W'
+            positive numbers; windows are then of one length.
+        out: (B, C, T, H, W), written; any strides.
+
+    On the CPU it takes at most `torch.get_num_threads()` threads. On a CUDA device it is queued on the current stream.
+
+    Raises:
+        ValueError: what does not fit: shapes, dtypes, devices, a window that sticks out, a position in no window.
+        NativeUnavailable: the native core, or its CUDA half, is not there.
+    """
+    module = load()
+    dtype, device, (target, *views), held = _operands("blend_windows", _out_or_window, [out, *windows])
+    function = module.blend_windows_cpu if device is None else module.blend_windows_cuda
+    status = function(module.DTYPES[dtype], views, starts, extent, weights, target, *_target(device))
+    del held  # the memory of whatever was made on the way is no longer read
+    if status != module.OK:
+        _raise("blend_windows", status)

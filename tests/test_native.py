@@ -1,0 +1,398 @@
+"""The door to the native core: what it says of itself, and that its CPU half computes the reference's numbers."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lumiere_fast import native
+from lumiere_fast.ops.blend_windows import blend_windows_reference
+from tests.ops.common import CHANNELS_LAST, FORMATS, Draw
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+STARTS = (0, 6, 12)  # windows of 8 frames, overlap 2, over 20 frames
+
+needs_core = pytest.mark.skipif(bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu")))
+
+
+@pytest.fixture
+def draw() -> Draw:
+    return Draw(41)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def blended(
+    windows: list[Tensor], starts: list[int], extent: tuple[int, ...], weights: list[float] | None = None
+) -> Tensor:
+    """Into NaN-poisoned memory in the windows' format."""
+    first = windows[0]
+    shape = (*first.shape[:2], *extent, *first.shape[2 + len(extent) :])
+    out = torch.full(shape, torch.nan, dtype=first.dtype)
+    if first.is_contiguous(memory_format=CHANNELS_LAST):
+        out = out.contiguous(memory_format=CHANNELS_LAST)
+    native.blend_windows(windows, starts, extent, weights, out=out)
+    return out
+
+
+def check(
+    windows: list[Tensor], starts: list[int], extent: tuple[int, ...], weights: list[float] | None = None
+) -> None:
+    wanted = blend_windows_reference(windows, starts, extent, weights)
+    assert torch.equal(blended(windows, starts, extent, weights), wanted)
+
+
+@needs_core
+class TestBlendWindows:
+    """Bit for bit: the core and torch round every step alike."""
+
+    @pytest.mark.parametrize("memory_format", FORMATS)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_equals_the_reference(self, dtype: torch.dtype, memory_format: torch.memory_format, draw: Draw) -> None:
+        for b, c, h, w in [(1, 1, 1, 1), (2, 3, 5, 7), (1, 3, 16, 16), (3, 8, 1, 13), (1, 16, 3, 31)]:
+            windows = [draw(b, c, 8, h, w).to(dtype).contiguous(memory_format=memory_format) for _ in STARTS]
+            check(windows, [*STARTS], (20,))
+            check(windows, [3, 0, 2], (11,))
+            for starts, frames in (([*STARTS], 20), ([3, 0, 2], 11)):
+                check(windows, starts, (frames,), (draw(8).abs() + 0.1).tolist())
+
+    @pytest.mark.parametrize("memory_format", FORMATS)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_in_space_too(self, dtype: torch.dtype, memory_format: torch.memory_format, draw: Draw) -> None:
+        starts = [(t, h, w) for t in (0, 3) for h in (0, 4) for w in (0, 2, 6)]
+        flat = [value for start in starts for value in start]
+        for c in (1, 3):
+            windows = [draw(2, c, 5, 6, 4).to(dtype).contiguous(memory_format=memory_format) for _ in starts]
+            check(windows, flat, (8, 10, 10))
+            weights = (draw(5 + 6 + 4).abs() + 0.1).tolist()
+            wanted = blend_windows_reference(windows, flat, (8, 10, 10), weights)
+            # Up to eight windows overlap: torch may add their weights up in another order.
+            bound = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4e-7 if dtype != torch.float64 else 1e-15}
+            torch.testing.assert_close(blended(windows, flat, (8, 10, 10), weights), wanted, **bound)
+
+    def test_uneven_windows_one_frame_and_no_batch(self, draw: Draw) -> None:
+        lengths = [5, 8, 4, 1]
+        check([draw(2, 3, n, 3, 5).float() for n in lengths], [0, 3, 9, 7], (13,))
+        check([draw(1, 2, 1, 3, 3).float()], [0], (1,))
+        check([draw(0, 3, 8, 4, 4).float() for _ in STARTS], [*STARTS], (20,))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_windows_that_agree_and_windows_alone(self, dtype: torch.dtype, draw: Draw) -> None:
+        clip = draw(1, 3, 20, 5, 7).to(dtype)
+        windows = [clip[:, :, s : s + 8] for s in STARTS]
+        assert torch.equal(blended(windows, [*STARTS], (20,)), clip)
+        special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.finfo(dtype).tiny, torch.finfo(dtype).max])
+        alone = special.to(dtype).reshape(1, 1, 1, 1, 6)
+        assert torch.equal(blended([alone], [0], (1,)).view(torch.uint8), alone.view(torch.uint8))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_every_half_precision_number_passes_through_fp32(self, dtype: torch.dtype) -> None:
+        """All 2**16 of them, blended: conversions there and back, with subnormals, infinities and NaN."""
+        numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype).reshape(1, 1, 1, 256, 256)
+        zeros = torch.zeros_like(numbers)
+        for partner in (numbers, zeros, numbers.flip(3)):
+            got = blended([numbers, partner], [0, 0], (1,))
+            wanted = blend_windows_reference([numbers, partner], [0, 0], (1,), None)
+            assert torch.equal(got.isnan(), wanted.isnan())
+            assert torch.equal(got.nan_to_num(nan=0.5), wanted.nan_to_num(nan=0.5))
+            assert wanted.isfinite().sum() > 30000
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_strides_of_windows_and_of_out(self, dtype: torch.dtype, draw: Draw) -> None:
+        """Slices of larger tensors in many orders of the axes, one for each window; nothing else is written."""
+        orders = [(0, 1, 2, 3, 4), (0, 2, 3, 4, 1), (2, 0, 4, 1, 3), (4, 3, 2, 1, 0)]
+
+        def inside(order: tuple[int, ...], shape: tuple[int, ...], whole: Tensor) -> Tensor:
+            """A view of `shape` into `whole`, whose axes lie in `order`; odd entries of every axis."""
+            back = [order.index(axis) for axis in range(5)]
+            view = whole.permute(back)[1::2, 1::2, 1::2, 1::2, 1::2]
+            assert view.shape == shape
+            return view
+
+        def larger(order: tuple[int, ...], shape: tuple[int, ...]) -> list[int]:
+            return [2 * shape[axis] + 1 for axis in order]
+
+        for first in range(4):
+            shape = (2, 3, 8, 5, 7) if first % 2 else (1, 1, 8, 2, 600)
+            turned = orders[first:] + orders[:first]
+            windows = [inside(o, shape, draw(*larger(o, shape)).to(dtype)) for o in turned[:3]]
+            wanted = blend_windows_reference(windows, [*STARTS], (20,), None)
+            whole = torch.full(larger(turned[3], wanted.shape), torch.nan, dtype=dtype)
+            out = inside(turned[3], wanted.shape, whole)
+            native.blend_windows(windows, STARTS, (20,), None, out=out)
+            assert torch.equal(out, wanted)
+            assert whole.isnan().sum() == whole.numel() - out.numel()
+
+    def test_threads_change_nothing(self, draw: Draw, threads: None) -> None:
+        for memory_format in FORMATS:
+            windows = [draw(1, 3, 8, 131, 127).float().contiguous(memory_format=memory_format) for _ in STARTS]
+            wanted = blend_windows_reference(windows, [*STARTS], (20,), None)
+            for count in (1, 2, 3, 4):
+                torch.set_num_threads(count)
+                assert torch.equal(blended(windows, [*STARTS], (20,)), wanted)
+
+    def test_computes_on_torch_s_threads(self, draw: Draw, threads: None) -> None:
+        """Through a GOMP_parallel that counts its calls and hands them on to torch's."""
+        address = native._torch_threads()
+        if not address:
+            assert sys.platform != "linux" or "OpenMP" not in torch.__config__.parallel_info()
+            pytest.skip("this torch does not compute with an OpenMP runtime that has GOMP_parallel")
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        teams: list[int] = []
+
+        def parallel(work: int, data: int, num_threads: int, flags: int) -> None:
+            teams.append(num_threads)
+            kind(address)(work, data, num_threads, flags)
+
+        counted = kind(parallel)
+        native.load().borrow_threads(ctypes.cast(counted, ctypes.c_void_p).value)
+        try:
+            windows = [draw(1, 3, 8, 151, 157).float() for _ in STARTS]
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(
+                    blended(windows, [*STARTS], (20,)), blend_windows_reference(windows, STARTS, (20,), None)
+                )
+            blended([window[..., :16] for window in windows], [*STARTS], (20,))
+        finally:
+            native.load().borrow_threads(address)
+        assert teams == [2, 3]  # neither one thread nor little work asks for a team
+
+    def test_takes_numpy_and_dlpack_without_a_copy(self, draw: Draw) -> None:
+        class Exporter:
+            def __init__(self, tensor: Tensor) -> None:
+                self.tensor = tensor
+
+            def __dlpack__(self, stream: int | None = None) -> Any:
+                return self.tensor.__dlpack__()
+
+            def __dlpack_device__(self) -> tuple[int, int]:
+                return self.tensor.__dlpack_device__()
+
+        windows = [draw(2, 3, 8, 4, 5).float() for _ in STARTS]
+        wanted = blend_windows_reference(windows, [*STARTS], (20,), None)
+        arrays = [np.asarray(window)[..., ::-1] for window in windows]
+        array = np.full(wanted.shape, np.nan, dtype=np.float32)[..., ::-1]
+        native.blend_windows(arrays, STARTS, (20,), None, out=array)
+        np.testing.assert_array_equal(array[..., ::-1], wanted.numpy())
+        for dtype in DTYPES:
+            cast = [window.to(dtype).transpose(3, 4) for window in windows]
+            out = torch.full_like(wanted, torch.nan).to(dtype).transpose(3, 4)
+            native.blend_windows([Exporter(window) for window in cast], STARTS, (20,), None, out=Exporter(out))
+            assert torch.equal(out, blend_windows_reference(cast, [*STARTS], (20,), None))
+
+    def test_negated_views_are_read_as_what_they_mean(self, draw: Draw) -> None:
+        window = draw(1, 2, 3, 2, 2)
+        negated = torch.view_as_complex(torch.stack([window, window], -1)).conj().imag
+        assert negated.is_neg()
+        assert torch.equal(blended([negated], [0], (3,)), -window)
+        with pytest.raises(ValueError, match="out is a negated view"):
+            native.blend_windows([window], [0], (3,), None, out=negated)
+
+    def test_errors(self, draw: Draw) -> None:
+        windows = [draw(1, 2, 8, 4, 4).float() for _ in STARTS]
+        out = torch.empty(1, 2, 20, 4, 4)
+
+        def refused(match: str, error: type[Exception] = ValueError, **changes: Any) -> None:
+            arguments: dict[str, Any] = {"starts": [*STARTS], "extent": (20,), "weights": None, "out": out} | changes
+            with pytest.raises(error, match=match):
+                native.blend_windows(arguments.pop("windows", windows), **arguments)
+
+        refused("a position of the video is in no window", starts=[0, 6, 7])
+        refused("a window sticks out of the video", starts=[0, 6, 13])
+        refused("a window sticks out of the video", starts=[-1, 6, 12])
+        refused("invalid weights", weights=[1.0] * 7 + [0.0])
+        refused("weights must hold one number for each place", weights=[1.0] * 7)
+        refused("invalid argument", windows=[], starts=[])
+        refused("one integer a window and blended axis", starts=[0, 6])
+        refused("extent must be", extent=(20, 4))
+        refused("out must have the extent", extent=(21,))
+        refused("5 axes", windows=[window[0] for window in windows])
+        refused("invalid shape", windows=[*windows[:2], windows[2][:, :1]])
+        refused(
+            "elements of the output lie on top of one another", out=torch.empty(1, 1, 20, 4, 4).expand(1, 2, -1, -1, -1)
+        )
+        refused(
+            r"windows\[1\] must be float32 on the CPU like out, got float64",
+            windows=[windows[0], windows[1].double(), windows[2]],
+        )
+        refused(
+            r"windows\[0\] must be float32, float64, float16 or bfloat16, got torch.int32",
+            windows=[w.int() for w in windows],
+        )
+        refused(r"out must be on the CPU or a CUDA device, got meta", out=out.to("meta"))
+        refused(r"windows\[0\] must be a tensor", windows=[None, *windows[1:]])
+        refused("integer", TypeError, starts=[0.5, 6, 12])
+        locked = out.numpy().copy()
+        locked.flags.writeable = False
+        refused("out is a read-only array", out=locked)
+        refused("got >f4", out=out.numpy().astype(">f4"))
+
+
+PORTABLE = """
+import sys, torch
+from lumiere_fast import native
+calls = torch.load(sys.argv[1])
+for windows, starts, extent, weights, out in calls:
+    native.blend_windows(windows, starts, extent, weights, out=out)
+torch.save([call[-1] for call in calls], sys.argv[1])
+"""
+
+
+@needs_core
+def test_portable_code_gives_the_numbers_of_avx2(draw: Draw, tmp_path: Path) -> None:
+    if not native.build_info()["avx2"] or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("no AVX2 here: every other test ran the portable code")
+    calls = []
+    for dtype in DTYPES:
+        for starts in ([0, 6, 12], [0, 2, 3]):
+            windows = [draw(1, 3, 8, 9, 37).to(dtype) for _ in starts]
+            extent = (starts[-1] + 8,)
+            for weights in (None, (draw(8).abs() + 0.1).tolist()):
+                calls.append((windows, starts, extent, weights, torch.zeros(1, 3, *extent, 9, 37, dtype=dtype)))
+    torch.save(calls, tmp_path / "calls.pt")
+    subprocess.run(
+        [sys.executable, "-c", PORTABLE, str(tmp_path / "calls.pt")],
+        env={**os.environ, "LUMIERE_FAST_PORTABLE": "1"},
+        cwd=ROOT,
+        check=True,
+    )
+    for (windows, starts, extent, weights, out), portable in zip(calls, torch.load(tmp_path / "calls.pt"), strict=True):
+        native.blend_windows(windows, starts, extent, weights, out=out)
+        assert torch.equal(out, portable)
+
+
+@needs_core
+class TestWhatItSays:
+    def test_the_build(self) -> None:
+        info = native.build_info()
+        assert info["version"] == metadata.version("lumiere_fast") == native.load().__version__
+        assert info["compiler"] and "-O3" in info["flags"]
+        assert (info["cuda"] is None) == (info["cuda_archs"] == [])
+        report = native.build_report()
+        assert report is not None and report["info"] == info and report["cpu"] == {"built": True, "why_not": None}
+
+    def test_each_op_has_the_hash_of_its_sources(self) -> None:
+        ops = native.build_info()["sources"]
+        assert "blend_windows" in ops
+        for op in ops:
+            assert re.fullmatch("[0-9a-f]{64}", native.source_hash(op) or "")
+        assert native.source_hash("no_such_op") is None
+
+    def test_cmake_and_python_hash_alike(self, tmp_path: Path) -> None:
+        csrc = ROOT / "csrc"
+        for op, built in native.build_info()["sources"].items():
+            assert native.hash_of_sources(op, csrc) == built
+        for name in ("blend_windows.h", "blend_windows_run.h", "common/cover.cpp", "bindings.cpp"):
+            changed = tmp_path / name.replace("/", "_")
+            for path in csrc.rglob("*"):
+                if path.is_file():
+                    target = changed / path.relative_to(csrc)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(path.read_bytes() + (b"\n" if path == csrc / name else b""))
+            same = native.hash_of_sources("blend_windows", changed) == native.source_hash("blend_windows")
+            assert same == (name == "bindings.cpp")
+
+    def test_the_cuda_half_or_why_not(self, draw: Draw) -> None:
+        reasons = native.why_not("cuda")
+        assert bool(reasons) == (native.build_info()["cuda"] is None)
+        with pytest.raises(ValueError, match="half must be one of cpu, cuda"):
+            native.why_not("tpu")
+        if reasons:
+            assert reasons[0].startswith("the native core was built without its CUDA half: ")
+        elif not torch.cuda.is_available():
+            # Without a device, CUDA says so, through the C functions' status and text.
+            module, windows = native.load(), draw(1, 1, 1, 1, 2).float()
+            view = (windows.data_ptr(), windows.shape, windows.stride())
+            status = module.blend_windows_cuda(0, [view], [0], (1,), None, view, 0, 0)
+            assert status == module.CUDA_ERROR
+            assert re.match(r"cudaError\w+: ", module.last_cuda_error())
+
+
+class TestWhereItCannotBeUsed:
+    """What is said, with the module or the report on its build replaced."""
+
+    @pytest.fixture(autouse=True)
+    def anew(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+        self.borrowed: list[int] = []
+        native._loaded.cache_clear()
+        monkeypatch.setattr(native, "_REPORT", tmp_path / "report.json")
+        monkeypatch.setitem(sys.modules, "lumiere_fast._native", None)
+        yield
+        native._loaded.cache_clear()
+        native._build_info.cache_clear()
+
+    def report(self, **halves: str | None) -> None:
+        content = {half: {"built": reason is None, "why_not": reason} for half, reason in halves.items()}
+        native._REPORT.write_text(json.dumps(content))
+
+    def test_the_report_is_repeated(self) -> None:
+        self.report(cpu="cmake was not found", cuda="cmake was not found")
+        for half in native.HALVES:
+            assert native.why_not(half) == ["the native core was not built: cmake was not found"]
+        assert native.build_info() == {} and native.source_hash("blend_windows") is None
+        with pytest.raises(native.NativeUnavailable, match=r"cannot be used: .* cmake was not found"):
+            native.load()
+
+    def test_a_module_that_does_not_load(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+        assert "no install left a word about it" in native.why_not("cpu")[0]
+        native._loaded.cache_clear()
+        (tmp_path / "_native.cpython-39-x86_64-linux-gnu.so").touch()
+        self.report(cpu=None, cuda=None)
+        (reason,) = native.why_not("cpu")
+        assert "is there (_native.cpython-39-x86_64-linux-gnu.so) but does not load: " in reason
+
+    def pretend(self, monkeypatch: pytest.MonkeyPatch, **info: Any) -> None:
+        module = ModuleType("lumiere_fast._native")
+        version = metadata.version("lumiere_fast")
+        built = {
+            "version": version,
+            "cuda": None,
+            "sources": {"blend_windows": native.hash_of_sources("blend_windows")},
+        }
+        module.build_info = lambda: json.dumps({**built, **info})  # type: ignore[attr-defined]
+        module.borrow_threads = self.borrowed.append  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "lumiere_fast._native", module)
+
+    def test_a_core_of_another_version(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pretend(monkeypatch)
+        assert native.why_not("cpu") == []
+        assert self.borrowed == [native._torch_threads()]
+        native._loaded.cache_clear()
+        self.pretend(monkeypatch, version="0.0.1")
+        (reason,) = native.why_not("cpu")
+        assert f"is of version 0.0.1, the package of {metadata.version('lumiere_fast')}" in reason
+
+    @pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs the source tree")
+    def test_sources_that_changed_since(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pretend(monkeypatch, sources={"blend_windows": "0" * 64})
+        (reason,) = native.why_not("cuda")
+        assert "csrc/ has changed since the native core was built (blend_windows)" in reason
+
+    def test_without_the_cuda_half(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pretend(monkeypatch)
+        self.report(cpu=None, cuda="nvcc is neither on PATH nor in CUDA_HOME")
+        assert native.why_not("cpu") == []
+        (reason,) = native.why_not("cuda")
+        assert reason == "the native core was built without its CUDA half: nvcc is neither on PATH nor in CUDA_HOME"
