@@ -1,4 +1,4 @@
-"""The command ``lumiere-fast``: generate, train, assemble, evaluate, info.
+"""The command ``lumiere-fast``: generate, train, plot, assemble, evaluate, benchmark, selftest, info.
 
 Whatever a user can get wrong ends in one line on stderr and exit code 2, with nothing written; Ctrl-C ends in 130.
 """
@@ -8,21 +8,29 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from lumiere_fast import dispatch, info, training
+from lumiere_fast import benchmark, dispatch, info, selftest, training
+from lumiere_fast.diffusion import PREDICTION_TYPES, SAMPLERS
+from lumiere_fast.models import PRESETS, Preset
 from lumiere_fast.pipelines import LumiereOutput, LumierePipeline
+from lumiere_fast.pipelines.memory import check_memory
+from lumiere_fast.text import PromptWarning, TextEncoder
 from lumiere_fast.training.evaluation import EVALUATION_SEED
-from lumiere_fast.video import check_output, write_video
+from lumiere_fast.video import MAX_FPS, check_output, numbered_outputs, write_video
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 REFUSED = 2
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Typer has click inside it or beside it, depending on its version. Either way this is the base of its usage errors.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -33,6 +41,7 @@ _REFUSALS = (
     OSError,
     ModuleNotFoundError,
     dispatch.BackendUnavailable,
+    torch.OutOfMemoryError,
 )
 
 app = typer.Typer(
@@ -43,7 +52,7 @@ app = typer.Typer(
 )
 
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Equal seeds give equal results.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of the base model.")]
+Steps = Annotated[int | None, typer.Option(min=1, max=10_000, help="Denoising steps of the base model.")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 turns guidance off.")]
 Backend = Annotated[
     str | None, typer.Option(help=f"Force a backend: {', '.join(dispatch.BACKENDS)}; or {dispatch.AUTO}.")
@@ -78,36 +87,128 @@ def _refuse(message: str) -> int:
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to show, in a sentence.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file: .mp4, .gif or .png (contact sheet).")],
-    seed: Seed = 0,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="What to make: .mp4, .gif, .png (contact sheet), .npy (uint8 array), or a name without suffix for a "
+            "folder of PNG frames. Clips of several prompts are numbered in front of the suffix, from _0000.",
+        ),
+    ],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to show, in a sentence; a clip for each.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="More prompts, one a line, from a text file.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of the first clip; the next ones count on from it.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips made at a time.")] = 1,
     steps: Steps = None,
     guidance: Guidance = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, a multiple of the model's temporal factor.")] = None,
-    fps: Annotated[int | None, typer.Option(min=1, help="Frames a second of the file.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help=f"{', '.join(SAMPLERS)}.  [default: dpm-solver++]", show_default=False)
+    ] = None,
+    threshold: Annotated[
+        str | None,
+        typer.Option(help="Bound of each prediction: static, dynamic or none.  [default: static]", show_default=False),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(max=10**9, help="Frames, a multiple of the model's temporal factor.")
+    ] = None,
+    fps: Annotated[int | None, typer.Option(min=1, max=MAX_FPS, help="Frames a second of the file.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help=f"What the networks compute in: {', '.join(DTYPES)}.")] = "float32",
     backend: Backend = None,
     threads: Threads = None,
     weights: Weights = "demo",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a video from a sentence. Options left out take the model's own values."""
-    check_output(output, overwrite)
-    settings = _given(num_frames=frames, num_inference_steps=steps, guidance_scale=guidance)
-    with _threads(threads), _backend(backend):
-        pipe = LumierePipeline.from_pretrained(weights)
-        generator = torch.Generator().manual_seed(seed)
-        result = pipe(prompt, generator=generator, progress=_shows_progress(quiet), **settings)
-    fps = fps or pipe.default_fps
+    """Make a video from each sentence. Options left out take the model's own values."""
+    texts = _all_prompts(prompts or [], prompt_file)
+    outputs = [check_output(path, overwrite) for path in numbered_outputs(output, len(texts))]
+    settings = _given(num_frames=frames, num_inference_steps=steps, guidance_scale=guidance, sampler=sampler)
+    if threshold is not None:
+        settings["threshold"] = None if threshold == "none" else threshold
+    place = _device(device)
+    with _threads(threads), _backend(backend), warnings.catch_warnings():
+        pipe = LumierePipeline.from_pretrained(weights, torch_dtype=_dtype(dtype)).to(place)
+        check_memory(pipe, frames, min(batch_size, len(texts)), guided=guidance != 1)
+        _warn_about(texts, pipe.text_encoder)
+        warnings.simplefilter("ignore", PromptWarning)  # said for all of them, and in their order
+        for first in range(0, len(texts), batch_size):
+            batch = slice(first, first + batch_size)
+            result = pipe(
+                texts[batch],
+                generator=_generators(seed + first, len(texts[batch])),
+                progress=_shows_progress(quiet),
+                **settings,
+            )
+            _write(result, outputs[batch], fps or pipe.default_fps, overwrite)
+
+
+def _all_prompts(prompts: list[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of the file, one a line, blank lines left out."""
+    if file is not None:
+        if not file.is_file():
+            raise FileNotFoundError(f"--prompt-file {str(file)!r} is not a file")
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompt-file {str(file)!r} is not text in UTF-8: {error}") from error
+        prompts = prompts + [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError('no prompt: give a sentence, such as "a red ball moving left", or more with --prompt-file')
+    for index, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise ValueError(f'prompt {index} is empty: say what to show, such as "a red ball moving left"')
+    return prompts
+
+
+def _generators(seed: int, count: int) -> list[torch.Generator]:
+    """One a clip, so that a clip is that of its prompt and its seed, whatever it is made together with."""
+    return [torch.Generator().manual_seed(seed + index) for index in range(count)]
+
+
+def _warn_about(prompts: list[str], text_encoder: TextEncoder) -> None:
+    """Say, a line each, which prompts will not reach the model whole."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        text_encoder.encode(prompts)
+    for warning in caught:
+        print(f"lumiere-fast: warning: {warning.message}", file=sys.stderr)
+
+
+def _write(result: LumiereOutput, outputs: list[Path], fps: int, overwrite: bool) -> None:
     started = time.perf_counter()
-    write_video(result.frames[0], output, fps, overwrite)
-    print(_summary(result, fps, time.perf_counter() - started, output))
+    for clip, output in zip(result.frames, outputs, strict=True):
+        write_video(clip, output, fps, overwrite)
+    print(_summary(result, fps, time.perf_counter() - started, outputs))
 
 
-def _summary(result: LumiereOutput, fps: int, writing: float, output: Path) -> str:
+def _summary(result: LumiereOutput, fps: int, writing: float, outputs: list[Path]) -> str:
     _, _, frames, height, width = result.frames.shape
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in {**result.seconds, "writing": writing}.items())
-    return f"{frames} frames of {width}x{height} at {fps} fps; {seconds}; backend {result.backend}; {output}"
+    names = ", ".join(map(str, outputs))
+    return f"{frames} frames of {width}x{height} at {fps} fps; {seconds}; backend {result.backend}; {names}"
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, if this machine has it."""
+    known = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    known += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if name not in known:
+        raise ValueError(f"--device must be {' or '.join(known)} on this machine, got {name!r}")
+    return torch.device(name)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"--dtype must be {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
 
 
 @app.command()
@@ -119,19 +220,50 @@ def train(
     source: Annotated[
         Path | None, typer.Option("--from", help="For inflate: the folder of the image model.", show_default=False)
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of videos and pictures: captions in name.txt beside each, or one metadata.jsonl or .csv "
+            "with file_name and text.  [default: procedural clips]",
+            show_default=False,
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"Model shapes, frames and fps: {', '.join(PRESETS)}.", show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="The same from a JSON file such as a run's cascade.json.", show_default=False),
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help=f"Noise schedule: {', '.join(training.SCHEDULE_NAMES)}.", show_default=False)
+    ] = None,
+    prediction_type: Annotated[
+        str | None,
+        typer.Option(help=f"What the network predicts: {', '.join(PREDICTION_TYPES)}.", show_default=False),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images or clips a step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images or clips at a time.")] = None,
+    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Batches that make one step.")] = 1,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="Peak learning rate.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast.")] = "fp32",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time, the same result.")
+    ] = False,
+    crop: Annotated[str, typer.Option(help="Which square of a --data video: center or random.")] = "center",
+    skip_short: Annotated[bool, typer.Option("--skip-short", help="Leave out --data videos that are short.")] = False,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train one stage on procedural clips. Options left out take the stage's defaults."""
+    """Train one stage on procedural clips or your own. Options left out take those of --from, or the defaults."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     if device not in devices:
         raise ValueError(f"--device must be {' or '.join(devices)} on this machine, got {device!r}")
+    cascade = _cascade(preset, config)
     with _threads(threads), _progress_bar("step", steps, shown=_shows_progress(quiet)) as bar:
 
         def on_log(step: int, loss: float) -> None:
@@ -142,15 +274,42 @@ def train(
             stage,
             output,
             source=source,
+            data=data,
+            cascade=cascade,
+            schedule=schedule,
+            prediction_type=prediction_type,
             steps=steps,
             batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
             learning_rate=learning_rate,
+            precision=precision,  # type: ignore[arg-type]  # checked there
+            gradient_checkpointing=gradient_checkpointing,
+            crop=crop,  # type: ignore[arg-type]  # checked there
+            short_clips="skip" if skip_short else "refuse",
             seed=seed,
             resume=resume,
             device=device,
+            checkpoint_every=checkpoint_every,
             on_log=on_log,
         )
     print(f"trained {stage} into {output}")
+
+
+def _cascade(preset: str | None, config: Path | None) -> Preset | None:
+    """The cascade that --preset or --config names; None leaves it to the stage."""
+    if preset is not None and config is not None:
+        raise ValueError("--preset and --config both name model shapes; give one of them")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if config is not None:
+        return training.read_cascade(config)
+    return None if preset is None else PRESETS[preset]
+
+
+@app.command("plot")
+def plot_loss(run: Annotated[Path, typer.Argument(help="The folder of a training run.")]) -> None:
+    """Draw the log of a run, finished or not, into its loss.png."""
+    print(training.draw_loss_curve(run))
 
 
 @app.command()
@@ -158,9 +317,11 @@ def assemble(
     base: Annotated[Path, typer.Argument(help="Folder of the inflated text-to-image model.")],
     ssr: Annotated[Path, typer.Argument(help="Folder of the inflated super-resolution model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make; --weights takes it.")],
+    dtype: Annotated[str, typer.Option(help=f"Of the weights on disk: {', '.join(DTYPES)}.")] = "float16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pipeline in that folder.")] = False,
 ) -> None:
-    """Join two trained models into the weights of a pipeline, in fp16."""
-    training.assemble(base, ssr, output)
+    """Join two trained models into the folder of a pipeline."""
+    training.assemble(base, ssr, output, dtype=_dtype(dtype), overwrite=overwrite)
     print(f"assembled {output}")
 
 
@@ -203,6 +364,51 @@ def _score_table(report: dict[str, dict[str, Any]]) -> str:
     for name in first["quality"]:
         rows.append([name, *(f"{report[stage]['quality'][name]:.3f}" for stage in report)])
     return "\n".join("".join(cell.ljust(26) for cell in row).rstrip() for row in rows)
+
+
+@app.command("benchmark")
+def run_benchmark(
+    op: Annotated[list[str] | None, typer.Option("--op", help="An op, stunet or pipeline; repeat it for more.")] = None,
+    backend: Backend = None,
+    threads: Threads = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(benchmark.DTYPES)}.  [default: bfloat16 on a GPU]", show_default=False),
+    ] = None,
+    budget: Annotated[float, typer.Option(min=0.001, help="Seconds of timed rounds a row.")] = 0.3,
+    weights: Weights = "demo",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time the pipeline, its models and each op: the backend that is used against the reference, in turn."""
+    settings = _given(backend=backend, device=device, dtype=dtype, budget=budget, weights=weights)
+    with _threads(threads):
+        rows = list(benchmark.run(op, **settings))
+    if all(row.why_not for row in rows):
+        raise dispatch.BackendUnavailable("; ".join(dict.fromkeys(reason for row in rows for reason in row.why_not)))
+    print(json.dumps([asdict(row) for row in rows], indent=2) if as_json else benchmark.render(rows))
+
+
+@app.command("selftest")
+def run_selftest(
+    op: Annotated[list[str] | None, typer.Argument(help="Ops to check; all if none is named.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: the GPU if there is one]", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Hold every kernel that can run here against its reference. Exit code 1 if one is wrong."""
+    found = []
+    for check in selftest.checks(device, op or None):
+        found.append(check)
+        if not as_json:
+            print(f"{check.op:22} {check.backend:7} {check.status:11} {check.detail}".rstrip())
+    if as_json:
+        print(json.dumps([asdict(check) for check in found], indent=2))
+    if any(check.status == "failed" for check in found):
+        raise typer.Exit(1)
 
 
 @app.command("info")

@@ -3,7 +3,8 @@
 A backend declares what it needs as data (`Needs`). `why_not` holds a call against that data and lists every reason
 against it; nothing else decides. The choice is made, strongest first, by the `backend=` argument of the call, by
 `use_backend`, by the environment variable LUMIERE_FAST_BACKEND, and is "auto" otherwise. A named backend runs or raises
-`BackendUnavailable`; only "auto" falls through, in the order of `BACKENDS`, and says so once for each reason.
+`BackendUnavailable`; only "auto" falls through, in the order of `BACKENDS`, and says so once for each reason. On a GPU
+"auto" also wants proof that the kernel is right there (`evidence`), and it never takes Triton's interpreter.
 
 This module knows no op: the ops register themselves.
 """
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lumiere_fast import evidence, native
 from lumiere_fast.kernels import PENDING_KERNELS
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ ENVIRONMENT_VARIABLE = "LUMIERE_FAST_BACKEND"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _constant_when_traced(function: _F) -> _F:
+def constant_when_traced(function: _F) -> _F:
     """`torch.compiler.assume_constant_result`, without the second that its import of Dynamo takes."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -67,49 +69,67 @@ class Needs:
         dtypes: accepted dtypes by argument; an argument not named may have any.
         divisible: sizes that must be multiples.
         dense: (argument, axis) pairs that must have stride 1.
+        aligned: bytes that the address of an argument's first element must be a multiple of.
         values: accepted values by argument, for those that are not tensors.
         capability: least CUDA compute capability of the device the tensors are on.
         gradient: whether the call may need a gradient.
         modules: Python modules that must be installed.
+        native: the half of the native core that must be built, "cpu" or "cuda".
     """
 
     devices: tuple[str, ...] = ()
     dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
     divisible: tuple[Divisible, ...] = ()
     dense: tuple[tuple[str, int], ...] = ()
+    aligned: Mapping[str, int] = field(default_factory=dict)
     values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
     gradient: bool = False
     modules: tuple[str, ...] = ()
+    native: str | None = None
 
     def unmet(self, arguments: Mapping[str, Any]) -> list[str]:
-        """Every reason why a call with these arguments cannot be served, in the order of the fields."""
-        checks = (self._device, self._dtype, self._divisible, self._dense, self._values, self._capability)
-        reasons = [reason for check in checks for reason in check(arguments)]
-        return [*reasons, *self._gradient(arguments), *self._modules()]
+        """Every reason why a call with these arguments cannot be served, each once, in the order of the fields."""
+        layout = (self._divisible, self._dense, self._aligned)
+        checks = (self._device, self._dtype, *layout, self._values, self._capability, self._gradient)
+        reasons = (reason for check in checks for reason in check(arguments))
+        return list(dict.fromkeys((*reasons, *self._modules(), *self._native())))
 
     def _device(self, arguments: Mapping[str, Any]) -> Iterator[str]:
-        for name, tensor in named_tensors(arguments):
-            if self.devices and tensor.device.type not in self.devices:
+        interpreted = "triton" in self.modules and _interpreting()
+        for name, tensor in _first_tensors(arguments):
+            if interpreted and tensor.dtype == torch.bfloat16:
+                yield f"{name} is bfloat16, which Triton's interpreter computes wrongly"
+            if not interpreted and self.devices and tensor.device.type not in self.devices:
                 yield f"{name} is on {tensor.device.type}, it needs {_either(self.devices)}"
 
     def _dtype(self, arguments: Mapping[str, Any]) -> Iterator[str]:
-        for name, tensor in named_tensors(arguments):
-            accepted = self.dtypes.get(name)
-            if accepted is not None and tensor.dtype not in accepted:
-                yield f"{name} is {_short(tensor.dtype)}, it needs {_either([_short(dtype) for dtype in accepted])}"
+        for name, accepted in self.dtypes.items():
+            for tensor in tensors_in(arguments[name]):
+                if tensor.dtype not in accepted:
+                    yield f"{name} is {_short(tensor.dtype)}, it needs {_either([_short(dtype) for dtype in accepted])}"
 
     def _divisible(self, arguments: Mapping[str, Any]) -> Iterator[str]:
         for need in self.divisible:
-            for name, tensor in named_tensors({need.argument: arguments[need.argument]}):
-                if tensor.shape[need.axis] % need.by != 0:
-                    yield f"axis {need.axis} of {name} is {tensor.shape[need.axis]}, it needs a multiple of {need.by}"
+            for tensor in tensors_in(arguments[need.argument]):
+                if need.axis < tensor.dim() and (size := tensor.shape[need.axis]) % need.by != 0:
+                    yield f"axis {need.axis} of {need.argument} is {size}, it needs a multiple of {need.by}"
 
     def _dense(self, arguments: Mapping[str, Any]) -> Iterator[str]:
-        for argument, axis in self.dense:
-            for name, tensor in named_tensors({argument: arguments[argument]}):
-                if tensor.shape[axis] > 1 and tensor.stride(axis) != 1:
+        for name, axis in self.dense:
+            for tensor in tensors_in(arguments[name]):
+                if axis < tensor.dim() and tensor.shape[axis] > 1 and tensor.stride(axis) != 1:
                     yield f"axis {axis} of {name} has stride {tensor.stride(axis)}, it needs stride 1"
+
+    def _aligned(self, arguments: Mapping[str, Any]) -> Iterator[str]:
+        for name, by in self.aligned.items():
+            for tensor in tensors_in(arguments[name]):
+                if torch.compiler.is_compiling():
+                    offset = tensor.storage_offset() * tensor.element_size()  # storages start on 64 bytes and more
+                else:
+                    offset = tensor.data_ptr()
+                if offset % by != 0:
+                    yield f"the data of {name} starts {offset % by} bytes past a multiple of {by}, it needs one"
 
     def _values(self, arguments: Mapping[str, Any]) -> Iterator[str]:
         for name, accepted in self.values.items():
@@ -119,10 +139,12 @@ class Needs:
     def _capability(self, arguments: Mapping[str, Any]) -> Iterator[str]:
         if self.capability is None:
             return
-        devices = {tensor.device for _, tensor in named_tensors(arguments) if tensor.device.type == "cuda"}
+        devices = {tensor.device for _, tensor in _first_tensors(arguments) if tensor.device.type == "cuda"}
         for device in sorted(devices, key=str):
             found = _capability(device)
-            if found < self.capability:
+            if found is None:
+                yield f"this machine has no {device}"
+            elif found < self.capability:
                 yield f"{device} has compute capability {_version(found)}, it needs {_version(self.capability)}"
 
     def _gradient(self, arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -132,6 +154,9 @@ class Needs:
     def _modules(self) -> list[str]:
         return [f"the Python module {name} is not installed" for name in self.modules if not _installed(name)]
 
+    def _native(self) -> tuple[str, ...]:
+        return () if self.native is None else _native_reasons(self.native)
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -140,16 +165,24 @@ class Backend:
     Args:
         name: one of `BACKENDS`.
         function: "module:function", imported at its first use. It takes the arguments of the op's reference by
-            position, and `out=`: None, or a tensor for its (first) result, of any strides.
+            position, and `out=`: its result, allocated and of any strides, or a tuple of them. It writes there and
+            returns nothing. A Triton kernel is launched through `torch.library.wrap_triton`.
         needs: what a call must offer.
+        backward: "module:function", or None to run the reference again and differentiate it. It takes the gradients of
+            the results as a tuple, None where there is none, then the arguments of the reference; it returns a gradient
+            for each argument: a tensor, None, or a list of these for a list of tensors.
     """
 
     name: str
     function: str
     needs: Needs
+    backward: str | None = None
 
     def load(self) -> Callable[..., Any]:
         return _load(self.function)
+
+    def load_backward(self) -> Callable[..., Any] | None:
+        return None if self.backward is None else _load(self.backward)
 
 
 @dataclass(frozen=True)
@@ -162,6 +195,7 @@ class Op:
         flatten: checks a call to the public function, and gives the arguments of the reference in their order.
         signature: of the public function, whose parameters `flatten` takes by name.
         backends: all but the reference.
+        check: holds a backend against the reference on a device, and tells what was wrong.
     """
 
     name: str
@@ -169,6 +203,7 @@ class Op:
     flatten: Callable[..., tuple[Any, ...]]
     signature: inspect.Signature
     backends: Mapping[str, Backend]
+    check: evidence.Check
 
     def bind(self, *inputs: Any, **options: Any) -> tuple[Any, ...]:
         """The arguments of the reference for a call `op(*inputs, **options)`."""
@@ -190,16 +225,26 @@ def registered_ops() -> tuple[str, ...]:
     return tuple(_OPS)
 
 
+def registered(op: str) -> Op:
+    """What is registered under a name.
+
+    Raises:
+        ValueError: nothing is.
+    """
+    if op not in _OPS:
+        raise ValueError(f"op must be one of {', '.join(_OPS)}, got {op!r}")
+    return _OPS[op]
+
+
 def why_not(op: str, backend: str, *inputs: Any, **options: Any) -> list[str]:
     """Every reason why `backend` cannot run `op(*inputs, **options)`; empty if it can.
 
     Raises:
         ValueError: for an unknown op or backend, and for whatever the op itself would refuse.
     """
-    if op not in _OPS:
-        raise ValueError(f"op must be one of {', '.join(_OPS)}, got {op!r}")
+    found = registered(op)
     _check_backend(backend, BACKENDS)
-    return reasons_against(_OPS[op], backend, _OPS[op].bind(*inputs, **options))
+    return reasons_against(found, backend, found.bind(*inputs, **options))
 
 
 def supports(op: str, backend: str, *inputs: Any, **options: Any) -> bool:
@@ -288,7 +333,7 @@ _choice: ContextVar[str | None] = ContextVar("lumiere_fast_backend", default=Non
 _mirror: str | None = None
 
 
-@_constant_when_traced
+@constant_when_traced
 def _read_choice(mirror: str | None) -> str | None:
     return _choice.get()
 
@@ -307,27 +352,47 @@ def tensors_in(value: Any) -> Sequence[Tensor]:
     return ()
 
 
-def named_tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _first_tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Each argument's tensor, of a list its first: an op has seen to it that the others are like it, but for layout."""
     for name, value in arguments.items():
-        for tensor in tensors_in(value):
-            yield name, tensor
+        if tensors := tensors_in(value):
+            yield name, tensors[0]
 
 
 _logged: set[tuple[str, str, str]] = set()
+_elsewhere: set[tuple[str, str, str]] = set()
 
 
 def _first_without_reasons(op: Op, arguments: Sequence[Any]) -> str:
+    device, tracing = _device_of(arguments).type, torch.compiler.is_compiling()
     for name in BACKENDS:
-        reasons = reasons_against(op, name, arguments)
+        if not tracing and (op.name, name, device) in _elsewhere:
+            continue  # a backend of other devices, which has been said: the usual case, told at a fraction of the cost
+        reasons = reasons_against(op, name, arguments) or reasons_to_pass_over(op, name, arguments)
         if not reasons:
             return name
-        _log_once(op.name, name, reasons)
+        if not tracing:  # a log call would break the graph
+            _log_once(op.name, name, reasons)
+            if name in op.backends and device not in (op.backends[name].needs.devices or (device,)):
+                _elsewhere.add((op.name, name, device))
     raise AssertionError("the reference has no reasons against it")
 
 
+def _device_of(arguments: Sequence[Any]) -> torch.device:
+    return next(tensor for value in arguments for tensor in tensors_in(value)).device
+
+
+def reasons_to_pass_over(op: Op, backend: str, arguments: Sequence[Any]) -> Sequence[str]:
+    """Why "auto" leaves out a backend that could run the call: not proved, or fit for tests alone."""
+    if backend == "reference":
+        return ()
+    device = _device_of(arguments)
+    if device.type == "cuda":
+        return _why_unproven(op.name, backend, device)
+    return ("it would run in Triton's interpreter, which is for tests",) if backend == "triton" else ()
+
+
 def _log_once(op: str, backend: str, reasons: Sequence[str]) -> None:
-    if torch.compiler.is_compiling():  # a log call would break the graph
-        return
     for reason in reasons:
         if (op, backend, reason) not in _logged:
             _logged.add((op, backend, reason))
@@ -346,17 +411,33 @@ def _load(function: str) -> Callable[..., Any]:
     return loaded
 
 
+@constant_when_traced
+def _why_unproven(op: str, backend: str, device: torch.device) -> Sequence[str]:
+    return evidence.why_unproven(op, backend, device, _OPS[op].check)
+
+
+@constant_when_traced
+def _native_reasons(half: str) -> tuple[str, ...]:
+    return tuple(native.why_not(half))
+
+
+@constant_when_traced
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 _find_spec = functools.cache(importlib.util.find_spec)
 
 
-@_constant_when_traced
+@constant_when_traced
 def _installed(module: str) -> bool:
     return _find_spec(module) is not None
 
 
-@_constant_when_traced
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+@constant_when_traced
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """None for a device that only fake tensors are on."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 def _version(capability: tuple[int, int]) -> str:

@@ -1,16 +1,15 @@
 """What is installed, on which device it runs, and which backend runs each op: ``python -m lumiere_fast.info [--json]``.
 
 Whether a backend serves an op depends on the call, so the table answers for one small fp32 call of each op on the best
-device there is, where no gradient is needed. ``lumiere_fast.dispatch.why_not`` answers for any other call.
+device there is, where no gradient is needed. ``lumiere_fast.dispatch.why_not`` answers for any other call. ``--table``
+prints the table of the README, which tells of the kernels and what GPUs have proved them, wherever it is printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
+import dataclasses
 import json
-import math
 import os
 import platform
 from collections.abc import Sequence
@@ -19,25 +18,38 @@ from typing import Any, TypedDict
 
 import torch
 
-from lumiere_fast import dispatch, ops
+from lumiere_fast import dispatch, evidence, native
 from lumiere_fast.kernels import PENDING_KERNELS
-from lumiere_fast.ops._spec import OpSpec
+from lumiere_fast.selftest import example_call
 
-_PACKAGES = ("lumiere_fast", "torch", "triton", "numpy", "safetensors", "tokenizers", "av", "pillow")
+_PACKAGES = (
+    *("lumiere_fast", "torch", "triton", "numpy", "safetensors", "tokenizers", "tqdm", "typer", "pillow", "av"),
+    *("huggingface_hub", "transformers", "matplotlib"),
+)
 
-_HOME = {"group_norm_stats": "group_norm"}  # an op that has no module of its own, and where it lives
+_GPU_BACKENDS = ("triton", "cuda")
 
 
 class Info(TypedDict):
-    """The report, as ``--json`` prints it; a backend's list of reasons is empty where it can run the op."""
+    """The report, as ``--json`` prints it.
+
+    Attributes:
+        cuda: the CUDA version that torch was built with, if any.
+        ops: by op and backend, every reason why it cannot run the op here; empty where it can.
+        evidence: by op and GPU backend, the newest lab record of its present source on a GPU; None where there is none.
+        native: how the native core was built, and for each half why it cannot be used.
+    """
 
     python: str
     packages: dict[str, str | None]
     device: str
+    cuda: str | None
     threads: int
     cores: int | None
     backend: str
     ops: dict[str, dict[str, list[str]]]
+    evidence: dict[str, dict[str, dict[str, Any] | None]]
+    native: dict[str, Any]
     pending_kernels: list[str]
 
 
@@ -47,10 +59,13 @@ def collect() -> Info:
         python=platform.python_version(),
         packages={name: _version(name) for name in _PACKAGES},
         device=_device_name(),
+        cuda=torch.version.cuda,
         threads=torch.get_num_threads(),
         cores=os.cpu_count(),
         backend=dispatch.current_backend(),
         ops=reasons_by_op("cuda" if torch.cuda.is_available() else "cpu"),
+        evidence=evidence_by_op(),
+        native={**native.build_info(), "why_not": {half: native.why_not(half) for half in ("cpu", "cuda")}},
         pending_kernels=list(PENDING_KERNELS),
     )
 
@@ -64,13 +79,32 @@ def reasons_by_op(device: str) -> dict[str, dict[str, list[str]]]:
     return table
 
 
-def example_call(op: str, device: str) -> dict[str, Any]:
-    """Arguments by name of a call of ``op``: the smallest scenario of its spec, in fp32."""
-    spec: OpSpec = importlib.import_module(f"lumiere_fast.ops.{_HOME.get(op, op)}").SPEC
-    scenario = min(spec.scenarios, key=lambda each: math.prod(each.sizes.values()))
-    inputs = spec.make_inputs(scenario, device, torch.float32, torch.Generator().manual_seed(0))
-    accepted = inspect.signature(getattr(ops, op)).parameters
-    return {name: value for name, value in inputs.items() if name in accepted}
+def evidence_by_op() -> dict[str, dict[str, dict[str, Any] | None]]:
+    """For each op and the GPU backends it has, the newest lab record of the kernel's present source."""
+    table: dict[str, dict[str, dict[str, Any] | None]] = {}
+    for op in dispatch.registered_ops():
+        backends = [name for name in _GPU_BACKENDS if name in dispatch.registered(op).backends]
+        found = {backend: evidence.recorded(op, backend) for backend in backends}
+        table[op] = {name: dataclasses.asdict(each) if each else None for name, each in found.items()}
+    return table
+
+
+def readme_table() -> str:
+    """The kernels there are and what shows that they are right, in Markdown."""
+    kernels = [name for name in dispatch.BACKENDS if name != "reference"]
+    lines = [f"| op | {' | '.join(kernels)} |", "|---" * (1 + len(kernels)) + "|"]
+    for op in dispatch.registered_ops():
+        lines.append(f"| `{op}` | {' | '.join(_state(op, backend) for backend in kernels)} |")
+    return "\n".join(lines)
+
+
+def _state(op: str, backend: str) -> str:
+    if backend not in dispatch.registered(op).backends:
+        return "to come" if op in PENDING_KERNELS else "-"
+    if backend not in _GPU_BACKENDS:
+        return "tested"
+    found = evidence.recorded(op, backend)
+    return "not yet run on a GPU" if found is None else f"right on {found.gpu} ({found.date}, {found.commit[:7]})"
 
 
 def render(info: Info) -> str:
@@ -87,6 +121,9 @@ def render(info: Info) -> str:
         "",
         *_reasons(info["ops"]),
         "",
+        *_evidence(info["evidence"]),
+        *_native(info["native"]),
+        "",
         f"kernels pending: {', '.join(info['pending_kernels']) or 'none'}",
     ]
     return "\n".join(lines)
@@ -95,9 +132,12 @@ def render(info: Info) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lumiere_fast.info", description="What can run here, and why not.")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    as_json = parser.parse_args(arguments).json
-    info = collect()
-    print(json.dumps(info, indent=2) if as_json else render(info))
+    parser.add_argument("--table", action="store_true", help="print the README's table of kernels")
+    options = parser.parse_args(arguments)
+    if options.table:
+        print(readme_table())
+    else:
+        print(json.dumps(collect(), indent=2) if options.json else render(collect()))
 
 
 def _version(package: str) -> str | None:
@@ -137,6 +177,22 @@ def _reasons(table: dict[str, dict[str, list[str]]]) -> list[str]:
         lines += [
             f"  {name}: {'every op' if len(ops) == len(table) else ', '.join(ops)}" for name, ops in backends.items()
         ]
+    return lines
+
+
+def _evidence(table: dict[str, dict[str, dict[str, Any] | None]]) -> list[str]:
+    lines = []
+    for op, backends in table.items():
+        for backend, found in backends.items():
+            told = found and f"right on {found['gpu']}, {found['date']}, commit {found['commit'][:7]}"
+            lines.append(f"evidence: {op} on {backend}: {told or 'not yet run on a GPU'}")
+    return lines
+
+
+def _native(facts: dict[str, Any]) -> list[str]:
+    lines = [f"native core: {name}: {value}" for name, value in facts.items() if name != "why_not" and value]
+    for half, reasons in facts["why_not"].items():
+        lines.append(f"native core: {half} half: {'; '.join(reasons) or 'built'}")
     return lines
 
 

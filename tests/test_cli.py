@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lumiere_fast import dispatch, training, video
-from lumiere_fast.diffusion import EDMSchedule
-from lumiere_fast.models import InflationConfig, UNet2D, UNetConfig, inflate
+from lumiere_fast.diffusion import (
+    CosineSchedule,
+    EDMParameterization,
+    EDMSchedule,
+    Parameterization,
+    Schedule,
+    VParameterization,
+)
+from lumiere_fast.models import PRESETS, InflationConfig, Preset, UNet2D, UNetConfig, inflate
+from lumiere_fast.models.io import WEIGHTS_NAME
 from lumiere_fast.pipelines import LumierePipeline
 from lumiere_fast.pipelines.text_to_video import PipelineConfig
+from lumiere_fast.text import PromptWarning
+from lumiere_fast.training.run_folder import write_run_files
 
 typer = pytest.importorskip("typer")
 cli = pytest.importorskip("lumiere_fast.cli")
@@ -100,8 +113,9 @@ def test_generate_is_what_the_pipeline_gives(capsys: pytest.CaptureFixture[str],
     Image = pytest.importorskip("PIL.Image")
     options = ("--seed", "3", "--frames", "2", "--guidance", "1.5", "--quiet", "--threads", "1")
     assert generate(capsys, weights, tmp_path / "clip.png", *options)[0] == 0
+    generators = [torch.Generator().manual_seed(3)]
     result = LumierePipeline.from_pretrained(weights)(
-        PROMPT, num_frames=2, num_inference_steps=2, guidance_scale=1.5, generator=torch.Generator().manual_seed(3)
+        PROMPT, num_frames=2, num_inference_steps=2, guidance_scale=1.5, generator=generators
     )
     with Image.open(tmp_path / "clip.png") as image:
         difference = np.asarray(image).astype(int) - video.contact_sheet(result.frames[0])
@@ -126,6 +140,111 @@ def test_overwrite(capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: 
     path.write_bytes(b"old")
     assert generate(capsys, weights, path, "--overwrite")[0] == 0
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def pixels(folder: Path) -> list[Any]:
+    """The arrays in a folder, in the order of their names."""
+    return [np.load(path) for path in sorted(folder.glob("*.npy"))]
+
+
+def test_several_prompts_give_numbered_clips(capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path) -> None:
+    """From the command line, then from the file, blank lines left out; each its own with the next seed."""
+    (tmp_path / "prompts.txt").write_text("\ufeffa blue star rising\n\n  a green ring  \n", encoding="utf-8")
+    out = tmp_path / "out"
+    out.mkdir()
+    options = ("--prompt-file", str(tmp_path / "prompts.txt"), "--seed", "7", "--batch-size", "2")
+    code, printed, err = generate(capsys, weights, out / "clip.npy", *options)
+    assert (code, err) == (0, "")
+    names = [f"clip_{index:04d}.npy" for index in range(3)]
+    assert listing(out) == names
+    first, second = printed.splitlines()  # a line a batch
+    assert first.endswith(f"{out / names[0]}, {out / names[1]}")
+    assert second.endswith(f"; {out / names[2]}")
+    made = pixels(out)
+    assert all(clip.shape == (FRAMES, SIZE, SIZE, 3) and clip.dtype == np.uint8 for clip in made)
+    pipe = LumierePipeline.from_pretrained(weights)
+    for index, prompt in enumerate((PROMPT, "a blue star rising", "a green ring")):
+        generators = [torch.Generator().manual_seed(7 + index)]
+        alone = pipe(prompt, num_inference_steps=2, generator=generators).frames[0]
+        difference = np.abs(made[index].astype(int) - video.to_uint8(alone))
+        assert difference.max() <= 1  # the batch changes roundings
+    assert np.abs(made[0].astype(int) - made[1]).mean() > 1
+
+
+def test_one_prompt_of_a_file_is_not_numbered(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a blue star rising\n")
+    options = ("--prompt-file", tmp_path / "prompts.txt", "-o", tmp_path / "clip", "--weights", weights, "--steps", "1")
+    assert run(capsys, "generate", *options)[0] == 0
+    assert listing(tmp_path) == ["clip", "prompts.txt"]
+    assert listing(tmp_path / "clip") == [f"frame_{index:04d}.png" for index in range(FRAMES)]
+
+
+def test_the_largest_seed_may_be_counted_on_from(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    options = ("--weights", weights, "--steps", "1", "-o", tmp_path / "a.npy", "--seed")
+    assert run(capsys, "generate", "a ball", "a star", *options, str(2**63 - 1))[0] == 0
+    assert listing(tmp_path) == ["a_0000.npy", "a_0001.npy"]
+
+
+def test_what_does_not_reach_the_model_is_said_once(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    long = "red " * 40 + "ball"
+    options = ("-o", tmp_path / "a.npy", "--weights", weights, "--steps", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PromptWarning)  # for whatever is not caught and printed
+        before = list(warnings.filters)
+        code, _, err = run(capsys, "generate", PROMPT, "a красный ball", long, *options)
+        assert list(warnings.filters) == before
+    assert code == 0
+    unknown, cut = err.splitlines()
+    assert unknown == (
+        "lumiere-fast: warning: prompt 1 has words that the text encoder does not know: 'красный'; "
+        "they will not be followed"
+    )
+    assert cut.startswith("lumiere-fast: warning: prompt 2 is longer than 32 tokens; dropped from its end: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "dtype"),
+    [
+        ((), {}, torch.float32),
+        (
+            ("--sampler", "ddpm", "--threshold", "none"),
+            {"sampler": "ddpm", "threshold": None},
+            torch.float32,
+        ),
+        (
+            ("--dtype", "bfloat16", "--device", "cpu", "--threshold", "dynamic"),
+            {"threshold": "dynamic"},
+            torch.bfloat16,
+        ),
+    ],
+)
+def test_options_reach_the_pipeline(
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    calls: list[tuple[torch.dtype, dict[str, Any]]] = []
+    original = LumierePipeline.__call__
+
+    def call(self: LumierePipeline, *args: Any, **given: Any) -> Any:
+        calls.append((self.ssr.unet.conv_in.weight.dtype, given))
+        return original(self, *args, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LumierePipeline, "__call__", call)
+        assert generate(capsys, weights, tmp_path / "clip.npy", *options)[0] == 0
+    ((seen, given),) = calls
+    del given["generator"]
+    assert (seen, given) == (dtype, {"num_inference_steps": 2, "progress": False, **settings})
 
 
 def test_threads_are_given_back(capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path) -> None:
@@ -167,7 +286,18 @@ def test_progress_goes_to_a_terminal_only(
         (("--guidance", "nan"), ("guidance",)),
         (("--threads", "0"), ("--threads",)),
         (("--fps", "0"), ("--fps",)),
+        (("--fps", "1001"), ("--fps", "1000")),
+        (("--steps", "9" * 30), ("--steps", "10000")),
+        (("--frames", "9" * 400), ("--frames", "1000000000")),
         (("--seed", "-1"), ("--seed",)),
+        (("--sampler", "magic"), ("sampler", "magic", "ddim")),
+        (("--threshold", "magic"), ("threshold", "magic", "dynamic")),
+        (("--dtype", "int8"), ("--dtype", "int8", "bfloat16")),
+        (("--device", "abacus"), ("--device", "abacus", "cpu")),
+        (("--device", "cuda:99"), ("--device", "cuda:99", "cpu")),
+        (("--batch-size", "0"), ("--batch-size",)),
+        (("--frames", "800000000"), ("1 x 800000000 frames", "GiB", "fewer frames")),
+        (("--prompt-file", "no-such-file"), ("--prompt-file", "no-such-file")),
         (("--backend", "magic"), ("backend", "magic", "reference")),
         (("--backend", "triton"), ("triton", "not written yet")),
         (("--nonsense",), ("--nonsense",)),
@@ -188,6 +318,63 @@ def test_an_empty_prompt_is_refused(
     assert listing(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("prompts", "content", "words"),
+    [
+        ((), None, ("no prompt", "--prompt-file")),
+        ((), b"\n  \n", ("no prompt",)),
+        ((), b"a ball\n\xff\xfe", ("prompts.txt", "UTF-8")),
+        ((PROMPT, " "), b"a ball", ("prompt 1 is empty",)),
+    ],
+)
+def test_bad_prompts_are_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prompts: tuple[str, ...],
+    content: bytes | None,
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(LumierePipeline, "from_pretrained", None)
+    options: tuple[str | Path, ...] = ("-o", tmp_path / "a.gif")
+    if content is not None:
+        (tmp_path / "prompts.txt").write_bytes(content)
+        options += ("--prompt-file", tmp_path / "prompts.txt")
+    assert_refused(run(capsys, "generate", *prompts, *options), *words)
+    assert not (tmp_path / "a.gif").exists()
+
+
+def test_one_output_that_exists_refuses_them_all(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_0002.gif").write_bytes(b"old")
+    options = ("-o", tmp_path / "a.gif", "--weights", weights, "--steps", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(LumierePipeline, "from_pretrained", None)
+        assert_refused(run(capsys, "generate", "a ball", "a star", "a ring", *options), "a_0002.gif", "--overwrite")
+    assert listing(tmp_path) == ["a_0002.gif"] and (tmp_path / "a_0002.gif").read_bytes() == b"old"
+    assert run(capsys, "generate", "a ball", "a star", "a ring", *options, "--overwrite")[0] == 0
+    assert listing(tmp_path) == ["a_0000.gif", "a_0001.gif", "a_0002.gif"]
+    assert (tmp_path / "a_0002.gif").read_bytes().startswith(b"GIF8")
+
+
+def test_a_pickle_is_refused(capsys: pytest.CaptureFixture[str], damaged: Path, tmp_path: Path) -> None:
+    (damaged / "ssr" / WEIGHTS_NAME).rename(damaged / "ssr" / "diffusion_pytorch_model.bin")
+    assert_refused(generate(capsys, damaged, tmp_path / "clip.gif"), "diffusion_pytorch_model.bin", "pickle", "convert")
+    assert not (tmp_path / "clip.gif").exists()
+
+
+def test_memory_that_is_not_there_is_one_line(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB")
+
+    monkeypatch.setattr(LumierePipeline, "__call__", exhausted)
+    assert_refused(generate(capsys, weights, tmp_path / "clip.gif"), "out of memory. Tried")
+    assert listing(tmp_path) == []
+
+
 def test_a_bad_backend_in_the_environment_is_refused(
     capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,12 +385,17 @@ def test_a_bad_backend_in_the_environment_is_refused(
 
 @pytest.mark.parametrize(
     ("name", "word"),
-    [("old.png", "--overwrite"), ("clip.webm", ".mp4, .gif, .png"), ("nowhere/clip.png", "nowhere"), ("clip", ".mp4")],
+    [
+        ("old.png", "--overwrite"),
+        ("clip.webm", ".mp4, .gif, .png, .npy"),
+        ("nowhere/clip.png", "nowhere"),
+        (".mp4", ".mp4"),
+    ],
 )
 def test_the_output_is_checked_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, word: str
 ) -> None:
-    def loads(*_: object) -> None:
+    def loads(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded for an output that cannot be written")
 
     monkeypatch.setattr(LumierePipeline, "from_pretrained", loads)
@@ -227,8 +419,8 @@ def damaged(weights: Path, tmp_path: Path) -> Path:
 def test_missing_weights_are_refused(capsys: pytest.CaptureFixture[str], damaged: Path, tmp_path: Path) -> None:
     output = tmp_path / "clip.gif"
     assert_refused(generate(capsys, tmp_path / "no-such-folder", output), "no-such-folder")
-    (damaged / "ssr" / "model.safetensors").unlink()
-    assert_refused(generate(capsys, damaged, output), "ssr/model.safetensors")
+    (damaged / "ssr" / WEIGHTS_NAME).unlink()
+    assert_refused(generate(capsys, damaged, output), f"ssr/{WEIGHTS_NAME}")
     (damaged / "base" / "config.json").unlink()
     assert_refused(generate(capsys, damaged, output), "base/config.json")
     (damaged / "model_index.json").unlink()
@@ -237,16 +429,16 @@ def test_missing_weights_are_refused(capsys: pytest.CaptureFixture[str], damaged
 
 
 def test_truncated_weights_are_refused(capsys: pytest.CaptureFixture[str], damaged: Path, tmp_path: Path) -> None:
-    path = damaged / "base" / "model.safetensors"
+    path = damaged / "base" / WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:-1000])
-    assert_refused(generate(capsys, damaged, tmp_path / "clip.gif"), "base/model.safetensors")
+    assert_refused(generate(capsys, damaged, tmp_path / "clip.gif"), f"base/{WEIGHTS_NAME}")
     assert not (tmp_path / "clip.gif").exists()
 
 
 def test_weights_of_another_architecture_name_the_first_key(
     capsys: pytest.CaptureFixture[str], damaged: Path, tmp_path: Path
 ) -> None:
-    path = damaged / "base" / "model.safetensors"
+    path = damaged / "base" / WEIGHTS_NAME
     tensors = load_file(path)
     first = min(tensors)
     save_file({**tensors, first: torch.zeros(3, 5, 7)}, path)
@@ -276,7 +468,7 @@ def test_ctrl_c_ends_in_130_and_leaves_nothing(
 def test_a_defect_of_ours_is_not_hidden(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def breaks(*_: object) -> None:
+    def breaks(*_: object, **__: object) -> None:
         raise RuntimeError("broken")
 
     monkeypatch.setattr(LumierePipeline, "from_pretrained", breaks)
@@ -287,39 +479,85 @@ def test_a_defect_of_ours_is_not_hidden(
 # ---------------------------------------------------------------- train
 
 
+def trained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the command hands to `training.train`."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(training, "train", lambda *args, **options: calls.append((args, options)))
+    code, printed, _ = run(capsys, "train", *arguments)
+    assert code == 0 and printed.startswith("trained ")
+    ((positional, named),) = calls
+    del named["on_log"]
+    return positional, named
+
+
+TRAIN_DEFAULTS: dict[str, Any] = {
+    "source": None,
+    "data": None,
+    "cascade": None,
+    "schedule": None,
+    "prediction_type": None,
+    "steps": None,
+    "batch_size": None,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": None,
+    "precision": "fp32",
+    "gradient_checkpointing": False,
+    "crop": "center",
+    "short_clips": "refuse",
+    "seed": 0,
+    "resume": False,
+    "device": "cpu",
+    "checkpoint_every": 200,
+}
+
+
 def test_train_passes_its_options_on(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    monkeypatch.setattr(training, "train", lambda *args, **options: calls.append((args, options)))
     out = tmp_path / "run"
-    options = (
-        "--from",
-        tmp_path,
-        "--steps",
-        "7",
-        "--batch-size",
-        "3",
-        "--learning-rate",
-        "0.5",
-        "--seed",
-        "4",
-        "--resume",
-    )
-    code, printed, _ = run(capsys, "train", "inflate", "-o", out, *options)
-    assert code == 0 and str(out) in printed
-    ((positional, named),) = calls
-    assert positional == ("inflate", out)
-    del named["on_log"]
-    assert named == {
+    assert trained(capsys, monkeypatch, "t2i", "-o", out) == (("t2i", out), TRAIN_DEFAULTS)
+    given = {
         "source": tmp_path,
+        "data": tmp_path / "clips",
+        "cascade": PRESETS["demo"],
+        "schedule": "cosine",
+        "prediction_type": "v_prediction",
         "steps": 7,
         "batch_size": 3,
+        "gradient_accumulation_steps": 2,
         "learning_rate": 0.5,
+        "precision": "bf16",
+        "gradient_checkpointing": True,
+        "crop": "random",
+        "short_clips": "skip",
         "seed": 4,
         "resume": True,
         "device": "cpu",
+        "checkpoint_every": 9,
     }
+    assert given.keys() == TRAIN_DEFAULTS.keys()
+    options = (
+        *("--from", tmp_path, "--data", tmp_path / "clips", "--preset", "demo", "--schedule", "cosine"),
+        *("--prediction-type", "v_prediction", "--steps", "7", "--batch-size", "3", "--learning-rate", "0.5"),
+        *("--gradient-accumulation-steps", "2", "--precision", "bf16", "--gradient-checkpointing"),
+        *("--crop", "random", "--skip-short", "--seed", "4", "--resume", "--checkpoint-every", "9"),
+    )
+    assert trained(capsys, monkeypatch, "inflate", "-o", out, *options) == (("inflate", out), given)
+
+
+def test_train_takes_its_shapes_from_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cascade = dataclasses.replace(PRESETS["demo"], fps=5)
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(dataclasses.asdict(cascade)))
+    _, named = trained(capsys, monkeypatch, "t2i", "-o", tmp_path / "run", "--config", path)
+    assert named["cascade"] == cascade
+    path.rename(tmp_path / "cascade.json")
+    _, named = trained(capsys, monkeypatch, "t2i", "-o", tmp_path / "run", "--config", tmp_path)
+    assert named["cascade"] == cascade
 
 
 @pytest.mark.parametrize(
@@ -329,7 +567,16 @@ def test_train_passes_its_options_on(
         (("inflate",), "source"),
         (("t2i", "--steps", "0"), "--steps"),
         (("t2i", "--batch-size", "-1"), "--batch-size"),
+        (("t2i", "--gradient-accumulation-steps", "0"), "--gradient-accumulation-steps"),
+        (("t2i", "--checkpoint-every", "0"), "--checkpoint-every"),
         (("t2i", "--device", "abacus"), "--device"),
+        (("t2i", "--precision", "fp8"), "precision must be one of fp32, bf16"),
+        (("t2i", "--schedule", "linear"), "schedule must be one of edm, cosine"),
+        (("t2i", "--prediction-type", "v"), "prediction_type must be one of edm, epsilon, v_prediction, sample"),
+        (("t2i", "--preset", "giant"), "--preset must be one of demo, paper"),
+        (("t2i", "--preset", "demo", "--config", "x.json"), "give one of them"),
+        (("t2i", "--config", "no-such.json"), "no-such.json"),
+        (("t2i", "--data", "no-such-folder"), "no-such-folder is not a folder of videos"),
         (("inflate", "--from", "no-such-folder"), "no-such-folder"),
     ],
 )
@@ -340,6 +587,36 @@ def test_train_refuses(
     assert listing(tmp_path) == []
 
 
+def test_train_on_a_folder_resume_and_plot(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("av")
+    pytest.importorskip("matplotlib")
+    from tests.data.files import write_folder
+
+    monkeypatch.setenv("LUMIERE_FAST_CACHE", str(tmp_path / "cache"))
+    common: dict[str, Any] = {"attention_levels": (1,), "block_out_channels": (8, 16), "layers_per_block": (1, 1)}
+    common |= {"attention_head_dim": 8, "norm_num_groups": 4, "text_width": 16, "text_layers": 1, "time_embed_dim": 16}
+    base = UNetConfig(sample_size=8, **common)
+    ssr = UNetConfig(sample_size=16, conditioning_channels=3, noise_augmentation=True, **common)
+    inflation = InflationConfig((2,))
+    cascade = Preset(base, inflation, ssr, inflation, num_frames=4, fps=8, window_frames=4)
+    config = tmp_path / "cascade.json"
+    config.write_text(json.dumps(dataclasses.asdict(cascade)))
+    data, out = write_folder(tmp_path / "clips"), tmp_path / "run"
+    options = ("--data", data, "--config", config, "--steps", "2", "--batch-size", "1", "--threads", "1")
+    assert run(capsys, "train", "t2i", "-o", out, *options)[0] == 0
+    assert {"log.csv", "loss.png", "cascade.json", "scheduler_config.json"} <= set(listing(out))
+    assert_refused(run(capsys, "train", "t2i", "-o", out, *options), "continue it with resume")
+    assert run(capsys, "train", "t2i", "-o", out, *options, "--resume")[0] == 0
+    assert_refused(run(capsys, "train", "t2i", "-o", out, *options, "--resume", "--crop", "random"), "crop=center (now")
+    (out / "loss.png").unlink()
+    code, printed, _ = run(capsys, "plot", out)
+    assert (code, printed) == (0, f"{out / 'loss.png'}\n")
+    assert (out / "loss.png").exists()
+    assert_refused(run(capsys, "plot", tmp_path / "nowhere"), "log.csv is missing")
+
+
 # ---------------------------------------------------------------- assemble and evaluate
 
 
@@ -347,9 +624,7 @@ def test_assembled_weights_generate(capsys: pytest.CaptureFixture[str], weights:
     out = tmp_path / "joined"
     code, printed, _ = run(capsys, "assemble", weights / "base", weights / "ssr", "-o", out)
     assert code == 0 and str(out) in printed
-    assert (
-        load_file(out / "base" / "model.safetensors").keys() == load_file(weights / "base" / "model.safetensors").keys()
-    )
+    assert load_file(out / "base" / WEIGHTS_NAME).keys() == load_file(weights / "base" / WEIGHTS_NAME).keys()
     code, printed, _ = generate(capsys, out, tmp_path / "clip.png")
     assert code == 0 and f"{SIZE}x{SIZE}" in printed
 
@@ -359,7 +634,45 @@ def test_assemble_refuses(capsys: pytest.CaptureFixture[str], weights: Path, tmp
     assert_refused(run(capsys, "assemble", tmp_path / "none", weights / "ssr", "-o", out), "none")
     assert_refused(run(capsys, "assemble", weights / "base", weights / "base", "-o", out), "super-resolution")
     assert_refused(run(capsys, "assemble", weights / "base", weights / "ssr", "-o", weights), "exists")
+    assert_refused(run(capsys, "assemble", weights / "base", weights / "ssr", "-o", out, "--dtype", "int8"), "--dtype")
     assert listing(tmp_path) == []
+
+
+def test_assemble_replaces_a_pipeline_only_if_told(
+    capsys: pytest.CaptureFixture[str], weights: Path, damaged: Path
+) -> None:
+    parts = ("assemble", weights / "base", weights / "ssr", "-o", damaged)
+    assert_refused(run(capsys, *parts), "damaged exists and is not empty")
+    assert run(capsys, *parts, "--overwrite", "--dtype", "bfloat16")[0] == 0
+    assert {x.dtype for x in load_file(damaged / "base" / WEIGHTS_NAME).values()} == {torch.bfloat16}
+    (damaged / "model_index.json").unlink()
+    assert_refused(run(capsys, *parts, "--overwrite"), "something else")
+
+
+def run_folder(folder: Path, model: Path, fps: int, schedule: Schedule, parameterization: Parameterization) -> Path:
+    """The folder of a finished training run of a cascade with this frame rate."""
+    shutil.copytree(model, folder)
+    cascade = dataclasses.replace(PRESETS["demo"], num_frames=8, fps=fps, window_frames=4)
+    write_run_files(folder, cascade, schedule, parameterization)
+    return folder
+
+
+def test_an_assembled_pipeline_samples_as_its_models_were_trained(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    noising = (CosineSchedule(shift=-1.0), VParameterization())
+    base = run_folder(tmp_path / "base", weights / "base", 12, *noising)
+    other = (EDMSchedule(train_mean=0.7), EDMParameterization(0.3))
+    ssr = run_folder(tmp_path / "ssr", weights / "ssr", 12, *other)
+    assert run(capsys, "assemble", base, ssr, "-o", tmp_path / "joined")[0] == 0
+    config = LumierePipeline.from_pretrained(tmp_path / "joined").config
+    assert (config.base_schedule, config.base_parameterization) == noising
+    assert (config.ssr_schedule, config.ssr_parameterization) == other
+    assert (config.num_frames, config.fps, config.window_frames) == (8, 12, 4)
+
+    stranger = run_folder(tmp_path / "stranger", weights / "ssr", 24, *other)
+    assert_refused(run(capsys, "assemble", base, stranger, "-o", tmp_path / "x"), "different cascades", "stranger")
+    assert not (tmp_path / "x").exists()
 
 
 def test_evaluate_prints_what_the_scorer_found(
@@ -399,7 +712,7 @@ def test_a_malformed_command_is_refused(capsys: pytest.CaptureFixture[str], argu
     assert_refused(run(capsys, *arguments))
 
 
-@pytest.mark.parametrize("command", [(), ("generate",), ("train",), ("assemble",), ("evaluate",), ("info",)])
+@pytest.mark.parametrize("command", [(), ("generate",), ("train",), ("plot",), ("assemble",), ("evaluate",), ("info",)])
 def test_help(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
     code, out, _ = run(capsys, *command, "--help")
     assert code == 0 and "Usage: lumiere-fast" in out

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import re
 import sys
 import threading
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lumiere_fast
-from lumiere_fast import dispatch, ops
+from lumiere_fast import dispatch, evidence, ops
 from lumiere_fast.dispatch import AUTO, Backend, BackendUnavailable, Divisible, Needs, use_backend, why_not
+from lumiere_fast.dispatch import BACKENDS as BACKEND_NAMES
 from lumiere_fast.kernels import PENDING_KERNELS
-from lumiere_fast.ops._registry import RegisteredOp, Result, register
+from lumiere_fast.ops._registry import _REGISTERED, RegisteredOp, Result, register
+from lumiere_fast.selftest import example_call
 
 CALLS: list[str] = []
 
@@ -51,10 +57,9 @@ def describe_toy(x: Tensor, factor: float, mode: str) -> Result:
 
 
 def kernel(name: str) -> Any:
-    def run(x: Tensor, factor: float, mode: str, out: Tensor | None = None) -> Tensor:
+    def run(x: Tensor, factor: float, mode: str, *, out: Tensor) -> None:
         CALLS.append(name)
-        y = x.detach() * factor
-        return y if out is None else out.copy_(y)
+        out.copy_(x.detach() * factor)
 
     return run
 
@@ -95,6 +100,7 @@ def toy_op() -> Iterator[None]:
 def no_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "_elsewhere", set())
     torch._dynamo.reset()
     CALLS.clear()
 
@@ -130,6 +136,7 @@ def test_a_gradient_is_a_reason_only_while_gradients_are_on() -> None:
 
 def test_capability_is_that_of_the_tensors_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[device.index])
     needs = Needs(capability=(8, 0))
     tensors = [types.SimpleNamespace(device=torch.device("cuda", i), requires_grad=False) for i in (0, 1)]
@@ -141,7 +148,6 @@ def test_capability_is_that_of_the_tensors_own_device(monkeypatch: pytest.Monkey
 def test_lists_of_tensors_and_absent_tensors_are_seen_through() -> None:
     needs = Needs(devices=("cuda",), dense=(("bias", 0),), divisible=(Divisible("windows", 0, 4),))
     assert needs.unmet({"windows": [torch.ones(4), torch.ones(3)], "bias": None}) == [
-        "windows is on cpu, it needs cuda",
         "windows is on cpu, it needs cuda",
         "axis 0 of windows is 3, it needs a multiple of 4",
     ]
@@ -212,15 +218,73 @@ def test_forced_means_forced() -> None:
     assert str(raised.value).startswith("toy cannot run on the backend 'triton': ")
 
 
-@pytest.mark.parametrize("op", ["group_norm", "temporal_conv"])
-def test_forcing_a_kernel_that_is_not_written_raises(op: str) -> None:
-    x = torch.zeros(1, 4, 2, 2, 2)
-    calls = {
-        "group_norm": lambda: ops.group_norm(x, 2, None, None, backend="triton"),
-        "temporal_conv": lambda: ops.temporal_conv(x, torch.zeros(4, 4, 3), backend="triton"),
-    }
-    with pytest.raises(BackendUnavailable, match=rf"{op} cannot run on the backend 'triton': .*PENDING_KERNELS"):
-        calls[op]()
+EVERY_KERNEL = [
+    (op, backend) for op in dispatch.registered_ops() for backend in BACKEND_NAMES if backend != "reference"
+]
+
+
+@pytest.mark.parametrize(("op", "backend"), EVERY_KERNEL)
+@pytest.mark.parametrize("way", ["argument", "block", "environment"])
+def test_a_forced_backend_runs_or_says_every_reason(
+    op: str, backend: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no other backend runs in its place, the reference least of all."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    call = example_call(op, "cpu")
+    reasons = why_not(op, backend, **call)
+    used: list[str] = []
+    registered = _REGISTERED[op]
+    monkeypatch.setattr(registered, "reference", lambda *arguments: used.append("reference"))
+    monkeypatch.setattr(Backend, "load", lambda self: lambda *arguments, out: used.append(self.name))
+    if way == "environment":
+        monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, backend)
+    options = {"backend": backend} if way == "argument" else {}
+    block = use_backend(backend) if way == "block" else contextlib.nullcontext()
+    raises = pytest.raises(BackendUnavailable) if reasons else contextlib.nullcontext()
+    with block, raises as raised:
+        getattr(ops, op)(**call, **options)
+    assert used == ([] if reasons else [backend])
+    if reasons:
+        message = str(raised.value)
+        assert message.startswith(f"{op} cannot run on the backend '{backend}': {'; '.join(reasons)}. ")
+
+
+def on_a_gpu(*shape: int) -> Tensor:
+    """A tensor that says it is on a GPU, of which there is none."""
+    with FakeTensorMode():
+        return torch.empty(shape, device="cuda:1")
+
+
+def test_auto_wants_proof_on_a_gpu_and_forced_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, torch.device]] = []
+
+    def unproven(op: str, backend: str, device: torch.device, check: Any) -> list[str]:
+        asked.append((op, backend, device))
+        return [] if backend == "cuda" else ["nobody has seen it run"]
+
+    monkeypatch.setattr(evidence, "why_unproven", unproven)
+    anywhere = {name: Backend(name, f"toy_kernels:{name}", Needs()) for name in ("triton", "cuda", "cpu")}
+    op = dataclasses.replace(dispatch.registered("toy"), backends=anywhere)
+    arguments = (on_a_gpu(2, 3), 2.0, "plain")
+    assert dispatch.select(op, None, arguments) == "cuda"
+    assert asked == [("toy", name, torch.device("cuda:1")) for name in ("triton", "cuda")]
+    asked.clear()
+    assert dispatch.select(op, "triton", arguments) == "triton" and not asked
+
+
+def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    triton = Backend("triton", "toy_kernels:triton", Needs(devices=("cuda",), modules=("triton",)))
+    op = dataclasses.replace(dispatch.registered("toy"), backends={"triton": triton})
+    monkeypatch.setattr(dispatch, "_installed", lambda module: True)
+    arguments = (SINGLE, 2.0, "plain")
+    assert dispatch.select(op, None, arguments) == "reference"
+    assert dispatch.select(op, "triton", arguments) == "triton"
+    with pytest.raises(BackendUnavailable, match="x is bfloat16, which Triton's interpreter computes wrongly"):
+        dispatch.select(op, "triton", (SINGLE.bfloat16(), 2.0, "plain"))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(BackendUnavailable, match="x is on cpu, it needs cuda"):
+        dispatch.select(op, "triton", arguments)
 
 
 def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +332,7 @@ def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_register_refuses_an_unknown_backend() -> None:
     with pytest.raises(ValueError, match="backend must be one of triton, cuda, cpu, reference, got 'metal'"):
-        dispatch.register(dispatch.Op("metal_op", (), flatten_toy, None, {"metal": BACKENDS[0]}))  # type: ignore[arg-type]
+        dispatch.register(dispatch.Op("metal_op", (), flatten_toy, None, {"metal": BACKENDS[0]}, None))  # type: ignore[arg-type]
     assert "metal_op" not in dispatch.registered_ops()
 
 
@@ -278,13 +342,70 @@ def test_a_kernel_writes_out_itself() -> None:
     assert ran() == ["cpu"] and (out == 3).all()
 
 
-def test_a_kernel_with_a_backward_goes_through_the_operator() -> None:
-    """Its autograd rule runs the reference again, and only then."""
+def test_a_kernel_is_not_asked_to_write_nothing() -> None:
+    assert toy(torch.ones(0, 3)).shape == (0, 3)
+    assert ran() == []
+
+
+@pytest.mark.parametrize("where", ["the input", "a part of it", "rows between its rows"])
+def test_out_may_not_lie_in_an_input(where: str) -> None:
+    memory = torch.ones(8, 3)
+    x, out = {
+        "the input": (memory[:2], memory[:2]),
+        "a part of it": (memory[:4], memory[3:7]),
+        "rows between its rows": (memory[::2], memory[1::2]),
+    }[where]
+    with pytest.raises(ValueError, match="toy: out must not lie in the memory of an input"):
+        toy(x, out=out)
+    assert (memory == 1).all() and ran() == []
+    assert toy(memory[:4], out=memory[4:]).eq(2).all()  # neighbours in one storage
+
+
+def test_out_must_have_a_place_for_each_element() -> None:
+    with pytest.raises(ValueError, match="toy: out has several elements in one place"):
+        toy(SINGLE, out=torch.empty(3).expand(2, 3))
+
+
+def test_a_kernel_without_a_backward_of_its_own_uses_the_reference_s() -> None:
+    """It is run again in the backward pass, and only then."""
     x = DOUBLE.clone().requires_grad_()
     y = toy(x, 3.0)
     assert ran() == ["cuda"]
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert ran() == ["cuda", "reference"] and (gradient == 3).all()
+
+
+def test_a_kernel_s_own_backward_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backward(gradients: tuple[Tensor, ...], x: Tensor, factor: float, mode: str) -> tuple[Any, ...]:
+        CALLS.append(f"backward of {factor} {mode}, x {'wants' if x.requires_grad else 'does not want'} one")
+        return gradients[0] * factor, None, None
+
+    monkeypatch.setattr(sys.modules["toy_kernels"], "backward", backward, raising=False)
+    own = dataclasses.replace(BACKENDS[1], backward="toy_kernels:backward")
+    monkeypatch.setattr(REGISTERED[0], "op", dataclasses.replace(REGISTERED[0].op, backends={"cuda": own}))
+    x = DOUBLE.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(toy(x, 3.0, backend="cuda").sum(), x)
+    assert ran() == ["cuda", "backward of 3.0 plain, x wants one"] and (gradient == 3).all()
+
+
+def test_a_dispatch_mode_sees_the_operator() -> None:
+    class Seen(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Seen():
+        toy(SINGLE)
+    assert "lumiere_fast.toy.default" in Seen.names and ran() == ["cpu"]
+
+
+def test_a_fake_tensor_gets_a_fake_result_and_no_kernel_runs() -> None:
+    with FakeTensorMode() as mode:
+        y = toy(torch.empty(2, 3))
+    assert isinstance(y, FakeTensor) and y.fake_mode is mode and y.shape == (2, 3)
+    assert ran() == []
 
 
 def test_compiled_code_holds_the_operator_and_follows_use_backend() -> None:

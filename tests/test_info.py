@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from lumiere_fast import dispatch, info
+from lumiere_fast import dispatch, evidence, info, native
 from lumiere_fast.kernels import PENDING_KERNELS
 
 
@@ -50,6 +52,49 @@ def test_a_package_that_is_missing_is_none(monkeypatch: pytest.MonkeyPatch) -> N
     report = info.collect()
     assert report["packages"] == {"torch": torch.__version__, "no-such-package-at-all": None}
     assert "no-such-package-at-all not installed" in info.render(report)
+
+
+def test_the_native_core_is_told() -> None:
+    report = info.collect()
+    assert report["native"]["why_not"] == {half: native.why_not(half) for half in ("cpu", "cuda")}
+    for half, reasons in report["native"]["why_not"].items():
+        assert f"native core: {half} half: {'; '.join(reasons) or 'built'}" in info.render(report).splitlines()
+
+
+RECORD = evidence.Evidence(
+    "blend_windows", "triton", "abc", "NVIDIA H100", "9.0", "0123456789", "2026-11-20", "2.11.0", "3.6.0", "13.0"
+)
+
+
+def test_evidence_is_told_for_the_present_source_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "records", lambda: (RECORD,))
+    monkeypatch.setattr(evidence, "source_hash", lambda op, backend: "abc")
+    report = info.collect()
+    assert report["evidence"]["blend_windows"] == {"triton": dataclasses.asdict(RECORD), "cuda": None}
+    lines = info.render(report).splitlines()
+    assert "evidence: blend_windows on triton: right on NVIDIA H100, 2026-11-20, commit 0123456" in lines
+    assert "evidence: blend_windows on cuda: not yet run on a GPU" in lines
+    assert row_of("blend_windows") == ["right on NVIDIA H100 (2026-11-20, 0123456)", "not yet run on a GPU", "tested"]
+    monkeypatch.setattr(evidence, "source_hash", lambda op, backend: "newer")
+    assert info.collect()["evidence"]["blend_windows"] == {"triton": None, "cuda": None}
+    assert row_of("blend_windows") == ["not yet run on a GPU", "not yet run on a GPU", "tested"]
+
+
+def row_of(op: str) -> list[str]:
+    (row,) = (line for line in info.readme_table().splitlines() if line.startswith(f"| `{op}` |"))
+    return [cell.strip() for cell in row.strip("|").split("|")][1:]
+
+
+def test_pending_kernels_are_to_come() -> None:
+    assert all(row_of(op) == ["to come"] * 3 for op in PENDING_KERNELS)
+
+
+def test_the_readme_holds_the_table() -> None:
+    """After a change: `python -m lumiere_fast.info --table`, between the two marks."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    marks = "<!-- kernels: python -m lumiere_fast.info --table -->", "<!-- end of kernels -->"
+    assert text.count(marks[0]) == text.count(marks[1]) == 1
+    assert text.split(marks[0])[1].split(marks[1])[0].strip() == info.readme_table()
 
 
 def test_the_chosen_backend_is_told() -> None:

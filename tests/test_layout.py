@@ -32,10 +32,14 @@ OPS = (
 # Lowest first. A module may import from its own entry and from any line below it, not from its neighbours on a line.
 LAYERS = (
     ("kernels",),
-    ("dispatch", "native"),
+    ("native", "timing"),
+    ("evidence",),
+    ("dispatch",),
     ("ops",),
     ("models", "diffusion", "text", "data", "video"),
     ("pipelines",),
+    ("selftest",),
+    ("benchmark",),
     ("training", "integrations", "info"),
     ("cli",),
     ("__init__", "__main__"),
@@ -149,7 +153,10 @@ def test_dispatch_knows_no_op() -> None:
 
 BARE_IMPORT = """
 import sys
-sys.modules.update(dict.fromkeys(["triton", "av", "typer", "tokenizers", "tqdm", "matplotlib", "lumiere_fast._native"]))
+sys.modules.update(dict.fromkeys(
+    ["triton", "av", "typer", "tokenizers", "tqdm", "matplotlib", "transformers", "huggingface_hub"]
+    + ["lumiere_fast._native"]
+))
 import torch
 assert not torch.cuda.is_available()
 import lumiere_fast
@@ -172,4 +179,7 @@ def test_importing_is_light() -> None:
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120, cwd=ROOT)
     loaded = set(done.stdout.split())
     assert "lumiere_fast.ops" in loaded
-    assert not loaded & {"av", "typer", "tokenizers", "triton", "tqdm", "matplotlib", "torch._dynamo"}
+    assert not loaded & {
+        *("av", "typer", "tokenizers", "triton", "tqdm", "matplotlib", "transformers", "huggingface_hub"),
+        *("torch._dynamo", "lumiere_fast._native"),
+    }

@@ -4,16 +4,17 @@ An op module writes a public function, `flatten` (checks the public arguments on
 `<op>_reference` (flat: tensors, lists of tensors, numbers, strings), and `describe` (shape, dtype and memory format of
 each result). `register` makes of these
 
-- the call path of the public function, and
-- `torch.ops.lumiere_fast.<op>`, an opaque operator with a fake rule and an autograd rule, for compile and export.
+- the call path of the public function,
+- `torch.ops.lumiere_fast.<op>`, an opaque operator with a fake rule and an autograd rule, for compile and export, and
+- `torch.ops.lumiere_fast.<op>_triton`, once wanted: the same for a Triton kernel, which torch.compile sees through.
 
 Adding a kernel is: write kernels/<op>.py, give `register` a `Backend` for it, take the op off PENDING_KERNELS.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
+import threading
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lumiere_fast import dispatch
+from lumiere_fast.ops import _selfcheck
 
 
 @dataclass(frozen=True)
@@ -50,31 +53,102 @@ class RegisteredOp:
         self.op = op
         self.reference = reference
         self.describe = describe
-        self.opaque = _opaque_operator(op, reference, describe)
+        self.operator = _operator(torch.library.custom_op, op.name, self._named_body(), reference, named=True)
+        self.operator.register_fake(self._fake)
+        self.operator.register_autograd(self._backward, setup_context=_save_inputs)
 
     def __call__(self, arguments: tuple[Any, ...], backend: str | None, out: Tensor | None = None) -> Any:
         """Run on the backend that dispatch selects; `arguments` are the reference's, checked.
 
         A call of a custom operator costs about 20 us, a raw call 1 us. So the reference is called as plain torch,
         with torch's own autograd (and torch.compile sees through it), and a kernel is called straight unless a graph
-        is being captured or a gradient is needed: only these want the operator.
+        is being captured, a gradient is needed or a dispatch mode is watching: only these want the operator.
         """
         chosen = dispatch.select(self.op, backend, arguments)
         if out is not None:
             self._check_out(out, arguments)
         if chosen == "reference":
-            return _store(self._definition(*arguments), out)
-        if torch.compiler.is_compiling() or dispatch.needs_gradient(arguments):
-            return _store(self.opaque(*arguments, chosen), out)
-        return self.op.backends[chosen].load()(*arguments, out=out)
+            return _store(self.definition(*arguments), out)
+        if torch.compiler.is_compiling() or dispatch.needs_gradient(arguments) or _watched():
+            return _store(self._captured(chosen, arguments), out)
+        return self.launch(chosen, arguments, self.allocate(arguments, out))
 
-    def _definition(self, *arguments: Any) -> Any:
+    def definition(self, *arguments: Any) -> Any:
         """The reference, in its own precision: autocast would take its fp32 arithmetic down again."""
-        device = next(tensor for value in arguments for tensor in dispatch.tensors_in(value)).device.type
+        device = _first(arguments).device.type
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return self.reference(*arguments)
         with torch.autocast(device, enabled=False):
             return self.reference(*arguments)
+
+    def _captured(self, chosen: str, arguments: tuple[Any, ...]) -> Any:
+        """The call as an operator: one that shows its kernels to torch.compile where they are Triton's."""
+        if chosen != "triton":
+            return self.operator(*arguments, chosen)
+        return getattr(torch.ops.lumiere_fast, _triton_operator(self.op.name))(*arguments)
+
+    def launch(self, chosen: str, arguments: tuple[Any, ...], results: Any) -> Any:
+        """Run a kernel on the tensors' device; it writes `results`, which `allocate` made."""
+        first = results if isinstance(results, Tensor) else results[0]
+        if first.numel() == 0:
+            return results
+        function = self.op.backends[chosen].load()
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            function(*arguments, out=results)
+        else:
+            with torch.cuda.device(first.device):
+                function(*arguments, out=results)
+        return results
+
+    def allocate(self, arguments: Sequence[Any], out: Tensor | None = None) -> Any:
+        """Room for the results, not filled; `out` is the first of them if given."""
+        described = self.describe(*arguments)
+        if isinstance(described, Result):
+            return described.empty() if out is None else out
+        first, *others = described
+        return (first.empty() if out is None else out, *(other.empty() for other in others))
+
+    def _named_body(self) -> Callable[..., Any]:
+        """The body of the operator, whose last argument names the backend."""
+
+        def run(*arguments: Any) -> Any:
+            *inputs, backend = arguments
+            if backend == "reference":
+                return _without_aliases(self.definition(*inputs), inputs)
+            return self.launch(backend, tuple(inputs), self.allocate(inputs))
+
+        return run
+
+    def _fake(self, *arguments: Any) -> Any:
+        return self.allocate(arguments[:-1])
+
+    def register_triton_operator(self) -> None:
+        """Make `torch.ops.lumiere_fast.<op>_triton`, when first wanted: it takes a second."""
+        kernel = self.op.backends["triton"].load()
+
+        def run(*arguments: Any) -> Any:
+            results = self.allocate(arguments)
+            if not _is_fake(results):
+                kernel(*arguments, out=results)
+            return results
+
+        name = f"{self.op.name}_triton"
+        operator = _operator(torch.library.triton_op, name, run, self.reference, named=False)
+        operator.register_autograd(self._backward_of_triton, setup_context=_save_all_inputs)
+
+    def _backward(self, ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return (*self._gradients(ctx, ctx.backend, gradients), None)
+
+    def _backward_of_triton(self, ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return self._gradients(ctx, "triton", gradients)
+
+    def _gradients(self, ctx: Any, backend: str, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """By the backend's own backward where it has one, else by running the reference again with a graph."""
+        arguments = _saved_arguments(ctx)
+        own = self.op.backends[backend].load_backward() if backend in self.op.backends else None
+        if own is None:
+            return _reference_gradients(self.definition, arguments, gradients)
+        return tuple(own(gradients, *arguments))
 
     def _check_out(self, out: Tensor, arguments: tuple[Any, ...]) -> None:
         name = self.op.name
@@ -87,6 +161,10 @@ class RegisteredOp:
                 f"{name}: out must be {first.shape} {first.dtype} on {first.device}, "
                 f"got {tuple(out.shape)} {out.dtype} on {out.device}"
             )
+        if not torch.compiler.is_compiling() and _overlaps(out, arguments):
+            raise ValueError(f"{name}: out must not lie in the memory of an input; give a tensor of its own")
+        if any(0 in (size, stride) for size, stride in zip(out.shape, out.stride(), strict=True) if size > 1):
+            raise ValueError(f"{name}: out has several elements in one place (stride 0); give a tensor of its own")
 
 
 def register(
@@ -108,15 +186,34 @@ def register(
         describe: takes the arguments of `reference` and tells its result, or each of them.
         backends: the kernels there are.
     """
+    name = public.__name__
     op = dispatch.Op(
-        name=public.__name__,
+        name=name,
         parameters=tuple(inspect.signature(reference).parameters),
         flatten=flatten,
         signature=inspect.signature(public),
         backends={backend.name: backend for backend in backends},
+        check=lambda backend, device: _selfcheck.failures(_REGISTERED[name], public, backend, device),
     )
     dispatch.register(op)
-    return RegisteredOp(op, reference, describe)
+    _REGISTERED[name] = RegisteredOp(op, reference, describe)
+    return _REGISTERED[name]
+
+
+_REGISTERED: dict[str, RegisteredOp] = {}
+
+
+@dispatch.constant_when_traced
+def _triton_operator(op: str) -> str:
+    """The name of the op's Triton operator, which is there from now on."""
+    name = f"{op}_triton"
+    with _making:
+        if not hasattr(torch.ops.lumiere_fast, name):
+            _REGISTERED[op].register_triton_operator()
+    return name
+
+
+_making = threading.Lock()
 
 
 def _store(result: Any, out: Tensor | None) -> Any:
@@ -128,33 +225,21 @@ def _store(result: Any, out: Tensor | None) -> Any:
     return (out.copy_(result[0]), *result[1:])
 
 
-def _opaque_operator(
-    op: dispatch.Op, reference: Callable[..., Any], describe: Callable[..., Result | tuple[Result, ...]]
-) -> Callable[..., Any]:
-    """`torch.ops.lumiere_fast.<op>(*arguments, backend)`."""
-
-    def run(*arguments: Any) -> Any:
-        *inputs, backend = arguments
-        function = reference if backend == "reference" else op.backends[backend].load()
-        return _without_aliases(function(*inputs), inputs)
-
-    run.__signature__ = _operator_signature(reference)  # type: ignore[attr-defined]
-    operator = torch.library.custom_op(f"lumiere_fast::{op.name}", run, mutates_args=())
-
-    @operator.register_fake
-    def fake(*arguments: Any) -> Any:
-        described = describe(*arguments[:-1])
-        return described.empty() if isinstance(described, Result) else tuple(result.empty() for result in described)
-
-    operator.register_autograd(functools.partial(_backward, reference), setup_context=_save_inputs)
-    return operator
+def _operator(
+    kind: Callable[..., Any], name: str, run: Callable[..., Any], reference: Callable[..., Any], *, named: bool
+) -> Any:
+    """`torch.ops.lumiere_fast.<name>` of the reference's arguments and, with `named`, the name of a backend."""
+    run.__signature__ = _operator_signature(reference, named)  # type: ignore[attr-defined]
+    return kind(f"lumiere_fast::{name}", run, mutates_args=())
 
 
-def _operator_signature(reference: Callable[..., Any]) -> inspect.Signature:
-    """The reference's parameters and `backend`; no defaults, since torch drops trailing arguments equal to theirs."""
+def _operator_signature(reference: Callable[..., Any], named: bool) -> inspect.Signature:
+    """The reference's parameters; without defaults, since torch drops trailing arguments equal to theirs."""
     hints = typing.get_type_hints(reference)
     result = hints.pop("return")
-    kinds = {**{name: hints[name] for name in inspect.signature(reference).parameters}, "backend": str}
+    kinds = {name: hints[name] for name in inspect.signature(reference).parameters}
+    if named:
+        kinds["backend"] = str
     position = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, position, annotation=kind) for name, kind in kinds.items()]
     return inspect.Signature(parameters, return_annotation=result)
@@ -169,28 +254,40 @@ def _without_aliases(result: Any, inputs: Sequence[Any]) -> Any:
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Of the operator whose last argument names the backend."""
+    _save_all_inputs(ctx, inputs[:-1], output)
+    ctx.backend = inputs[-1]
+
+
+def _save_all_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Tensors go through `save_for_backward`; `ctx.layout` says for each argument what it was."""
-    arguments = inputs[:-1]
-    ctx.save_for_backward(*(tensor for value in arguments for tensor in dispatch.tensors_in(value)))
+    ctx.save_for_backward(*(tensor for value in inputs for tensor in dispatch.tensors_in(value)))
     ctx.layout = [
         Ellipsis if isinstance(value, Tensor) else len(value) if dispatch.tensors_in(value) else (value,)
-        for value in arguments
+        for value in inputs
     ]
 
 
-def _backward(reference: Callable[..., Any], ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-    """The gradient of any backend: the reference is run again, with a graph, and differentiated by torch."""
+def _saved_arguments(ctx: Any) -> list[Any]:
+    """The arguments as they came; what needs a gradient is a leaf that wants one."""
     saved = iter(ctx.saved_tensors)
+    arguments: list[Any] = []
+    for kind, needed in zip(ctx.layout, ctx.needs_input_grad, strict=False):  # the name of the backend has no layout
+        if kind is Ellipsis:
+            arguments.append(_leaf(next(saved), needed))
+        elif isinstance(kind, int):
+            arguments.append([_leaf(next(saved), wanted) for wanted in needed])
+        else:
+            arguments.append(kind[0])
+    return arguments
+
+
+def _reference_gradients(
+    definition: Callable[..., Any], arguments: Sequence[Any], gradients: Sequence[Tensor | None]
+) -> tuple[Any, ...]:
+    """The reference is run again, with a graph, and differentiated by torch."""
     with torch.enable_grad():
-        arguments: list[Any] = []
-        for kind, needed in zip(ctx.layout, ctx.needs_input_grad[:-1], strict=True):
-            if kind is Ellipsis:
-                arguments.append(_leaf(next(saved), needed))
-            elif isinstance(kind, int):
-                arguments.append([_leaf(next(saved), wanted) for wanted in needed])
-            else:
-                arguments.append(kind[0])
-        results = reference(*arguments)
+        results = definition(*arguments)
     results = (results,) if isinstance(results, Tensor) else results
     pairs = [(y, g) for y, g in zip(results, gradients, strict=True) if g is not None and y.requires_grad]
     leaves = [tensor for value in arguments for tensor in dispatch.tensors_in(value) if tensor.requires_grad]
@@ -201,8 +298,41 @@ def _backward(reference: Callable[..., Any], ctx: Any, *gradients: Tensor | None
             return next(found) if value.requires_grad else None
         return [gradient(item) for item in value] if dispatch.tensors_in(value) else None
 
-    return (*(gradient(value) for value in arguments), None)
+    return tuple(gradient(value) for value in arguments)
 
 
 def _leaf(tensor: Tensor, needed: bool) -> Tensor:
     return tensor.detach().requires_grad_(needed)
+
+
+def _first(arguments: Sequence[Any]) -> Tensor:
+    return next(tensor for value in arguments for tensor in dispatch.tensors_in(value))
+
+
+def _watched() -> bool:
+    """Whether a `TorchDispatchMode` is active: fake tensors, make_fx, a counter. It sees operators, not kernels."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _is_fake(results: Any) -> bool:
+    return isinstance(results if isinstance(results, Tensor) else results[0], FakeTensor)
+
+
+def _overlaps(out: Tensor, arguments: Sequence[Any]) -> bool:
+    """Whether the span of `out` in memory meets that of an input."""
+    first, end = _span(out)
+    for value in arguments:
+        for tensor in dispatch.tensors_in(value):
+            low, high = _span(tensor)
+            if low < end and first < high:
+                return True
+    return False
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and of the one after the last; equal where there are none."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout, _registry
 from lumiere_fast.ops._checks import check_device, check_floating, check_same_dtype
 from lumiere_fast.ops._spec import Draw, OpSpec, Scenario
@@ -286,7 +287,50 @@ def describe(
     return _result(windows, extent, windows[0].dtype)
 
 
-_OP = _registry.register(blend_windows, blend_windows_reference, flatten, describe)
+def blend_windows_backward(
+    gradients: Sequence[Tensor],
+    windows: Sequence[Tensor],
+    starts: Sequence[int],
+    extent: Sequence[int],
+    weights: Sequence[float] | None,
+) -> tuple[Any, ...]:
+    """Of any backend: the gradient of a window is its share of the result's, wherever it lies."""
+    (gradient,) = gradients
+    found = [torch.empty_like(window) if window.requires_grad else None for window in windows]
+    for cell in _plan(windows, starts, extent).cells:
+        part = _crop(gradient, cell.box).to(_layout.accumulation_dtype(gradient.dtype))
+        for i, box, share in zip(cell.windows, cell.boxes, _shares(cell, weights, windows[0]), strict=True):
+            if (target := found[i]) is not None:
+                _crop(target, box).copy_(share * part)
+    return found, None, None, None
+
+
+_OP = _registry.register(
+    blend_windows,
+    blend_windows_reference,
+    flatten,
+    describe,
+    backends=(
+        Backend(
+            "triton",
+            "lumiere_fast.kernels.blend_windows:blend_windows",
+            Needs(devices=("cuda",), capability=(8, 0), gradient=True, modules=("triton",)),
+            backward=f"{__name__}:blend_windows_backward",
+        ),
+        Backend(
+            "cuda",
+            "lumiere_fast.native:blend_windows",
+            Needs(devices=("cuda",), capability=(8, 0), gradient=True, native="cuda"),
+            backward=f"{__name__}:blend_windows_backward",
+        ),
+        Backend(
+            "cpu",
+            "lumiere_fast.native:blend_windows",
+            Needs(devices=("cpu",), gradient=True, native="cpu"),
+            backward=f"{__name__}:blend_windows_backward",
+        ),
+    ),
+)
 
 
 def _video(name: str, T: int, H: int, window: int, *, B: int = 1, cpu: bool = False) -> Scenario:

@@ -62,17 +62,19 @@ def operator_of(public: Callable[..., Any]) -> Any:
     return getattr(torch.ops.lumiere_fast, public.__name__).default
 
 
-def check_operator(public: Callable[..., Any], *inputs: Any, **options: Any) -> None:
+def check_operator(public: Callable[..., Any], *inputs: Any, backend: str = "reference", **options: Any) -> None:
     """torch's own check of the registration: schema, fake rule (strides too), autograd, tracing with dynamic shapes."""
-    torch.library.opcheck(operator_of(public), (*arguments_of(public, *inputs, **options), "reference"))
+    torch.library.opcheck(operator_of(public), (*arguments_of(public, *inputs, **options), backend))
 
 
-def check_operator_gradient(public: Callable[..., Any], *inputs: Any, **options: Any) -> None:
-    """The operator's own autograd rule gives what torch's autograd gives for the plain call."""
+def check_operator_gradient(
+    public: Callable[..., Any], *inputs: Any, backend: str = "reference", **options: Any
+) -> None:
+    """The operator's own autograd rule gives what torch's autograd gives for the plain reference."""
     flat = arguments_of(public, *inputs, **options)
     leaves = [t for value in flat for t in dispatch.tensors_in(value) if t.requires_grad]
-    plain = first(public(*inputs, **options))
-    opaque = first(operator_of(public)(*flat, "reference"))
+    plain = first(public(*inputs, **options, backend="reference"))
+    opaque = first(operator_of(public)(*flat, backend))
     torch.testing.assert_close(opaque, plain)
     gradient = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1), dtype=plain.dtype)
     expected = torch.autograd.grad(plain, leaves, gradient)

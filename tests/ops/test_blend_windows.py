@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lumiere_fast import native, use_backend
 from lumiere_fast.ops import blend_windows, window_starts
 from tests.ops.common import (
     CHANNELS_LAST,
@@ -156,18 +157,22 @@ def test_gradient_of_a_subset(draw: Draw) -> None:
     torch.testing.assert_close(windows[1].grad.flatten(), torch.tensor([0.5, 0.5, 1.0, 1.0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_operator(memory_format: torch.memory_format, draw: Draw) -> None:
+def test_operator(memory_format: torch.memory_format, backend: str, draw: Draw) -> None:
+    if native.why_not("cpu") and backend == "cpu":
+        pytest.skip("; ".join(native.why_not("cpu")))
     windows = [draw.clip(2, 3, n, 4, 2, memory_format=memory_format, grad=n != 3) for n in (4, 3, 4)]
-    check_operator(blend_windows, windows, [0, 2, 4], 8)
-    check_operator_gradient(blend_windows, windows, [0, 2, 4], 8)
-    check_compiled(blend_windows, windows, [0, 2, 4], 8)
+    check_operator(blend_windows, windows, [0, 2, 4], 8, backend=backend)
+    check_operator_gradient(blend_windows, windows, [0, 2, 4], 8, backend=backend)
     weighted = [draw(1, 3, 4, 4, 2, grad=True) for _ in range(2)], [[0, 0, 0], [1, 0, 0]], 5
     weights = [draw(n).abs() + 0.1 for n in (4, 4, 2)]
-    check_operator(blend_windows, *weighted, weights=weights)
-    check_operator_gradient(blend_windows, *weighted, weights=weights)
-    with torch.no_grad():
-        check_out(blend_windows, windows, [0, 2, 4], 8)
+    check_operator(blend_windows, *weighted, weights=weights, backend=backend)
+    check_operator_gradient(blend_windows, *weighted, weights=weights, backend=backend)
+    with use_backend(backend):
+        check_compiled(blend_windows, windows, [0, 2, 4], 8)
+        with torch.no_grad():
+            check_out(blend_windows, windows, [0, 2, 4], 8)
 
 
 def test_window_starts() -> None:

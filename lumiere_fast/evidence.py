@@ -1,0 +1,155 @@
+"""What shows that a kernel is right on a GPU, without which "auto" does not choose it.
+
+Either the package carries the record of a run of the lab on a GPU of the same compute capability, made from the same
+source (`evidence.json`, which `python -m benchmarks.lab --publish` writes), or the kernel was held against its
+reference once on this machine. The outcome of that self-check is kept in the user's cache folder (LUMIERE_FAST_CACHE,
+or `lumiere_fast` in XDG_CACHE_HOME, or ~/.cache/lumiere_fast) by kernel source, GPU and versions.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lumiere_fast import kernels, native
+
+logger = logging.getLogger(__name__)
+
+RECORDS = Path(__file__).parent / "evidence.json"
+SELF_CHECKS = "selfchecks.json"
+
+Check = Callable[[str, torch.device], list[str]]
+"""`check(backend, device)` holds a kernel against its reference and tells what was wrong."""
+
+_lock = threading.Lock()
+_outcomes: dict[tuple[str, str, torch.device], list[str]] = {}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One green run of the lab: `backend` of `op`, made from `source`, was right on `gpu`."""
+
+    op: str
+    backend: str
+    source: str
+    gpu: str
+    capability: str
+    commit: str
+    date: str
+    torch: str
+    triton: str | None
+    cuda: str | None
+
+
+@functools.cache
+def records() -> tuple[Evidence, ...]:
+    """The lab's records that the package carries."""
+    return tuple(Evidence(**row) for row in json.loads(RECORDS.read_text(encoding="utf-8"))["records"])
+
+
+def source_hash(op: str, backend: str) -> str:
+    """Of the kernel's source: of a native kernel what was built, or where nothing was the source tree's."""
+    if backend == "triton":
+        return kernels.source_hash(op)
+    return native.source_hash(op) or native.hash_of_sources(op)
+
+
+def recorded(op: str, backend: str, capability: str | None = None) -> Evidence | None:
+    """The newest record for the kernel's present source, on GPUs of `capability` or of any."""
+    source = source_hash(op, backend)
+    found = [
+        each
+        for each in records()
+        if (each.op, each.backend, each.source) == (op, backend, source) and capability in (None, each.capability)
+    ]
+    return max(found, key=lambda each: each.date, default=None)
+
+
+def why_unproven(op: str, backend: str, device: torch.device, check: Check) -> list[str]:
+    """Why "auto" must not take this kernel on a CUDA device; empty once it is proved. May run `check`."""
+    if not torch.cuda.is_available():  # a fake tensor's device
+        return [f"nothing shows that it is right on {device}, which is not here"]
+    with _lock:
+        found = _outcomes.get((op, backend, device))
+        if found is None and torch.cuda.is_current_stream_capturing():
+            return ["no GPU has proved it, and it cannot be checked while a CUDA graph is captured: make a call before"]
+        if found is None:
+            found = _outcomes[op, backend, device] = _outcome(op, backend, device, check)
+    return found
+
+
+def _outcome(op: str, backend: str, device: torch.device, check: Check) -> list[str]:
+    major, minor = torch.cuda.get_device_capability(device)
+    if recorded(op, backend, f"{major}.{minor}") is not None:
+        return []
+    failures = remembered(op, backend, device)
+    if failures is None:
+        failures = check(backend, device)
+        remember(op, backend, device, failures)
+    for failure in failures:
+        logger.warning("%s on the backend %s is wrong on %s, and not used: %s", op, backend, device, failure)
+    return _reasons(failures, device)
+
+
+def _reasons(failures: Sequence[str], device: torch.device) -> list[str]:
+    return [f"its self-check failed on {device}: {failure}" for failure in failures]
+
+
+def remembered(op: str, backend: str, device: torch.device) -> list[str] | None:
+    """What an earlier self-check of the same kernel on such a GPU found wrong; None if there was none."""
+    entry = _read_checks().get(_key(op, backend, device))
+    return None if entry is None else list(entry["failures"])
+
+
+def remember(op: str, backend: str, device: torch.device, failures: Sequence[str]) -> None:
+    """Keep the outcome of a self-check, in this process too. A cache folder that cannot be written is no hindrance."""
+    _outcomes[op, backend, device] = _reasons(failures, device)
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    checks = {**_read_checks(), _key(op, backend, device): {"failures": list(failures), "date": date}}
+    path = cache_folder() / SELF_CHECKS
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(checks, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        logger.info("the outcome of a self-check is not kept: %s", error)
+
+
+def cache_folder() -> Path:
+    if given := os.environ.get("LUMIERE_FAST_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumiere_fast"
+
+
+def _read_checks() -> dict[str, Any]:
+    try:
+        found = json.loads((cache_folder() / SELF_CHECKS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or damaged: checking again is all it costs
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _key(op: str, backend: str, device: torch.device) -> str:
+    """Everything that a kernel's result on a device may depend on."""
+    gpu = torch.cuda.get_device_name(device)
+    versions = (f"torch {torch.__version__}", f"triton {_version('triton')}", f"CUDA {torch.version.cuda}")
+    return " | ".join((op, backend, source_hash(op, backend), gpu, *versions))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
