@@ -88,16 +88,10 @@ class RegisteredOp:
         return getattr(torch.ops.lumiere_fast, _triton_operator(self.op.name))(*arguments)
 
     def launch(self, chosen: str, arguments: tuple[Any, ...], results: Any) -> Any:
-        """Run a kernel on the tensors' device; it writes `results`, which `allocate` made."""
+        """Run a kernel, which sees to the tensors' device itself; it writes `results`, which `allocate` made."""
         first = results if isinstance(results, Tensor) else results[0]
-        if first.numel() == 0:
-            return results
-        function = self.op.backends[chosen].load()
-        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
-            function(*arguments, out=results)
-        else:
-            with torch.cuda.device(first.device):
-                function(*arguments, out=results)
+        if first.numel() > 0:
+            self.op.backends[chosen].load()(*arguments, out=results)
         return results
 
     def allocate(self, arguments: Sequence[Any], out: Tensor | None = None) -> Any:

@@ -1,0 +1,200 @@
+"""The static gate: what ships keeps the rules, and the gate notices what does not."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import resources
+from benchmarks.resources import RULES, Row, Rule, violations
+
+pytest.importorskip("triton", reason="Triton compiles the kernels, and brings the tools that read them")
+
+KERNELS = """
+import triton
+import triton.language as tl
+from lumiere_fast.kernels._launch import Variant
+
+@triton.jit
+def copy(source, target, stride, TILE: tl.constexpr):
+    lane = tl.arange(0, TILE)
+    tl.store(target + lane, tl.load(tl.multiple_of(source + 0, 16) + lane * stride))
+
+@triton.jit
+def hoard(source, target, TILE: tl.constexpr):
+    lane = tl.arange(0, TILE)
+    held = tl.load(source + lane)
+    tl.store(target + lane, held * tl.sum(held))
+
+@triton.jit
+def multiply(source, target, TILE: tl.constexpr):
+    lane = tl.arange(0, TILE)
+    square = lane[:, None] * TILE + lane[None, :]
+    a = tl.load(source + square)
+    tl.store(target + square, tl.dot(a, a))
+
+def variant(name, kernel, dtype, tile, warps, wide=0, **scalars):
+    signature = {"source": f"*{dtype}", "target": "*fp32", **scalars, "TILE": "constexpr"}
+    return Variant(name, kernel, signature, {"TILE": tile}, warps, 1, wide)
+
+VARIANTS = (
+    variant("narrow", "copy", "fp32", 512, 4, wide=1, stride="i32"),
+    variant("spilling", "hoard", "fp32", 16384, 1),
+    variant("tensor cores", "multiply", "bf16", 64, 4),
+)
+"""
+
+
+def row(**figures: object) -> Row:
+    return replace(Row("temporal_conv", "triton", "kernel", "bf16", 90, wgmma=4, mma=0), **figures)  # type: ignore[arg-type]
+
+
+def broken_rules(*rows: Row) -> set[str]:
+    return {line.partition(":")[0] for line in violations(rows)}
+
+
+def test_every_shipped_configuration_keeps_the_rules() -> None:
+    rows = resources.measure()
+    print("\n" + resources.table(rows))
+    assert not violations(rows)
+    measured = {(row.op, row.backend, row.arch) for row in rows if row.missing is None}
+    for path in resources.KERNELS.glob("[!_]*.py"):
+        assert {(path.stem, "triton", arch) for arch in (80, 90)} <= measured
+    if shutil.which("nvcc"):
+        for path in resources.CSRC.glob("*.cu"):
+            assert {(path.stem, "cuda", arch) for arch in (80, 90)} <= measured
+        for op in resources.CUDA_WIDE:
+            assert any(row.op == op and row.backend == "cuda" and row.wide_loads for row in rows)
+    assert all(row.registers > 0 and row.loads and row.stores for row in rows if row.missing is None)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_gate_sees_what_is_compiled(arch: int, tmp_path: Path) -> None:
+    """A kernel that spills, one whose loads are narrow where wide ones are promised, one on the tensor cores."""
+    (tmp_path / "gate_subjects.py").write_text(KERNELS)
+    narrow, spilling, cores = resources.triton_rows("subject", "gate_subjects", arch, tmp_path)
+    assert spilling.spills > 0 and spilling.stack > 0
+    assert {"nothing spills", "no stack"} <= broken_rules(spilling)
+    assert dict(narrow.loads) == {4: 4} and narrow.narrow_offsets == 1
+    assert {"16-byte global loads", "64-bit offsets"} == broken_rules(narrow)
+    assert (cores.wgmma > 0, cores.mma > 0) == ((True, False) if arch == 90 else (False, True))
+    assert cores.shared >= 64 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "figures"),
+    [
+        ("nothing spills", {"spills": 4}),
+        ("no stack", {"stack": 8}),
+        ("shared memory fits", {"shared": 227 * 1024 + 1}),
+        ("shared memory fits", {"shared": 163 * 1024 + 1, "arch": 80}),
+        ("wgmma on sm_90", {"wgmma": 0, "mma": 64}),
+        ("16-byte global loads", {"wide_loads": 3, "loads": ((4, 8), (16, 2))}),
+        ("64-bit offsets", {"narrow_offsets": 1}),
+    ],
+)
+def test_each_rule_can_be_broken(rule: str, figures: dict[str, object]) -> None:
+    assert not violations([row()])
+    (line,) = violations([row(**figures)])
+    assert line.startswith(f"{rule}: temporal_conv triton kernel (bf16) sm_")
+
+
+def test_rules_bind_what_they_are_about() -> None:
+    assert not violations([row(wgmma=0, arch=80), row(wgmma=0, op="group_norm")])
+    assert not violations([row(shared=227 * 1024), row(shared=163 * 1024, arch=80)])
+    assert not violations([row(stack=8, missing="nvcc was not found")])
+    assert len({rule.name for rule in RULES}) == len(RULES) and all(isinstance(rule, Rule) for rule in RULES)
+
+
+SASS = """
+        /*0010*/                   LDG.E.128.CONSTANT R4, desc[UR6][R2.64] ;  /* 0x0000 */
+                                                                              /* 0x0001 */
+        /*0020*/              @!P0 LDG.E.U16 R8, desc[UR6][R2.64+0x10] ;
+        /*0030*/             @!UP1 LDGSTS.E.BYPASS.128 [R4], desc[UR6][R2.64] ;
+        /*0040*/                   LDG.E R9, desc[UR6][R2.64+0x10] ;
+        /*0050*/                   UTMALDG.2D [UR8], [UR4] ;
+        /*0060*/               @P6 STG.E.64 desc[UR6][R2.64], R4 ;
+        /*0070*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0080*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0090*/                   LDS.128 R4, [R2] ;
+        /*00a0*/                   FMUL R4, R4, R5 ;
+"""
+PTX = """
+	@%p1 ld.global.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+	@!%p2 ld.global.b16 { %rs1 }, [ %rd1 + 0 ];
+	ld.global.nc.v2.f64 {%fd1, %fd2}, [%rd2];
+	cp.async.cg.shared.global [ %r5 + 0 ], [ %rd3 + 0 ], 0x10, %r6;
+	cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r7], [%rd4, {%r8, %r9}], [%r10];
+	st.global.v2.b32 [ %rd5 + 0 ], { %r1, %r2 };
+	st.shared.v4.b32 [%r5], {%r1, %r2, %r3, %r4};
+	wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd6, %rd7, p, 1, 1, 0, 0;
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %f1 }, { %r1 }, { %r2 }, { %f1 };
+"""
+
+
+def test_instructions_are_told_apart() -> None:
+    matrix = {"wgmma": 1, "mma": 1}
+    assert resources.instructions(SASS, resources.SASS) == {
+        **matrix,
+        "loads": ((2, 1), (4, 1), (16, 3)),
+        "stores": ((8, 1),),
+    }
+    assert resources.instructions(PTX, resources.PTX) == {**matrix, "loads": ((2, 1), (16, 4)), "stores": ((8, 1),)}
+
+
+def test_offsets_narrower_than_64_bits_are_counted() -> None:
+    ttir = """
+    %lane = tt.make_range {end = 64 : i32, start = 0 : i32} : tensor<64xi32>
+    %c = arith.constant 64 : i32
+    %a = tt.addptr %base, %at : !tt.ptr<bf16>, i64 loc(#loc1)
+    %b = tt.addptr %a, %c : !tt.ptr<bf16>, i32 loc(#loc1)
+    %d = tt.addptr %s, %lane : tensor<64x!tt.ptr<bf16>>, tensor<64xi32> loc(#loc1)
+    %e = tt.addptr %s, %far : tensor<64x!tt.ptr<bf16>>, tensor<64xi32> loc(#loc1)
+    %f = tt.addptr %s, %row : tensor<8x64x!tt.ptr<bf16>>, tensor<8x64xi64> loc(#loc1)
+    %g = tt.addptr %base, %t : !tt.ptr<bf16>, i32 loc(#loc1)
+    """
+    assert resources.narrow_offsets(ttir) == 2
+
+
+def test_rows_are_kept_by_source_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile_(op: str, module: str, arch: int) -> list[Row]:
+        compiled.append((op, module, arch))
+        return [row(op=op, arch=arch, loads=((4, 2), (16, 8)), narrow_offsets=0)]
+
+    monkeypatch.setenv("LUMIERE_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(resources, "triton_rows", compile_)
+    job = resources.Job("blend_windows", "triton", 90)
+    first = resources._cached(job)
+    assert resources._cached(job) == first and len(compiled) == 1
+    (kept,) = (tmp_path / "resources").iterdir()
+    kept.write_text("damaged")
+    assert resources._cached(job) == first and len(compiled) == 2
+    monkeypatch.setattr(resources.kernels, "source_hash", lambda op: "another")
+    resources._cached(job)
+    assert len(compiled) == 3
+
+
+def test_without_nvcc_the_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "_nvcc_version", lambda: None)
+    rows = resources._cached(resources.Job("blend_windows", "cuda", 90))
+    assert [row.missing for row in rows] == ["nvcc was not found"]
+    assert re.search(r"blend_windows +cuda .*sm_90 +not compiled: nvcc was not found", resources.table([row(), *rows]))
+
+
+def test_the_command_tells_what_broke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row(), row(spills=12, variant="fp32")]
+    monkeypatch.setattr(resources, "measure", lambda op: rows)
+    assert resources.main(["--op", "blend_windows"]) == 1
+    assert "nothing spills: temporal_conv triton kernel (fp32) sm_90: spills is 12" in capsys.readouterr().out
+    assert resources.main(["--json"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["rows"]) == 2 and len(printed["broken"]) == 1
+    monkeypatch.setattr(resources, "measure", lambda op: rows[:1])
+    assert resources.main([]) == 0
