@@ -23,7 +23,7 @@ from lumiere_fast.diffusion import PREDICTION_TYPES, SAMPLERS
 from lumiere_fast.models import PRESETS, Preset
 from lumiere_fast.pipelines import LumiereOutput, LumierePipeline
 from lumiere_fast.pipelines.memory import check_memory
-from lumiere_fast.text import PromptWarning, TextEncoder
+from lumiere_fast.text import PromptWarning, T5TextEncoder, TextEncoder
 from lumiere_fast.training.evaluation import EVALUATION_SEED
 from lumiere_fast.video import MAX_FPS, check_output, numbered_outputs, write_video
 
@@ -61,6 +61,14 @@ Threads = Annotated[
     int | None, typer.Option(min=1, max=256, help="CPU threads.  [default: torch's choice]", show_default=False)
 ]
 Weights = Annotated[str, typer.Option(help="A folder of weights, or the name of a shipped model.")]
+TextEncoderFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--text-encoder",
+        help="A folder of T5, encoder and tokenizer.  [default: the embedded word vectors]",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
@@ -133,7 +141,7 @@ def generate(
     settings = _given(num_frames=frames, num_inference_steps=steps, guidance_scale=guidance, sampler=sampler)
     if threshold is not None:
         settings["threshold"] = None if threshold == "none" else threshold
-    place = _device(device)
+    place = selftest.checked_device(device)
     with _threads(threads), _backend(backend), warnings.catch_warnings():
         pipe = LumierePipeline.from_pretrained(weights, torch_dtype=_dtype(dtype)).to(place)
         check_memory(pipe, frames, min(batch_size, len(texts)), guided=guidance != 1)
@@ -196,15 +204,6 @@ def _summary(result: LumiereOutput, fps: int, writing: float, outputs: list[Path
     return f"{frames} frames of {width}x{height} at {fps} fps; {seconds}; backend {result.backend}; {names}"
 
 
-def _device(name: str) -> torch.device:
-    """The device of that name, if this machine has it."""
-    known = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    known += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if name not in known:
-        raise ValueError(f"--device must be {' or '.join(known)} on this machine, got {name!r}")
-    return torch.device(name)
-
-
 def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"--dtype must be {', '.join(DTYPES)}, got {name!r}")
@@ -242,6 +241,7 @@ def train(
         str | None,
         typer.Option(help=f"What the network predicts: {', '.join(PREDICTION_TYPES)}.", show_default=False),
     ] = None,
+    text_encoder: TextEncoderFolder = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images or clips at a time.")] = None,
     gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Batches that make one step.")] = 1,
@@ -255,14 +255,12 @@ def train(
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
     """Train one stage on procedural clips or your own. Options left out take those of --from, or the defaults."""
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    if device not in devices:
-        raise ValueError(f"--device must be {' or '.join(devices)} on this machine, got {device!r}")
+    place = selftest.checked_device(device)
     cascade = _cascade(preset, config)
     with _threads(threads), _progress_bar("step", steps, shown=_shows_progress(quiet)) as bar:
 
@@ -278,6 +276,7 @@ def train(
             cascade=cascade,
             schedule=schedule,
             prediction_type=prediction_type,
+            text_encoder=_text_encoder(text_encoder),
             steps=steps,
             batch_size=batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps,
@@ -288,11 +287,15 @@ def train(
             short_clips="skip" if skip_short else "refuse",
             seed=seed,
             resume=resume,
-            device=device,
+            device=str(place),
             checkpoint_every=checkpoint_every,
             on_log=on_log,
         )
     print(f"trained {stage} into {output}")
+
+
+def _text_encoder(folder: Path | None) -> TextEncoder | None:
+    return None if folder is None else T5TextEncoder.from_pretrained(folder)
 
 
 def _cascade(preset: str | None, config: Path | None) -> Preset | None:
@@ -318,10 +321,12 @@ def assemble(
     ssr: Annotated[Path, typer.Argument(help="Folder of the inflated super-resolution model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make; --weights takes it.")],
     dtype: Annotated[str, typer.Option(help=f"Of the weights on disk: {', '.join(DTYPES)}.")] = "float16",
+    text_encoder: TextEncoderFolder = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pipeline in that folder.")] = False,
 ) -> None:
     """Join two trained models into the folder of a pipeline."""
-    training.assemble(base, ssr, output, dtype=_dtype(dtype), overwrite=overwrite)
+    encoder = _text_encoder(text_encoder)
+    training.assemble(base, ssr, output, dtype=_dtype(dtype), text_encoder=encoder, overwrite=overwrite)
     print(f"assembled {output}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lumiere_fast import LumierePipeline
+from lumiere_fast import InflationConfig, LumierePipeline, UNetConfig, cli
+from lumiere_fast.models import Preset
 from lumiere_fast.text import PromptWarning, T5TextEncoder, TextEncoder, t5
 from tests.pipelines.tiny import make_pipeline
 
@@ -369,3 +372,45 @@ def test_half_precision_is_the_encoders_too(tmp_path: Path) -> None:
     assert isinstance(loaded.text_encoder, T5TextEncoder)
     assert loaded.text_encoder.model.dtype == loaded.dtype == torch.bfloat16
     assert clip(loaded, CAPTIONS[0]).isfinite().all()
+
+
+# From the command line -----------------------------------------------------------------------------------------------
+
+
+def test_a_cascade_that_reads_t5_is_trained_joined_and_used_by_commands(saved: Path, tmp_path: Path) -> None:
+    unet = {
+        "block_out_channels": (8, 16),
+        "layers_per_block": (1, 1),
+        "attention_levels": (1,),
+        "attention_head_dim": 8,
+        "norm_num_groups": 4,
+        "text_embed_dim": WIDTH,
+        "text_width": 16,
+        "text_layers": 1,
+        "time_embed_dim": 16,
+    }
+    inflation = InflationConfig(temporal_factors=(2,), text_layers=1)
+    ssr = UNetConfig(sample_size=16, conditioning_channels=3, noise_augmentation=True, **unet)
+    base = UNetConfig(sample_size=8, **unet)
+    cascade = Preset(base, inflation, ssr, inflation, num_frames=4, fps=8, window_frames=4)
+    config = tmp_path / "cascade.json"
+    config.write_text(json.dumps(dataclasses.asdict(cascade)))
+
+    def command(*arguments: object) -> None:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        assert not ended.value.code
+
+    few = ("--steps", 1, "--batch-size", 1, "--text-encoder", saved)
+    for stage, out, options in (
+        ("t2i", "image", ("--config", config)),
+        ("inflate", "base", ("--from", tmp_path / "image")),
+        ("ssr", "large", ("--config", config)),
+        ("inflate", "ssr", ("--from", tmp_path / "large")),
+    ):
+        command("train", stage, "-o", tmp_path / out, *options, *few)
+    joined = tmp_path / "joined"
+    command("assemble", tmp_path / "base", tmp_path / "ssr", "-o", joined, "--text-encoder", saved)
+    clip = tmp_path / "clip.npy"
+    command("generate", CAPTIONS[0], "-o", clip, "--weights", joined, "--steps", 1, "--quiet")
+    assert np.load(clip).shape == (4, 16, 16, 3)
