@@ -35,6 +35,7 @@ BACKENDS = ("triton", "cuda", "cpu", "reference")
 """Every backend, in the order "auto" tries them. The reference needs nothing, so it comes last."""
 
 AUTO = "auto"
+INTERPRETED = "it would run in Triton's interpreter, which is for tests"
 ENVIRONMENT_VARIABLE = "LUMIERE_FAST_BACKEND"
 
 
@@ -389,7 +390,7 @@ def reasons_to_pass_over(op: Op, backend: str, arguments: Sequence[Any]) -> Sequ
     device = _device_of(arguments)
     if device.type == "cuda":
         return _why_unproven(op.name, backend, device)
-    return ("it would run in Triton's interpreter, which is for tests",) if backend == "triton" else ()
+    return (INTERPRETED,) if backend == "triton" else ()
 
 
 def _log_once(op: str, backend: str, reasons: Sequence[str]) -> None:

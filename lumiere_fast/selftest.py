@@ -75,6 +75,8 @@ def _check(op: dispatch.Op, backend: str, device: torch.device) -> Check:
     started = time.perf_counter()
     with torch.no_grad():
         reasons = dispatch.why_not(op.name, backend, **example_call(op.name, device))
+    if not reasons and backend == "triton" and device.type == "cpu":
+        reasons = [dispatch.INTERPRETED]
     if reasons:
         return Check(op.name, backend, "unavailable", "; ".join(reasons), 0.0)
     failures = op.check(backend, device)

@@ -71,9 +71,9 @@ def test_a_right_kernel_passes(kernel: Kernel, use: Callable[[Kernel], None]) ->
 @pytest.mark.parametrize(
     ("kernel", "told"),
     [
-        (off, "demo in torch.float32: result 0 is off by "),
+        (off, "demo in torch.float32, channels last: result 0 is off by "),
         (unwritten, "result 0 is off by nan"),
-        (wrong_in_half, "demo in torch.float16: result 0 is off by "),
+        (wrong_in_half, "demo in torch.float16, contiguous: result 0 is off by "),
         (crashes, "RuntimeError: out of resources"),
     ],
 )

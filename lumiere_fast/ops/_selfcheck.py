@@ -11,6 +11,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,14 +32,22 @@ SEED = 0
 
 
 def failures(op: RegisteredOp, public: Callable[..., Any], backend: str, device: torch.device) -> list[str]:
-    """One line for each small scenario and dtype at which `backend` is wrong; those it does not serve are left out."""
+    """One line for each small call, dtype and layout at which `backend` is wrong, of those that it serves."""
     found = []
-    for scenario in _small(spec_of(public)):
-        for dtype in DTYPES:
-            arguments = op.op.bind(**example(public, scenario, device, dtype))
+    for scenario, dtype in product(_small(spec_of(public)), DTYPES):
+        drawn = op.op.bind(**example(public, scenario, device, dtype))
+        for layout, arguments in (("channels last", drawn), ("contiguous", _contiguous(drawn))):
             if not dispatch.reasons_against(op.op, backend, arguments):
-                found += [f"{scenario.name} in {dtype}: {wrong}" for wrong in _wrong(op, backend, arguments)]
+                where = f"{scenario.name} in {dtype}, {layout}"
+                found += [f"{where}: {wrong}" for wrong in _wrong(op, backend, arguments)]
     return found
+
+
+def _contiguous(value: Any) -> Any:
+    """The same arguments with all tensors in contiguous memory."""
+    if isinstance(value, Tensor):
+        return value.contiguous()
+    return type(value)(map(_contiguous, value)) if isinstance(value, (tuple, list)) else value
 
 
 def example(
@@ -61,8 +70,8 @@ def smallest(spec: OpSpec) -> Scenario:
 
 
 def _small(spec: OpSpec) -> list[Scenario]:
-    """All within eight times of the smallest: together about a second, a kernel's first launches included."""
-    return [scenario for scenario in spec.scenarios if _size(scenario) <= 8 * _size(smallest(spec))]
+    """Scenarios within eight times of the smallest, and the spec's own checks: about a second, compiling left aside."""
+    return [each for each in spec.scenarios if _size(each) <= 8 * _size(smallest(spec))] + list(spec.checks)
 
 
 def _size(scenario: Scenario) -> int:

@@ -48,6 +48,7 @@ class OpSpec:
         flops: floating-point operations of a scenario.
         bytes: bytes moved, given the dtype that activations are stored in.
         make_inputs: the public function's arguments by name, drawn from the generator; activations channels_last_3d.
+        checks: further small calls that a self-check makes, of what the scenarios leave out.
     """
 
     name: str
@@ -55,6 +56,7 @@ class OpSpec:
     flops: Callable[[Scenario], int]
     bytes: Callable[[Scenario, torch.dtype], int]
     make_inputs: Callable[[Scenario, torch.device | str, torch.dtype, torch.Generator], dict[str, Any]]
+    checks: tuple[Scenario, ...] = ()
 
 
 def _level(name: str, C: int, T: int, H: int, *, B: int = 1, cpu: bool = False) -> tuple[str, dict[str, int], bool]:

@@ -333,6 +333,10 @@ _OP = _registry.register(
 )
 
 
+def _check(name: str, **options: Any) -> Scenario:
+    return Scenario(name, {"B": 2, "C": 3, "T": 20, "H": 9, "W": 17}, options)
+
+
 def _video(name: str, T: int, H: int, window: int, *, B: int = 1, cpu: bool = False) -> Scenario:
     return Scenario(name, {"B": B, "C": 3, "T": T, "H": H, "W": H}, {"window": window}, cpu)
 
@@ -350,15 +354,25 @@ VIDEOS = (
 def draw_windows(scenario: Scenario, draw: Draw, batch: int) -> tuple[list[int], list[Tensor]]:
     """The scenario's starts, and a prediction for each: separate tensors, as a loop over windows makes them."""
     _, C, T, H, W = scenario.shape("BCTHW")
-    starts = window_starts(T, scenario.options["window"])
+    starts = window_starts(T, scenario.options["window"], scenario.options.get("overlap", 2))
     return starts, [draw.activation(batch, C, scenario.options["window"], H, W) for _ in starts]
 
 
 def _make_inputs(
     scenario: Scenario, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, Any]:
-    starts, windows = draw_windows(scenario, Draw(device, dtype, generator), scenario.sizes["B"])
-    return {"windows": windows, "starts": starts, "num_frames": scenario.sizes["T"]}
+    draw = Draw(device, dtype, generator)
+    starts, windows = draw_windows(scenario, draw, scenario.sizes["B"])
+    call: dict[str, Any] = {"windows": windows, "starts": starts, "num_frames": scenario.sizes["T"]}
+    if scenario.options.get("weighted"):
+        call["weights"] = torch.rand(scenario.options["window"], generator=generator) + 0.5
+    if scenario.options.get("in_space"):  # four times the windows, an odd number of rows and columns apart
+        call["starts"] = list(product(starts, (0, 3), (0, 5)))
+        call["windows"] = [draw.activation(*window.shape) for window in windows for _ in range(4)]
+        if "weights" in call:
+            sizes = windows[0].shape[3:]
+            call["weights"] = [call["weights"], *(torch.rand(n, generator=generator) + 0.5 for n in sizes)]
+    return call
 
 
 def window_elements(scenario: Scenario) -> int:
@@ -372,4 +386,10 @@ SPEC = OpSpec(
     flops=lambda scenario: 0,
     bytes=lambda scenario, dtype: (window_elements(scenario) + scenario.count("BCTHW")) * dtype.itemsize,
     make_inputs=_make_inputs,
+    checks=(
+        _check("weighted", window=8, weighted=True),
+        _check("crowded", window=12, overlap=11),  # up to nine windows over a frame
+        _check("space", window=8, in_space=True),
+        _check("space_weighted", window=8, weighted=True, in_space=True),
+    ),
 )
