@@ -94,7 +94,8 @@ def _table(weights: tuple[float, ...], sizes: Integers, dtype: torch.dtype, devi
     return torch.tensor(values, dtype=torch.float64 if double else torch.float32, device=device)
 
 
-_cached_table = functools.lru_cache(maxsize=64)(_table)
+# Without a limit: a CUDA graph that was captured with a table reads it for as long as it is replayed.
+_cached_table = functools.cache(_table)
 
 
 @triton.jit

@@ -18,13 +18,14 @@ import importlib.util
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lumiere_fast import evidence, native
 from lumiere_fast.kernels import PENDING_KERNELS
@@ -76,6 +77,7 @@ class Needs:
         gradient: whether the call may need a gradient.
         modules: Python modules that must be installed.
         native: the half of the native core that must be built, "cpu" or "cuda".
+        limits: "module:function" of what no field can say: takes the arguments by position, returns reasons.
     """
 
     devices: tuple[str, ...] = ()
@@ -88,16 +90,34 @@ class Needs:
     gradient: bool = False
     modules: tuple[str, ...] = ()
     native: str | None = None
+    limits: str | None = None
 
     def unmet(self, arguments: Mapping[str, Any]) -> list[str]:
         """Every reason why a call with these arguments cannot be served, each once, in the order of the fields."""
-        layout = (self._divisible, self._dense, self._aligned)
-        checks = (self._device, self._dtype, *layout, self._values, self._capability, self._gradient)
-        reasons = (reason for check in checks for reason in check(arguments))
-        return list(dict.fromkeys((*reasons, *self._modules(), *self._native())))
+        reasons = [reason for check in self._checks for reason in check(arguments)]
+        return list(dict.fromkeys(reasons)) if reasons else reasons
+
+    @functools.cached_property
+    def _checks(self) -> tuple[Callable[[Mapping[str, Any]], Iterable[str]], ...]:
+        """Those of the fields that are given."""
+        checks = (
+            (self.devices, self._device),
+            (self.dtypes, self._dtype),
+            (self.divisible, self._divisible),
+            (self.dense, self._dense),
+            (self.aligned, self._aligned),
+            (self.values, self._values),
+            (self.capability, self._capability),
+            (not self.gradient, self._gradient),
+            (True, self._transform),
+            (self.modules, self._modules),
+            (self.native, self._native),
+            (self.limits, self._limits),
+        )
+        return tuple(check for given, check in checks if given)
 
     def _device(self, arguments: Mapping[str, Any]) -> Iterator[str]:
-        interpreted = "triton" in self.modules and _interpreting()
+        interpreted = "triton" in self.modules and interpreting()
         for name, tensor in _first_tensors(arguments):
             if interpreted and tensor.dtype == torch.bfloat16:
                 yield f"{name} is bfloat16, which Triton's interpreter computes wrongly"
@@ -152,11 +172,18 @@ class Needs:
         if not self.gradient and needs_gradient(arguments):
             yield "a gradient is needed, it has no backward (use torch.no_grad() where none is wanted)"
 
-    def _modules(self) -> list[str]:
+    def _transform(self, arguments: Mapping[str, Any]) -> Iterable[str]:
+        return () if torch.compiler.is_compiling() else _transforms()
+
+    def _modules(self, arguments: Mapping[str, Any]) -> list[str]:
         return [f"the Python module {name} is not installed" for name in self.modules if not _installed(name)]
 
-    def _native(self) -> tuple[str, ...]:
-        return () if self.native is None else _native_reasons(self.native)
+    def _native(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        return _native_reasons(self.native or "")
+
+    def _limits(self, arguments: Mapping[str, Any]) -> Iterable[str]:
+        limits: Iterable[str] = _load(self.limits or "")(*arguments.values())
+        return limits
 
 
 @dataclass(frozen=True)
@@ -272,7 +299,9 @@ def select(op: Op, requested: str | None, arguments: Sequence[Any]) -> str:
         BackendUnavailable: it names one that cannot run the call.
     """
     name = current_backend() if requested is None else requested
-    _check_backend(name, (AUTO, *BACKENDS))
+    if name != AUTO:
+        asked_by_environment = requested is None and name == os.environ.get(ENVIRONMENT_VARIABLE)
+        _check_backend(name, (AUTO, *BACKENDS), ENVIRONMENT_VARIABLE if asked_by_environment else "backend")
     chosen = _first_without_reasons(op, arguments) if name == AUTO else _forced(op, name, arguments)
     if not torch.compiler.is_compiling() and (record := _record.get()) is not None:
         record.add(chosen)
@@ -294,7 +323,7 @@ def current_backend() -> str:
     # Dynamo cannot trace a ContextVar. It reads the variable while it traces and guards on its plain mirror, so that
     # compiled code is compiled again when another backend is asked for. The environment is read when tracing only.
     chosen = _read_choice(_mirror) if torch.compiler.is_compiling() else _choice.get()
-    return os.environ.get(ENVIRONMENT_VARIABLE, AUTO) if chosen is None else chosen
+    return os.environ.get(ENVIRONMENT_VARIABLE) or AUTO if chosen is None else chosen
 
 
 @contextlib.contextmanager
@@ -345,11 +374,11 @@ def needs_gradient(arguments: Mapping[str, Any] | Sequence[Any]) -> bool:
 
 
 def tensors_in(value: Any) -> Sequence[Tensor]:
-    """The tensors of one argument: itself, those of a list, or none."""
+    """The tensors of one argument: itself, those of a list (all, or none of it), or none."""
     if isinstance(value, Tensor):
         return (value,)
-    if isinstance(value, (list, tuple)):
-        return [item for item in value if isinstance(item, Tensor)]
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        return value
     return ()
 
 
@@ -388,9 +417,9 @@ def reasons_to_pass_over(op: Op, backend: str, arguments: Sequence[Any]) -> Sequ
     if backend == "reference":
         return ()
     device = _device_of(arguments)
-    if device.type == "cuda":
-        return _why_unproven(op.name, backend, device)
-    return (INTERPRETED,) if backend == "triton" else ()
+    if backend == "triton" and interpreting():
+        return (INTERPRETED,)
+    return _why_unproven(op.name, backend, device) if device.type == "cuda" else ()
 
 
 def _log_once(op: str, backend: str, reasons: Sequence[str]) -> None:
@@ -400,9 +429,9 @@ def _log_once(op: str, backend: str, reasons: Sequence[str]) -> None:
             logger.info("%s does not run on the backend %s: %s", op, backend, reason)
 
 
-def _check_backend(name: str, accepted: Sequence[str]) -> None:
+def _check_backend(name: str, accepted: Sequence[str], what: str = "backend") -> None:
     if name not in accepted:
-        raise ValueError(f"backend must be one of {', '.join(accepted)}, got {name!r}")
+        raise ValueError(f"{what} must be one of {', '.join(accepted)}, got {name!r}")
 
 
 @functools.cache
@@ -423,8 +452,18 @@ def _native_reasons(half: str) -> tuple[str, ...]:
 
 
 @constant_when_traced
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def interpreting() -> bool:
+    """Whether Triton, as it reads its own variable, runs kernels in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "yes", "true")
+
+
+def _transforms() -> tuple[str, ...]:
+    """Derivatives and batching that go by what a tensor is wrapped in, which no kernel sees."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return ("a torch.func transform is active, it sees through torch operations only",)
+    if forward_ad._current_level >= 0:
+        return ("forward-mode differentiation is active, it sees through torch operations only",)
+    return ()
 
 
 _find_spec = functools.cache(importlib.util.find_spec)

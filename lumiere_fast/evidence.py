@@ -3,7 +3,7 @@
 Either the package carries the record of a run of the lab on a GPU of the same compute capability, made from the same
 source (`evidence.json`, which `python -m benchmarks.lab --publish` writes), or the kernel was held against its
 reference once on this machine. The outcome of that self-check is kept in the user's cache folder (LUMIERE_FAST_CACHE,
-or `lumiere_fast` in XDG_CACHE_HOME, or ~/.cache/lumiere_fast) by kernel source, GPU and versions.
+or `lumiere_fast` in XDG_CACHE_HOME, or ~/.cache/lumiere_fast) by kernel source, GPU and versions if it was a pass.
 """
 
 from __future__ import annotations
@@ -82,21 +82,32 @@ def why_unproven(op: str, backend: str, device: torch.device, check: Check) -> l
         return [f"nothing shows that it is right on {device}, which is not here"]
     with _lock:
         found = _outcomes.get((op, backend, device))
-        if found is None and torch.cuda.is_current_stream_capturing():
-            return ["no GPU has proved it, and it cannot be checked while a CUDA graph is captured: make a call before"]
+        if found is None and (busy := _why_not_now()):
+            return [f"no GPU has proved it, and it cannot be checked while {busy}: make a call before"]
         if found is None:
             found = _outcomes[op, backend, device] = _outcome(op, backend, device, check)
     return found
+
+
+def _why_not_now() -> str | None:
+    """What would see the self-check's calls, or spoil them."""
+    if torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is captured"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a dispatch mode is active"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    return None
 
 
 def _outcome(op: str, backend: str, device: torch.device, check: Check) -> list[str]:
     major, minor = torch.cuda.get_device_capability(device)
     if recorded(op, backend, f"{major}.{minor}") is not None:
         return []
-    failures = remembered(op, backend, device)
-    if failures is None:
-        failures = check(backend, device)
-        remember(op, backend, device, failures)
+    if passed_before(op, backend, device):
+        return []
+    failures = check(backend, device)
+    remember(op, backend, device, failures)
     for failure in failures:
         logger.warning("%s on the backend %s is wrong on %s, and not used: %s", op, backend, device, failure)
     return _reasons(failures, device)
@@ -106,17 +117,22 @@ def _reasons(failures: Sequence[str], device: torch.device) -> list[str]:
     return [f"its self-check failed on {device}: {failure}" for failure in failures]
 
 
-def remembered(op: str, backend: str, device: torch.device) -> list[str] | None:
-    """What an earlier self-check of the same kernel on such a GPU found wrong; None if there was none."""
-    entry = _read_checks().get(_key(op, backend, device))
-    return None if entry is None else list(entry["failures"])
+def passed_before(op: str, backend: str, device: torch.device) -> bool:
+    """Whether an earlier self-check of the same kernel on such a GPU found nothing wrong."""
+    return _key(op, backend, device) in _read_checks()
 
 
 def remember(op: str, backend: str, device: torch.device, failures: Sequence[str]) -> None:
-    """Keep the outcome of a self-check, in this process too. A cache folder that cannot be written is no hindrance."""
+    """Keep the outcome of a self-check: a pass for good, a failure for this process, since its cause may pass.
+
+    A cache folder that cannot be written is no hindrance.
+    """
     _outcomes[op, backend, device] = _reasons(failures, device)
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    checks = {**_read_checks(), _key(op, backend, device): {"failures": list(failures), "date": date}}
+    checks, key = _read_checks(), _key(op, backend, device)
+    if failures:
+        checks.pop(key, None)
+    else:
+        checks[key] = {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")}
     path = cache_folder() / SELF_CHECKS
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -145,7 +161,9 @@ def _key(op: str, backend: str, device: torch.device) -> str:
     """Everything that a kernel's result on a device may depend on."""
     gpu = torch.cuda.get_device_name(device)
     versions = (f"torch {torch.__version__}", f"triton {_version('triton')}", f"CUDA {torch.version.cuda}")
-    return " | ".join((op, backend, source_hash(op, backend), gpu, *versions))
+    build = {name: value for name, value in native.build_info().items() if name != "sources"}
+    made = json.dumps(build, sort_keys=True) if backend == "cuda" else ""
+    return " | ".join((op, backend, source_hash(op, backend), gpu, *versions, made))
 
 
 def _version(package: str) -> str | None:

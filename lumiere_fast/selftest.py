@@ -1,4 +1,4 @@
-"""Every kernel that can run here against its reference: ``lumiere-fast selftest``.
+"""Every kernel that can run here against its reference: ``lumiere-fast selftest``, ``python -m lumiere_fast.selftest``.
 
 A kernel is held against the reference at the small scenarios of its op's spec, in fp32, fp16 and bf16 where it takes
 them. On a GPU the outcome is kept (`lumiere_fast.evidence`), so that "auto" does not have to check again.
@@ -6,9 +6,11 @@ them. On a GPU the outcome is kept (`lumiere_fast.evidence`), so that "auto" doe
 
 from __future__ import annotations
 
+import argparse
+import json
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -75,7 +77,7 @@ def _check(op: dispatch.Op, backend: str, device: torch.device) -> Check:
     started = time.perf_counter()
     with torch.no_grad():
         reasons = dispatch.why_not(op.name, backend, **example_call(op.name, device))
-    if not reasons and backend == "triton" and device.type == "cpu":
+    if not reasons and backend == "triton" and dispatch.interpreting():
         reasons = [dispatch.INTERPRETED]
     if reasons:
         return Check(op.name, backend, "unavailable", "; ".join(reasons), 0.0)
@@ -84,3 +86,24 @@ def _check(op: dispatch.Op, backend: str, device: torch.device) -> Check:
         evidence.remember(op.name, backend, device, failures)
     seconds = time.perf_counter() - started
     return Check(op.name, backend, "failed" if failures else "passed", "; ".join(failures), seconds)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the outcomes; 1 if a kernel is wrong, else 0."""
+    parser = argparse.ArgumentParser(prog="selftest", description="Hold every kernel against its reference.")
+    parser.add_argument("ops", nargs="*", help="ops to check; all if none is named")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; the GPU if there is one")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    found = []
+    for check in checks(options.device, options.ops or None):
+        found.append(check)
+        if not options.json:
+            print(f"{check.op:22} {check.backend:7} {check.status:11} {check.detail}".rstrip(), flush=True)
+    if options.json:
+        print(json.dumps([asdict(check) for check in found], indent=2))
+    return int(any(check.status == "failed" for check in found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

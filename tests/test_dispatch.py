@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lumiere_fast
@@ -262,6 +263,7 @@ def test_auto_wants_proof_on_a_gpu_and_forced_does_not(monkeypatch: pytest.Monke
         asked.append((op, backend, device))
         return [] if backend == "cuda" else ["nobody has seen it run"]
 
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(evidence, "why_unproven", unproven)
     anywhere = {name: Backend(name, f"toy_kernels:{name}", Needs()) for name in ("triton", "cuda", "cpu")}
     op = dataclasses.replace(dispatch.registered("toy"), backends=anywhere)
@@ -325,9 +327,46 @@ def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=accepted), use_backend("cudnn"):
         pass
     monkeypatch.setenv("LUMIERE_FAST_BACKEND", "cudnn")
-    with pytest.raises(ValueError, match=accepted):
+    with pytest.raises(ValueError, match="LUMIERE_FAST_BACKEND" + accepted.removeprefix("backend")):
         toy(SINGLE)
     assert ran() == []
+    monkeypatch.setenv("LUMIERE_FAST_BACKEND", "")  # as good as not set
+    toy(SINGLE)
+    assert ran() == ["cpu"]
+
+
+def test_auto_on_a_gpu_never_proves_or_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "why_unproven", lambda *_: pytest.fail("the interpreter proves nothing"))
+    op = dataclasses.replace(
+        dispatch.registered("toy"), backends={"triton": Backend("triton", "toy_kernels:triton", Needs())}
+    )
+    for value in ("1", "true", "ON", "yes"):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        assert dispatch.select(op, None, (on_a_gpu(2, 3), 2.0, "plain")) == "reference"
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "dual"])
+def test_derivatives_that_kernels_cannot_see_go_to_the_reference(transform: str) -> None:
+    x = DOUBLE.clone()
+    if transform == "grad":
+        assert torch.func.grad(lambda x: toy(x, 3.0).sum())(x).eq(3).all()
+    elif transform == "jvp":
+        assert torch.func.jvp(lambda x: toy(x, 3.0), (x,), (torch.ones_like(x),))[1].eq(3).all()
+    else:
+        with forward_ad.dual_level():
+            y = toy(forward_ad.make_dual(x, torch.ones_like(x)), 3.0)
+            assert forward_ad.unpack_dual(y).tangent.eq(3).all()
+            with pytest.raises(BackendUnavailable, match="forward-mode differentiation is active"):
+                toy(x, 3.0, backend="cuda")
+    assert set(ran()) == {"reference"}
+
+
+def test_limits_that_are_no_field_are_reasons_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    too_many = lambda x, factor, mode: [f"{len(x)} rows, it takes 1"] if len(x) > 1 else []  # noqa: E731
+    monkeypatch.setattr(sys.modules["toy_kernels"], "limits", too_many, raising=False)
+    needs = Needs(limits="toy_kernels:limits")
+    assert needs.unmet({"x": SINGLE, "factor": 2.0, "mode": "plain"}) == ["2 rows, it takes 1"]
+    assert needs.unmet({"x": SINGLE[:1], "factor": 2.0, "mode": "plain"}) == []
 
 
 def test_register_refuses_an_unknown_backend() -> None:

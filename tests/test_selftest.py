@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lumiere_fast import cli, dispatch, native, selftest
+from lumiere_fast import dispatch, native, selftest
 from lumiere_fast.dispatch import Backend
 from lumiere_fast.ops.blend_windows import blend_windows_reference
 
@@ -97,13 +97,25 @@ def test_what_is_not_here_is_refused() -> None:
         selftest.run("cuda:99")
 
 
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["selftest", *arguments])
-    return int(ended.value.code or 0)
+@pytest.fixture(params=["module", "command"])
+def run(request: pytest.FixtureRequest) -> Callable[..., int]:
+    """`python -m lumiere_fast.selftest`, which needs no Typer, and `lumiere-fast selftest`."""
+    if request.param == "module":
+        return lambda *arguments: selftest.main(arguments)
+    pytest.importorskip("typer")
+    from lumiere_fast import cli
+
+    def command(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["selftest", *arguments])
+        return int(ended.value.code or 0)
+
+    return command
 
 
-def test_the_command_prints_outcomes(use: Callable[[Kernel], None], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_outcomes(
+    run: Callable[..., int], use: Callable[[Kernel], None], capsys: pytest.CaptureFixture[str]
+) -> None:
     use(right)
     assert run("blend_windows", "--device", "cpu") == 0
     assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()] == [
@@ -114,7 +126,7 @@ def test_the_command_prints_outcomes(use: Callable[[Kernel], None], capsys: pyte
 
 
 def test_the_command_ends_in_1_when_a_kernel_is_wrong(
-    use: Callable[[Kernel], None], capsys: pytest.CaptureFixture[str]
+    run: Callable[..., int], use: Callable[[Kernel], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     use(off)
     assert run("blend_windows", "--device", "cpu", "--json") == 1

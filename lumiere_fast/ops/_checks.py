@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +13,14 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = (None, "silu")
 
 
+def check_is_tensor(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
 def check_activation(op: str, x: Tensor) -> None:
     """`x` is (B, C, T, H, W), floating; B may be 0."""
+    check_is_tensor(op, "x", x)
     if x.dim() != 5 or 0 in x.shape[1:]:
         raise ValueError(f"{op}: x must be (B, C, T, H, W) with C, T, H, W >= 1, got {tuple(x.shape)}")
     check_floating(op, "x", x)
@@ -27,6 +35,7 @@ def check_tensor(op: str, name: str, tensor: Tensor | None, beside: Tensor, *sha
     """An optional tensor is None or has one of `shapes`, on the device of `beside`, floating."""
     if tensor is None:
         return
+    check_is_tensor(op, name, tensor)
     if not any(tensor.shape == tuple(shape) for shape in shapes):
         accepted = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{op}: {name} must have shape {accepted}, got {tuple(tensor.shape)}")
@@ -44,12 +53,20 @@ def check_same_dtype(op: str, name: str, tensor: Tensor, other: str, beside: Ten
         raise ValueError(f"{op}: {name} must be {beside.dtype} like {other}, got {tensor.dtype}")
 
 
+def check_integer(op: str, name: str, value: Any) -> int:
+    """An integer, numpy's too; no bool, and no float however whole."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{op}: {name} takes integers, got {value!r}")
+    return operator.index(value)
+
+
 def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) -> None:
     if value not in accepted:
         raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, accepted))}, got {value!r}")
 
 
 def check_groups(op: str, name: str, groups: int, channels: int) -> None:
+    groups = check_integer(op, name, groups)
     if groups < 1 or channels % groups != 0:
         raise ValueError(f"{op}: {name} must divide the {channels} channels, got {groups}")
 
@@ -63,6 +80,7 @@ def check_film(op: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, p
 
 def check_heads(op: str, q: Tensor) -> None:
     """`q` is (B, T, H, W, heads, D), floating; B may be 0."""
+    check_is_tensor(op, "q", q)
     if q.dim() != 6 or 0 in q.shape[1:]:
         raise ValueError(f"{op}: q must be (B, T, H, W, heads, D) with T, H, W, heads, D >= 1, got {tuple(q.shape)}")
     check_floating(op, "q", q)
@@ -70,6 +88,7 @@ def check_heads(op: str, q: Tensor) -> None:
 
 def check_like(op: str, name: str, tensor: Tensor, other: str, beside: Tensor) -> None:
     """`tensor` has the shape, dtype and device of `beside`, the argument `other`."""
+    check_is_tensor(op, name, tensor)
     if tensor.shape != beside.shape:
         raise ValueError(
             f"{op}: {name} must have the shape of {other}, {tuple(beside.shape)}, got {tuple(tensor.shape)}"

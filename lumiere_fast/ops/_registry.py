@@ -53,6 +53,7 @@ class RegisteredOp:
         self.op = op
         self.reference = reference
         self.describe = describe
+        self.single = typing.get_type_hints(reference)["return"] is Tensor
         self.operator = _operator(torch.library.custom_op, op.name, self._named_body(), reference, named=True)
         self.operator.register_fake(self._fake)
         self.operator.register_autograd(self._backward, setup_context=_save_inputs)
@@ -71,7 +72,8 @@ class RegisteredOp:
             return _store(self.definition(*arguments), out)
         if torch.compiler.is_compiling() or dispatch.needs_gradient(arguments) or _watched():
             return _store(self._captured(chosen, arguments), out)
-        return self.launch(chosen, arguments, self.allocate(arguments, out))
+        results = self.allocate(arguments, out)
+        return self.launch(chosen, arguments, results)
 
     def definition(self, *arguments: Any) -> Any:
         """The reference, in its own precision: autocast would take its fp32 arithmetic down again."""
@@ -96,9 +98,11 @@ class RegisteredOp:
 
     def allocate(self, arguments: Sequence[Any], out: Tensor | None = None) -> Any:
         """Room for the results, not filled; `out` is the first of them if given."""
+        if out is not None and self.single:
+            return out
         described = self.describe(*arguments)
         if isinstance(described, Result):
-            return described.empty() if out is None else out
+            return described.empty()
         first, *others = described
         return (first.empty() if out is None else out, *(other.empty() for other in others))
 
@@ -155,10 +159,12 @@ class RegisteredOp:
                 f"{name}: out must be {first.shape} {first.dtype} on {first.device}, "
                 f"got {tuple(out.shape)} {out.dtype} on {out.device}"
             )
-        if not torch.compiler.is_compiling() and _overlaps(out, arguments):
+        if torch.compiler.is_compiling() or isinstance(out, FakeTensor):
+            return
+        if _overlaps(out, arguments):
             raise ValueError(f"{name}: out must not lie in the memory of an input; give a tensor of its own")
-        if any(0 in (size, stride) for size, stride in zip(out.shape, out.stride(), strict=True) if size > 1):
-            raise ValueError(f"{name}: out has several elements in one place (stride 0); give a tensor of its own")
+        if _folds(out):
+            raise ValueError(f"{name}: out has several elements in one place, strides {out.stride()}; give a plain one")
 
 
 def register(
@@ -314,12 +320,26 @@ def _is_fake(results: Any) -> bool:
 
 def _overlaps(out: Tensor, arguments: Sequence[Any]) -> bool:
     """Whether the span of `out` in memory meets that of an input."""
-    first, end = _span(out)
+    storage = out.untyped_storage().data_ptr()
     for value in arguments:
         for tensor in dispatch.tensors_in(value):
-            low, high = _span(tensor)
-            if low < end and first < high:
+            if tensor.untyped_storage().data_ptr() == storage:
+                (low, high), (first, end) = _span(tensor), _span(out)
+                if low < end and first < high:
+                    return True
+    return False
+
+
+def _folds(out: Tensor) -> bool:
+    """Whether two elements may share a place: a stride that does not step over all that smaller strides reach."""
+    if out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last_3d):
+        return False
+    reach = 0
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
                 return True
+            reach += (size - 1) * stride
     return False
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lumiere_fast.ops import _layout, _registry
-from lumiere_fast.ops._checks import check_activation, check_choice, check_tensor
+from lumiere_fast.ops._checks import check_activation, check_choice, check_is_tensor, check_tensor
 from lumiere_fast.ops._spec import LEVELS, Draw, OpSpec, Scenario
 from lumiere_fast.ops.temporal_conv import convolve
 
@@ -47,7 +47,7 @@ def check_arguments(
 ) -> Factor:
     """Everything that down and up refuse alike; gives `factor` back as three integers."""
     check_activation(op, x)
-    values = tuple(factor)
+    values = tuple(factor) if isinstance(factor, Sequence) else (factor,)
     if len(values) != 3 or any(type(f) is not int or f < 1 for f in values):
         raise ValueError(f"{op}: factor must be three integers >= 1, (t, h, w), got {values}")
     check_choice(op, "mode", mode, modes)
@@ -55,6 +55,7 @@ def check_arguments(
         if bias is not None:
             raise ValueError(f"{op}: bias came without weight; it belongs to the learned temporal convolution")
         return values
+    check_is_tensor(op, "weight", weight)
     if weight.dim() != 3 or weight.shape[1] != x.shape[1] or weight.shape[2] % 2 == 0:
         raise ValueError(
             f"{op}: weight must be (C_out, C_in, k) with C_in = {x.shape[1]}, the channels of x, and k odd, "

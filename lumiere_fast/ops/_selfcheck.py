@@ -23,7 +23,7 @@ from lumiere_fast.ops._spec import OpSpec, Scenario
 if TYPE_CHECKING:
     from lumiere_fast.ops._registry import RegisteredOp
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # One rounding at 1, and a little for sums: what a difference may be where torch happens to be exact.
 FLOORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from itertools import pairwise, product
+from itertools import islice, pairwise, product
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +13,18 @@ from torch import Tensor
 
 from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout, _registry
-from lumiere_fast.ops._checks import check_device, check_floating, check_same_dtype
+from lumiere_fast.ops._checks import (
+    check_device,
+    check_floating,
+    check_integer,
+    check_is_tensor,
+    check_same_dtype,
+)
 from lumiere_fast.ops._spec import Draw, OpSpec, Scenario
 
 Box = tuple[tuple[int, int], ...]
+
+LEAST_WEIGHT = 1e-100  # of a vector's largest: the product of three is a normal number still
 
 
 def blend_windows(
@@ -42,7 +50,7 @@ def blend_windows(
             integers, or a tensor, best on the CPU: its values are read.
         num_frames: frames of the video. With (N, 3) starts its height and width are where the furthest window ends.
         weights: None for equal weights; a vector (T',) for (N,) starts; three vectors (T',), (H',), (W') for (N, 3),
-            whose product weighs a position. Positive. Constants: no gradient goes to them.
+            whose product weighs a position. Positive, within 1e100 of one another. Constants: no gradient goes to them.
         backend: None for the current choice.
         out: where to put the result; not where a gradient is needed.
 
@@ -109,22 +117,28 @@ class Cell(NamedTuple):
 class Plan(NamedTuple):
     cells: tuple[Cell, ...]
     bare: tuple[Box, ...]  # covered by no window
+    sticks_out: tuple[int, int, int, int] | None = None  # the first window that does, axis, where it starts and stops
 
 
 def _plan(windows: Sequence[Tensor], starts: Sequence[int], extent: Sequence[int]) -> Plan:
+    # In a trace shapes may be symbols, which no cache can hold; and Dynamo warns of caches.
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    plan = plan_cells if traced else _cached_plan
+    return plan(tuple(starts), tuple([window.shape for window in windows]), tuple(extent))
+
+
+def plan_cells(starts: Sequence[int], shapes: Sequence[Sequence[int]], extent: Sequence[int]) -> Plan:
+    """Cut each axis where a window starts or stops: between cuts, the covering windows do not change."""
     axes = len(extent)
     corners = tuple(zip(*(map(int, starts[a::axes]) for a in range(axes)), strict=True))
     # int: in a trace with symbolic shapes, the lengths that decide who covers what become constants.
-    sizes = tuple(tuple(map(int, window.shape[2 : 2 + axes])) for window in windows)
-    plan = plan_cells if torch.compiler.is_compiling() else _cached_plan  # Dynamo warns of caches
-    return plan(corners, sizes, tuple(map(int, extent)))
-
-
-def plan_cells(
-    corners: tuple[tuple[int, ...], ...], sizes: tuple[tuple[int, ...], ...], extent: tuple[int, ...]
-) -> Plan:
-    """Cut each axis where a window starts or stops: between cuts, the covering windows do not change."""
+    sizes = tuple(tuple(map(int, shape[2 : 2 + axes])) for shape in shapes)
+    extent = tuple(map(int, extent))
     spans = [tuple((c, c + n) for c, n in zip(*window, strict=True)) for window in zip(corners, sizes, strict=True)]
+    for window, span in enumerate(spans):
+        for axis, ((start, stop), end) in enumerate(zip(span, extent, strict=True)):
+            if start < 0 or stop > end:
+                return Plan((), (), (window, axis, start, stop))
     cuts = [sorted({0, n, *(edge for span in spans for edge in span[a])}) for a, n in enumerate(extent)]
     cells = []
     for box in product(*map(pairwise, cuts)):
@@ -174,6 +188,8 @@ def flatten(
 ) -> tuple[Any, ...]:
     parts = check_windows("blend_windows", windows)
     corners = check_starts("blend_windows", starts, parts)
+    if type(num_frames) is not int and not isinstance(num_frames, torch.SymInt):
+        num_frames = check_integer("blend_windows", "num_frames", num_frames)
     extent = (
         num_frames,
         *(max(c[a] + w.shape[2 + a] for c, w in zip(corners, parts, strict=True)) for a in _space(corners)),
@@ -189,22 +205,21 @@ def flatten_cover(
     weights: Tensor | Sequence[float] | Sequence[Tensor] | None,
 ) -> tuple[list[Tensor], list[int], tuple[int, ...], list[float] | None]:
     """The cover's part of the reference's arguments, once the windows are known to fit and to leave no gap."""
-    for i, (corner, window) in enumerate(zip(corners, windows, strict=True)):
-        for axis, start, size, end in zip("THW", corner, window.shape[2:], extent, strict=False):
-            if start < 0 or start + size > end:
-                raise ValueError(f"{op}: window {i} spans {start}..{start + size} of {axis}, which is 0..{end}")
     starts = [start for corner in corners for start in corner]
     table = check_weights(op, weights, windows, len(extent))
-    bare = _plan(windows, starts, extent).bare
-    if bare:
-        raise ValueError(f"{op}: {_named(bare)} are in no window")
+    plan = _plan(windows, starts, extent)
+    if plan.sticks_out is not None:
+        window, axis, start, stop = plan.sticks_out
+        raise ValueError(f"{op}: window {window} spans {start}..{stop} of {'THW'[axis]}, which is 0..{extent[axis]}")
+    if plan.bare:
+        raise ValueError(f"{op}: {_named(plan.bare)} are in no window")
     return windows, starts, extent, table
 
 
 def _named(boxes: Sequence[Box]) -> str:
     """Frames one by one, or boxes where space is blended too; the first sixteen."""
     if len(boxes[0]) == 1:
-        names = [str(frame) for ((lo, hi),) in boxes for frame in range(lo, hi)]
+        names = list(map(str, islice((frame for ((lo, hi),) in boxes for frame in range(lo, hi)), 17)))
     else:
         spans = [zip("thw", box, strict=True) for box in boxes]
         names = ["(" + ", ".join(f"{axis} {lo}..{hi}" for axis, (lo, hi) in span) + ")" for span in spans]
@@ -213,10 +228,17 @@ def _named(boxes: Sequence[Box]) -> str:
 
 
 def check_windows(op: str, windows: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if not isinstance(windows, (Tensor, list, tuple)):
+        raise ValueError(f"{op}: windows must be a tensor (N, B, C, T', H, W) or a list of N, got {type(windows)}")
     parts = list(windows.unbind(0)) if isinstance(windows, Tensor) else list(windows)
     if not parts:
         raise ValueError(f"{op}: windows needs at least one window, got none")
     for i, part in enumerate(parts):
+        check_is_tensor(op, f"windows[{i}]", part)
+    first = parts[0]
+    for i, part in enumerate(parts):
+        if i > 0 and part.shape == first.shape and part.dtype is first.dtype and part.device == first.device:
+            continue
         name = f"windows[{i}]"
         if part.dim() != 5 or part.shape[:2] != parts[0].shape[:2] or 0 in part.shape[1:]:
             raise ValueError(
@@ -232,17 +254,20 @@ def check_windows(op: str, windows: Tensor | Sequence[Tensor]) -> list[Tensor]:
 def check_starts(
     op: str, starts: Tensor | Sequence[int] | Sequence[Sequence[int]], windows: Sequence[Tensor]
 ) -> list[tuple[int, ...]]:
-    values = starts.tolist() if isinstance(starts, Tensor) else list(starts)
+    values = starts.tolist() if hasattr(starts, "tolist") else list(starts)
     corners = [tuple(value) if isinstance(value, Sequence) else (value,) for value in values]
     if len(corners) != len(windows):
         raise ValueError(f"{op}: {len(windows)} windows came with {len(corners)} starts; each window needs one")
-    if {len(corner) for corner in corners} not in ({1}, {3}) or any(type(n) is not int for c in corners for n in c):
+    if any(type(n) is not int for corner in corners for n in corner):
+        corners = [tuple(check_integer(op, "starts", n) for n in corner) for corner in corners]
+    if {len(corner) for corner in corners} not in ({1}, {3}):
         raise ValueError(f"{op}: starts must be integers, (N,) frames or (N, 3) corners (t, h, w), got {values}")
-    for i, corner in enumerate(corners):
-        if corner in corners[:i]:
-            raise ValueError(f"{op}: start {corner[0] if len(corner) == 1 else corner} is given twice")
+    if len(set(corners)) < len(corners):
+        corner = next(corner for i, corner in enumerate(corners) if corner in corners[:i])
+        raise ValueError(f"{op}: start {corner[0] if len(corner) == 1 else corner} is given twice")
+    first = windows[0].shape
     for i, window in enumerate(windows):
-        if len(corners[0]) == 1 and window.shape[3:] != windows[0].shape[3:]:
+        if len(corners[0]) == 1 and window.shape != first and window.shape[3:] != first[3:]:
             raise ValueError(
                 f"{op}: windows[{i}] must have the H and W of windows[0] {tuple(windows[0].shape)} where only frames "
                 f"are blended, got shape {tuple(window.shape)}; (N, 3) starts blend in space"
@@ -265,9 +290,12 @@ def check_weights(
     for a, (vector, size) in enumerate(zip(vectors, sizes, strict=True)):
         if vector.shape != (size,):
             raise ValueError(f"{op}: weights[{a}] must have the {size} entries of its axis, got {tuple(vector.shape)}")
-    values: list[float] = torch.cat(vectors).tolist()
-    if not all(0 < value < math.inf for value in values):
-        raise ValueError(f"{op}: weights must be positive and finite, got {values}")
+    if not all(0 < value < math.inf for vector in vectors for value in vector.tolist()):
+        raise ValueError(f"{op}: weights must be positive and finite, got {[vector.tolist() for vector in vectors]}")
+    relative = [vector / vector.max() for vector in vectors]  # only their ratios count
+    if any(float(vector.min()) < LEAST_WEIGHT for vector in relative):
+        raise ValueError(f"{op}: weights of one vector must lie within {1 / LEAST_WEIGHT:.0e} of one another")
+    values: list[float] = torch.cat(relative).tolist()
     return values
 
 
@@ -320,7 +348,13 @@ _OP = _registry.register(
         Backend(
             "cuda",
             "lumiere_fast.native:blend_windows",
-            Needs(devices=("cuda",), capability=(8, 0), gradient=True, native="cuda"),
+            Needs(
+                devices=("cuda",),
+                capability=(8, 0),
+                gradient=True,
+                native="cuda",
+                limits="lumiere_fast.native:blend_windows_limits",
+            ),
             backward=f"{__name__}:blend_windows_backward",
         ),
         Backend(

@@ -13,6 +13,7 @@ from lumiere_fast.ops import _layout
 from lumiere_fast.ops._checks import (
     check_device,
     check_heads,
+    check_is_tensor,
     check_like,
     check_same_dtype,
     check_tensor,
@@ -80,12 +81,14 @@ def spatial_attention_reference(
 def _flatten(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float | None) -> tuple[object, ...]:
     op = "spatial_attention"
     check_heads(op, q)
+    check_is_tensor(op, "k", k)
     if k.dim() == 4:
         _check_keys(op, q, k)
     else:
         check_like(op, "k", k, "q", q)
     check_like(op, "v", v, "k", k)
     if key_mask is not None:
+        check_is_tensor(op, "key_mask", key_mask)
         if k.dim() != 4 or key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]:
             raise ValueError(
                 f"{op}: key_mask must be bool (B, L) beside k (B, L, heads, D), "

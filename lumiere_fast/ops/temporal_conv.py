@@ -19,6 +19,7 @@ from lumiere_fast.ops._checks import (
     check_choice,
     check_film,
     check_groups,
+    check_is_tensor,
     check_tensor,
 )
 from lumiere_fast.ops._registry import Result, register
@@ -205,6 +206,7 @@ def _flatten(
 ) -> tuple[object, ...]:
     op = "temporal_conv"
     check_activation(op, x)
+    check_is_tensor(op, "weight", weight)
     if weight.dim() != 3 or weight.shape[0] < 1 or weight.shape[1] != x.shape[1] or weight.shape[2] % 2 == 0:
         raise ValueError(
             f"{op}: weight must be (C_out, C_in, k) with C_in = {x.shape[1]} (the channels of x) and k odd, "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from tests.ops.common import (
     CHANNELS_LAST,
     FORMATS,
     Draw,
+    assert_no_worse_than_torch,
     check_compiled,
     check_operator,
     check_operator_gradient,
@@ -214,3 +216,83 @@ def test_errors(draw: Draw) -> None:
         blend_windows(windows, torch.tensor([0.0, 6.0, 12.0]), 20)
     with pytest.raises(ValueError, match=r"\(t 0\.\.8, h 0\.\.4, w 4\.\.5\)"):
         blend_windows(windows[:2], [[0, 0, 0], [0, 0, 5]], 8)
+
+
+def test_a_list_of_what_is_bare_stays_short(draw: Draw) -> None:
+    """Whatever the length: a wrong `num_frames` must not take all memory to say so."""
+    with pytest.raises(ValueError, match=r"frames 8, 9, .*, 23, \.\.\. are in no window"):
+        blend_windows(draw(1, 1, 2, 8, 4, 4), [0], 2**62)
+
+
+def test_numbers_of_numpy_are_taken(draw: Draw) -> None:
+    windows = draw(3, 1, 2, 8, 4, 4)
+    expected = blend_windows(windows, PAPER_STARTS, 20)
+    for starts in (np.array(PAPER_STARTS), [np.int64(start) for start in PAPER_STARTS]):
+        assert torch.equal(blend_windows(windows, starts, np.int64(20)), expected)
+    for num_frames in (20.0, "20", True, None):
+        with pytest.raises(ValueError, match="blend_windows: num_frames takes integers"):
+            blend_windows(windows, PAPER_STARTS, num_frames)
+    with pytest.raises(ValueError, match=r"windows must be a tensor .* or a list of N, got <class 'numpy.ndarray'>"):
+        blend_windows(windows.numpy(), PAPER_STARTS, 20)
+    with pytest.raises(ValueError, match=r"windows\[1\] must be a tensor, got ndarray"):
+        blend_windows([windows[0], windows[1].numpy(), windows[2]], PAPER_STARTS, 20)
+
+
+def test_only_ratios_of_weights_count_and_none_is_lost(draw: Draw) -> None:
+    plain = [draw(4).abs() + 0.1 for _ in range(3)]
+    starts = [[t, h, w] for t in (0, 1) for h in (0, 1) for w in (0, 1)]
+    eight = draw(8, 1, 1, 4, 4, 4)
+    for huge in (1e-120, 1e120):
+        scaled = blend_windows(eight, starts, 5, weights=[huge * vector for vector in plain])
+        torch.testing.assert_close(scaled, blend_windows(eight, starts, 5, weights=plain))
+    far = torch.tensor([1.0, 1e-99, 1.0, 1e-99], dtype=torch.float64)
+    assert blend_windows(eight, starts, 5, weights=[far] * 3).isfinite().all()
+    with pytest.raises(ValueError, match="within 1e\\+100 of one another"):
+        blend_windows(eight, starts, 5, weights=[far**2] * 3)
+
+
+def on_gpu_only(backend: str) -> str:
+    if backend == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip(f"the {backend} backend needs a GPU")
+    return "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
+def test_every_backend_is_the_reference_on_its_device(backend: str, dtype: torch.dtype, draw: Draw) -> None:
+    """Random windows: of several lengths, strides and layouts, crowded or not, weighted or not, in time and in space."""
+    device, random = on_gpu_only(backend), np.random.default_rng(5)
+    for case in range(24):
+        in_space, crowded = case % 3 == 2, case % 4 == 3
+        T, H, W = (int(n) for n in random.integers((6, 3, 2), (30, 9, 20)))
+        window = int(random.integers(2, T + 1))
+        step = 1 if crowded else max(1, window - int(random.integers(0, window)))
+        frames = sorted({*range(0, T - window, step), T - window})
+        corners = [(t, h, w) for t in frames for h in (0, 2) for w in (0, 1)] if in_space else frames
+        size = (int(random.integers(1, 3)), int(random.integers(1, 5)), window, H, W)
+        windows = [strided(draw(*size).to(device, dtype), kind) for kind in random.integers(0, 4, len(corners))]
+        weights = None
+        if case % 2:
+            vectors = [draw(n).abs() + 0.1 for n in (window, H, W)]
+            weights = vectors if in_space else vectors[0]
+        expected = blend_windows(windows, corners, T, weights=weights, backend="reference")
+        exact = blend_windows([w.double() for w in windows], corners, T, weights=weights, backend="reference")
+        ours = blend_windows(windows, corners, T, weights=weights, backend=backend)
+        assert ours.stride() == expected.stride()
+        assert_no_worse_than_torch(ours, expected, exact)
+
+
+def strided(x: Tensor, kind: int) -> Tensor:
+    """`x` in channels last, contiguous, in a slice of something larger, or with rows apart."""
+    if kind == 0:
+        return x.contiguous(memory_format=CHANNELS_LAST)
+    if kind == 1:
+        return x.contiguous()
+    shape = list(x.shape)
+    axis = 2 if kind == 2 else 3
+    shape[axis] = 2 * shape[axis] + 1
+    inside = [slice(None)] * 5
+    inside[axis] = slice(1, None, 2)
+    return torch.zeros(shape, dtype=x.dtype, device=x.device)[tuple(inside)].copy_(x)
