@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import processes
 from benchmarks.record import FAILED, MET, SKIPPED
 
-KEPT, BROKEN, NO_KERNEL = 0, 1, 2  # exit codes; any other means that it did not run
+KEPT, BROKEN, NO_KERNEL, NOTHING_COMPILED = 0, 1, 2, 3  # exit codes; any other means that it did not run
 GATE = (sys.executable, "-m", "benchmarks.resources", "--json")
 
 Row = dict[str, Any]
@@ -33,7 +33,7 @@ def rows(op: str | None, log: Path, deadline: float) -> list[Row] | None:
         processes.stop(process)
     if op is not None and process.returncode == NO_KERNEL:
         return [{"op": op, "verdict": SKIPPED, "why": "no kernel of it ships"}]
-    if process.returncode not in (KEPT, BROKEN):
+    if process.returncode not in (KEPT, BROKEN, NOTHING_COMPILED):
         return [{"op": op, "verdict": FAILED, "why": f"{processes.died(process.returncode)}; see {log.name}"}]
     found = json.loads(told)
     kernels = sorted({(row["op"], row["backend"]) for row in found["rows"]})

@@ -101,8 +101,7 @@ class Lab:
         self.log = options.out / LOG
         self.machine: dict[str, Any] = this_cpu()
         self.described: dict[str, Any] = {}
-        commit, dirty = provenance.commit()
-        self.commit = {"commit": options.commit or commit, "dirty": dirty and options.commit is None}
+        self.commit = {**provenance.commit_as(options.commit), "tree": provenance.hash_of(*provenance.TESTED)}
         self.env = {"TRITON_INTERPRET": "0", **({"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {})}
 
     def run(self) -> int:
@@ -265,11 +264,11 @@ class Lab:
         self.record.rows = {key: row for key, row in rows if row["stage"] != stage or op not in (None, row["op"])}
 
     def tests(self, deadline: float) -> None:
-        source = provenance.hash_of(*provenance.SOURCES, "tests")
+        source = self.commit["tree"]
         rows = {file: {"scenario": file, "op": self._op_of(file)} for file in suite.test_files()}
         rows = {file: row for file, row in rows.items() if not self.options.ops or row["op"] in self.options.ops}
         todo = [file for file, row in rows.items() if not self.holds("tests", row, source)]
-        todo.sort(key=lambda file: self.date_of("tests", rows[file]))
+        todo.sort(key=lambda file: (suite.urgency(file), self.date_of("tests", rows[file])))
         done = set()
         if time.monotonic() < deadline:
             for file, row in suite.run(todo, self.log, deadline, self.env):

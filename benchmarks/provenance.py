@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("lumiere_fast", "torch", "triton", "numpy")
 SOURCES = ("lumiere_fast", "kernels", "csrc", "CMakeLists.txt", "setup.py")
+TESTED = (*SOURCES, "tests")  # what a result of the test-suite depends on
 TEXT = {".py", ".cu", ".cpp", ".c", ".h", ".cuh", ".txt"}
 
 
@@ -35,6 +36,20 @@ def commit() -> tuple[str, bool]:
     """The commit of the tree and whether it was changed since; ("unknown", True) away from its history."""
     head, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     return ("unknown", True) if head is None else (head, changes != "")
+
+
+def commit_as(given: str | None) -> dict[str, Any]:
+    """The commit that rows name, and whether the tree was changed since. Only without its history is `given` believed.
+
+    Raises:
+        ValueError: `given` is not the commit that is checked out.
+    """
+    head, dirty = commit()
+    if given is None or head == given:
+        return {"commit": head, "dirty": dirty}
+    if head != "unknown":
+        raise ValueError(f"--commit is for a tree without its history; this one's is {head}, got {given}")
+    return {"commit": given, "dirty": False}
 
 
 def _git(*arguments: str) -> str | None:

@@ -17,7 +17,6 @@ FORMAT = 1
 NAME, TABLE_NAME = "record.json", "table.md"
 KEY = ("stage", "op", "backend", "scenario", "dtype", "threads")
 STAGES = ("build", "smoke", "tests", "sanitizer", "resources", "tuning", "benchmarks")
-CORRECTNESS = ("build", "smoke", "tests", "sanitizer", "resources")
 
 MET, MISSED, NO_GOAL, FAILED, SKIPPED = "met", "missed", "no goal", "failed", "skipped"
 MEASURED = (MET, MISSED, NO_GOAL)

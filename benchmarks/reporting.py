@@ -11,6 +11,12 @@ from typing import Any
 
 import pytest
 
+# Names to import of packages that the package, or a test, does without; any other that is missing is a failure.
+OPTIONAL = frozenset(
+    ("PIL", "av", "einops", "google", "huggingface_hub", "hypothesis", "matplotlib", "pybind11", "sentencepiece")
+    + ("tokenizers", "tqdm", "transformers", "triton", "typer")
+)
+
 
 def pytest_addoption(parser: Any) -> None:
     parser.addoption("--lab-events", help="where the lab reads what became of each test")
@@ -68,10 +74,23 @@ class _Reporter:
 
 
 def lacking_module(text: str) -> str | None:
-    """What a failure lacks, where that is a package which is not installed here."""
-    found = re.findall(r"No module named '?(\w+)", text)
-    missing = [name for name in found if importlib.util.find_spec(name) is None]
-    return f"needs {missing[0]}, which is not installed" if missing else None
+    """What a failed test lacks, where that is an optional package which is not installed here."""
+    found = re.findall(r"^E +ModuleNotFoundError: No module named '(\w+)", text, re.MULTILINE)
+    return next(filter(None, map(_lacking, found)), None)
+
+
+def lacking_module_of(error: BaseException | None) -> str | None:
+    """The same of an exception, or of what led to it."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and (lacking := _lacking((error.name or "").partition(".")[0])):
+            return lacking
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _lacking(name: str) -> str | None:
+    missing = name in OPTIONAL and importlib.util.find_spec(name) is None
+    return f"needs {name}, which is not installed" if missing else None
 
 
 def last_line(text: str) -> str:

@@ -5,7 +5,8 @@
 Every configuration of every Triton kernel (the `VARIANTS` of kernels/<op>.py) and every kernel of csrc/<op>.cu is
 compiled for sm_80 and sm_90 as it would be for a launch. Registers, stack and shared memory come from cuobjdump,
 spilled bytes from ptxas, instructions from the disassembly. The table is held against `RULES`; a broken rule is named,
-and the exit status is 1. Rows are kept in the user's cache folder by source, compiler and architecture.
+and the exit status is 1. It is 3 where nothing could be compiled, and 4 where the check itself fails. Rows are kept in
+the user's cache folder by source, compiler and architecture.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ KERNELS = Path(kernels.__file__).parent
 CSRC = ROOT / "csrc"
 ARCHITECTURES = (80, 90)
 WORKER_TIMEOUT = 500
+KEPT, BROKEN, NOTHING_COMPILED, ERROR = 0, 1, 3, 4  # exit statuses; 2 is argparse's
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Row:
         wgmma, mma: warpgroup and warp matrix instructions.
         loads, stores: global instructions by bytes a thread, smallest first.
         wide_loads: how many 16-byte loads the configuration promises at least.
-        narrow_offsets: pointer offsets computed in less than 64 bits; None where that is not known (CUDA).
+        narrow_offsets: pointer offsets computed in less than 64 bits, and products that are widened to 64 bits only
+            after they may have wrapped; None where that is not known (CUDA).
         missing: why there are no figures.
     """
 
@@ -157,12 +160,12 @@ def _jobs() -> list[Job]:
 
 
 def _cached(job: Job) -> list[Row]:
+    missing = _missing(job.backend)
+    if missing is not None:
+        return [Row(job.op, job.backend, "-", "-", job.arch, missing=missing)]
     compiler = _triton_version() if job.backend == "triton" else _nvcc_version()
-    if compiler is None:
-        tool = "Triton is not installed" if job.backend == "triton" else "nvcc was not found"
-        return [Row(job.op, job.backend, "-", "-", job.arch, missing=tool)]
     source = kernels.source_hash(job.op) if job.backend == "triton" else _csrc_hash(job.op)
-    key = hashlib.sha256("\n".join((source, compiler, Path(__file__).read_text("utf-8"))).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join((source, str(compiler), Path(__file__).read_text("utf-8"))).encode()).hexdigest()[:16]
     path = evidence.cache_folder() / "resources" / f"{job.op}-{job.backend}-sm_{job.arch}-{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         return _rows(path.read_text("utf-8"))
@@ -172,6 +175,18 @@ def _cached(job: Job) -> list[Row]:
         rows = cuda_rows(job.op, CSRC / f"{job.op}.cu", job.arch)
     _keep(path, rows)
     return rows
+
+
+def _missing(backend: str) -> str | None:
+    """What stands against compiling this backend's kernels here, and what to install."""
+    if backend == "triton" and _triton_version() is None:
+        return "Triton is not installed: pip install triton"
+    if backend == "cuda" and _nvcc_version() is None:
+        return "nvcc was not found: install the CUDA toolkit"
+    for tool in ("cuobjdump", *(["ptxas"] if backend == "triton" else [])):
+        if _found(tool) is None:
+            return f"{tool} was found neither in the search path nor inside Triton: install the CUDA toolkit"
+    return None
 
 
 def _keep(path: Path, rows: Sequence[Row]) -> None:
@@ -261,7 +276,41 @@ def narrow_offsets(ttir: str) -> int:
     """How many pointers move by offsets of fewer than 64 bits, other than the lane in a tile and constants."""
     harmless = set(re.findall(r"(%\S+) = (?:tt\.make_range|arith\.constant) ", ttir))
     moves = re.findall(r"= tt\.addptr %\S+, (%\S+) : [^,\n]+, (?:tensor<[^>]*x)?(i\d+)", ttir)
-    return sum(int(kind[1:]) < 64 and offset not in harmless for offset, kind in moves)
+    return sum(int(kind[1:]) < 64 and offset not in harmless for offset, kind in moves) + late_widenings(ttir)
+
+
+# Integer operations that are looked through: of what they give, their operands decide.
+PASSING = re.compile(
+    r"arith\.(addi|subi|muli|shli|shrsi|shrui|divsi|divui|ceildivsi|floordivsi|remsi|remui|andi|ori|xori|extsi|extui"
+    r"|trunci|select|maxsi|maxui|minsi|minui)|tt\.(splat|broadcast|expand_dims|reshape|trans|bitcast)"
+)
+DEFINITION = re.compile(r"\s*(?P<name>%[\w.$-]+) = (?P<operation>[\w.]+) (?P<operands>.*) : (?P<kind>[^:]+)$")
+
+
+def late_widenings(ttir: str) -> int:
+    """How many integers are widened to 64 bits after a product that may have left the narrower range.
+
+    Of a product of constants and lanes the compiler knows the size; with a factor that comes from the program's index,
+    an argument, a loop or memory it is as large as a launch makes it. What control flow hands on is not followed.
+    """
+    found = 0
+    fixed: set[str] = set()  # values made of constants and lanes alone
+    products: set[str] = set()  # narrow values with a product in them that is not fixed
+    for line in ttir.splitlines():
+        line = line.partition(" loc(")[0]
+        here = DEFINITION.match(line)
+        names = {here["name"]} if here else set(re.findall(r"(%[\w.$-]+)(?=(?::\d+)? =|: )", line))
+        is_fixed, is_product = here is not None and here["operation"] in ("tt.make_range", "arith.constant"), False
+        if here is not None and PASSING.fullmatch(here["operation"]):
+            operands = set(re.findall(r"%[\w.$#-]+", here["operands"]))
+            is_fixed = operands <= fixed
+            is_product = here["operation"] in ("arith.muli", "arith.shli") and not is_fixed or bool(operands & products)
+            found += is_product and here["operation"] in ("arith.extsi", "arith.extui") and "i64" in here["kind"]
+            is_product &= "i64" not in here["kind"] and here["operation"] != "arith.trunci"
+        # Blocks side by side use the same names, so what a name stood for before is dropped.
+        fixed = fixed | names if is_fixed else fixed - names
+        products = products | names if is_product else products - names
+    return found
 
 
 def cuda_rows(op: str, source: Path, arch: int) -> list[Row]:
@@ -290,7 +339,12 @@ def cuda_rows(op: str, source: Path, arch: int) -> list[Row]:
 def _cmake(pattern: str) -> list[str]:
     """What CMakeLists.txt says, so that it is said once."""
     found = re.search(pattern, (ROOT / "CMakeLists.txt").read_text("utf-8"))
-    return found.group(1).split(";") if found else []
+    if found is None:
+        raise RuntimeError(
+            f"CMakeLists.txt has nothing that matches {pattern}, from which the build's own compiler flags and targets "
+            "are read; adapt the pattern in benchmarks/resources.py"
+        )
+    return found.group(1).split(";")
 
 
 def _nvcc_flags() -> list[str]:
@@ -394,26 +448,28 @@ def _width(instruction: str) -> int:
 
 
 @functools.cache
-def _tool(name: str) -> str:
-    """From the CUDA toolkit, or as it ships inside Triton."""
+def _found(name: str) -> str | None:
+    """A tool from the CUDA toolkit, or as it ships inside Triton."""
     spec = util.find_spec("triton")
     shipped = Path(spec.origin).parent / "backends/nvidia/bin" / name if spec and spec.origin else None
     if shipped is not None and shipped.exists():
         return str(shipped)
-    found = shutil.which(name)
-    if found is None:
-        raise RuntimeError(f"{name} was found neither in the search path nor inside Triton; install triton or CUDA")
-    return found
+    return shutil.which(name)
 
 
 def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run([_tool(tool), *arguments], capture_output=True, text=True, timeout=WORKER_TIMEOUT)
+    path = _found(tool)
+    if path is None:
+        raise RuntimeError(f"{tool} was found neither in the search path nor inside Triton; install the CUDA toolkit")
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=WORKER_TIMEOUT)
     if done.returncode != 0:
         raise RuntimeError(f"{tool} failed:\n{done.stderr}")
     return done.stdout + done.stderr
 
 
 def _triton_version() -> str | None:
+    if util.find_spec("triton") is None:
+        return None
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version("triton")
     return None
@@ -453,15 +509,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker:
         op, module, arch = options.worker
         print(_json(_compile_variants(op, module, int(arch))))
-        return 0
-    rows = measure(options.op)
-    broken = violations(rows)
-    if options.json:
+        return KEPT
+    try:
+        rows = measure(options.op)
+    except RuntimeError as error:
+        print(f"python -m benchmarks.resources: {error}", file=sys.stderr)
+        return ERROR
+    return report(rows, options.json)
+
+
+def report(rows: Sequence[Row], as_json: bool) -> int:
+    """Print the rows, what they break and what could not be compiled; the exit status."""
+    broken, compiled = violations(rows), [row for row in rows if row.missing is None]
+    lacking = dict.fromkeys(f"{row.backend} kernels were not compiled: {row.missing}" for row in rows if row.missing)
+    if as_json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "broken": broken}, indent=1))
-    else:
+    elif compiled:
         print(table(rows))
-        print("\n".join(["", *broken]) if broken else f"\n{len(rows)} rows keep all of {len(RULES)} rules")
-    return 1 if broken else 0
+        print("\n".join(["", *(broken or [f"{len(compiled)} compiled rows keep all of {len(RULES)} rules"])]))
+    if lacking:
+        told = "; ".join(lacking)
+        print(told if compiled else f"nothing was checked: {told}", file=sys.stderr)
+    return BROKEN if broken else KEPT if compiled else NOTHING_COMPILED
 
 
 if __name__ == "__main__":

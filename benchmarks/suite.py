@@ -24,6 +24,7 @@ from benchmarks.record import FAILED, MET, SKIPPED
 RUNS_THE_LAB = "tests/benchmarks/test_lab.py"
 PLUGINS = ("-p", "benchmarks.reporting", "-p", "no:cacheprovider")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", *PLUGINS)
+KERNELS_FIRST = ("tests/kernels/", "tests/ops/", "tests/test_native")  # the rest proves no kernel
 LEAST_FILES_FOR_WORKERS = 5
 ENDED_WELL = (0, 1, 5)  # all passed, some failed, nothing collected
 
@@ -55,9 +56,15 @@ class File:
 
 
 def test_files() -> list[str]:
-    """All but the one that runs the lab itself."""
-    found = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py"))
-    return [name for name in found if name != RUNS_THE_LAB]
+    """All but the one that runs the lab itself, in the order of `urgency`."""
+    found = (path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py"))
+    return sorted((name for name in found if name != RUNS_THE_LAB), key=lambda name: (urgency(name), name))
+
+
+def urgency(file: str) -> int:
+    """The place of its kind in a run that may not come to its end: what proves kernels comes first."""
+    kinds = [place for place, prefix in enumerate(KERNELS_FIRST) if file.startswith(prefix)]
+    return kinds[0] if kinds else len(KERNELS_FIRST)
 
 
 def run(
@@ -89,7 +96,8 @@ def _run_once(
         events = Path(folder) / "events.jsonl"
         events.touch()
         command = [*PYTEST, f"--lab-events={events}", f"--rootdir={root}", *_workers(len(rest)), *rest]
-        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **env}
         process = processes.start(command, log, settings, root)
         try:
             with events.open(encoding="utf-8") as reader:

@@ -21,6 +21,7 @@ from benchmarks import provenance
 from benchmarks.harness import Case, Row, benchmark_of, ceilings, default_dtype, draw_inputs, prepare
 from benchmarks.processes import BROKEN_DEVICE
 from benchmarks.record import FAILED, MET, SKIPPED
+from benchmarks.reporting import lacking_module_of
 from lumiere_fast import dispatch, ops, selftest, timing
 from lumiere_fast.ops import _selfcheck
 
@@ -102,7 +103,8 @@ def benchmark(unit: Unit, device: str) -> dict[str, Any]:
     except torch.OutOfMemoryError as error:
         return {"verdict": SKIPPED, "why": f"out of memory: {_told(error)}"}
     except Exception as error:  # the row tells it, and the next unit goes on
-        return {"verdict": FAILED, "why": _told(error)}
+        lacking = lacking_module_of(error)
+        return {"verdict": FAILED if lacking is None else SKIPPED, "why": lacking or _told(error)}
     return _reported(rows[0], device)
 
 

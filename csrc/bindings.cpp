@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "blend_windows_limits.h"
 #include "lumiere_fast.h"
 
 namespace py = pybind11;
@@ -152,6 +153,9 @@ PYBIND11_MODULE(_native, module) {
   module.attr("__version__") = lf_version_string();
   module.attr("DTYPES") = py::dict(py::arg("float32") = int(LF_FLOAT32), py::arg("float64") = int(LF_FLOAT64),
                                    py::arg("float16") = int(LF_FLOAT16), py::arg("bfloat16") = int(LF_BFLOAT16));
+  module.attr("BLEND_LIMITS") = py::make_tuple(lf::kMostWindows, lf::kMostLayouts);
+  module.attr("VARYING_BLEND_LIMITS") = py::make_tuple(lf::kMostVaryingWindows, lf::kMostVaryingLayouts);
+  module.attr("MOST_WEIGHTS") = lf::kMostWeights;
   module.attr("OK") = int(LF_OK);
   module.attr("OUT_OF_MEMORY") = int(LF_OUT_OF_MEMORY);
   module.attr("NOT_BUILT") = int(LF_NOT_BUILT);

@@ -7,6 +7,7 @@
 #include <iterator>
 
 #include "blend_windows.h"
+#include "blend_windows_limits.h"
 #include "common/cover.h"
 #include "common/device.h"
 
@@ -61,8 +62,8 @@ template <int kCells, int kParts, int kLayouts, int kWeights> struct Batch {
 };
 
 using SmallBatch = Batch<26, 44, 4, 1>;  // enough for most videos, and the less there is to send the sooner it starts
-using LargeBatch = Batch<96, 640, 32, 1>;
-using VaryingBatch = Batch<24, 128, 8, 2880>;
+using LargeBatch = Batch<96, kMostWindows, kMostLayouts, 1>;
+using VaryingBatch = Batch<24, kMostVaryingWindows, kMostVaryingLayouts, kMostWeights>;
 constexpr size_t kParameterBytes = 32764;
 static_assert(sizeof(SmallBatch) <= 4096 && sizeof(LargeBatch) <= kParameterBytes, "more than a launch can take");
 static_assert(sizeof(VaryingBatch) <= kParameterBytes, "more than a launch can take");

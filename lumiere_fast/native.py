@@ -314,3 +314,57 @@ def blend_windows(
     del held  # the memory of whatever was made on the way is no longer read
     if status != module.OK:
         _raise("blend_windows", status)
+
+
+def blend_windows_limits(
+    windows: Sequence[Tensor], starts: Sequence[int], extent: Sequence[int], weights: Sequence[float] | None
+) -> list[str]:
+    """Every reason why one CUDA launch cannot take these arguments of `blend_windows`; empty where it can.
+
+    A launch carries all it needs in its parameters, which bounds how many windows may lie over one position, in how
+    many different strides, and how many weights 3 axes may have. The bounds are the native core's own.
+    """
+    module, _ = _loaded()
+    if module is None:
+        return []  # which `why_not` tells
+    varying = weights is not None and len(extent) == 3
+    most, most_layouts = module.VARYING_BLEND_LIMITS if varying else module.BLEND_LIMITS
+    reasons = []
+    if varying and weights is not None and len(weights) > module.MOST_WEIGHTS:
+        reasons.append(f"weights has {len(weights)} numbers for 3 axes, a launch takes {module.MOST_WEIGHTS}")
+    if len(windows) <= most_layouts:
+        return reasons
+    layouts = _layouts(windows, extent, varying)
+    if len(windows) <= most and len(layouts) <= most_layouts:
+        return reasons
+    crowds = [crowd for crowd in _crowds(windows, starts, len(extent)) if crowd.bit_count() > most_layouts]
+    windows_there = max((crowd.bit_count() for crowd in crowds), default=0)
+    layouts_there = max((sum(1 for layout in layouts if layout & crowd) for crowd in crowds), default=0)
+    if windows_there > most:
+        reasons.append(f"{windows_there} windows lie over one position, a launch takes {most}")
+    if layouts_there > most_layouts:
+        reasons.append(f"windows of {layouts_there} different strides lie over one position, it takes {most_layouts}")
+    return reasons
+
+
+def _layouts(windows: Sequence[Tensor], extent: Sequence[int], varying: bool) -> list[int]:
+    """For each different set of strides the windows that have it, as bits. Axes of one place are not walked along."""
+    shape = (*windows[0].shape[:2], *extent, *windows[0].shape[2 + len(extent) :])
+    walked = [axis for axis, size in enumerate(shape) if varying or size > 1]
+    members: dict[tuple[int, ...], int] = {}
+    for i, window in enumerate(windows):
+        strides = window.stride()
+        layout = tuple(int(strides[axis]) for axis in walked)  # int: in a trace they may be symbols
+        members[layout] = members.get(layout, 0) | 1 << i
+    return list(members.values())
+
+
+def _crowds(windows: Sequence[Tensor], starts: Sequence[int], axes: int) -> set[int]:
+    """The sets of windows, as bits, over the positions where a set can be largest: on each axis, a window's start."""
+    crowds = {(1 << len(windows)) - 1}
+    for axis in range(axes):
+        lows = [int(start) for start in starts[axis::axes]]
+        spans = [(low, low + int(window.shape[2 + axis])) for low, window in zip(lows, windows, strict=True)]
+        over = {sum(1 << i for i, (low, high) in enumerate(spans) if low <= place < high) for place in set(lows)}
+        crowds = {crowd & there for crowd in crowds for there in over}
+    return crowds

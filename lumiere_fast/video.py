@@ -14,10 +14,12 @@ array ``(T, H, W, 3)``. PyAV and Pillow are imported when a file is written or r
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -99,13 +101,15 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
         ``path`` as a ``Path``.
 
     Raises:
-        ValueError: a suffix that no writer knows.
+        ValueError: an empty name, one that is too long, or a suffix that no writer knows.
         ModuleNotFoundError: the library that writes this suffix is not installed.
         FileNotFoundError: the folder that it would lie in does not exist.
         FileExistsError: it exists and ``overwrite`` is false; or it is a folder and should be a file, or the reverse;
             or it is a folder with anything but pictures of an earlier clip, which is never replaced.
         PermissionError: the folder that it would lie in cannot be written to.
     """
+    if not os.fspath(path):
+        raise ValueError("output is empty; name a file, such as clip.mp4")
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in _WRITERS or (suffix == FOLDER and path.name[:1] in ("", ".")):  # "-o .mp4" names no folder
@@ -132,7 +136,7 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
 
 def _check_free(path: Path, folder: bool, overwrite: bool) -> None:
     """Whether a file, or a ``folder`` of pictures, may take this name."""
-    if not path.exists():
+    if not _exists(path):
         return
     if path.is_dir() != folder:
         kind = "file; a name without suffix makes a folder of PNG frames" if folder else "folder; name a file"
@@ -141,9 +145,24 @@ def _check_free(path: Path, folder: bool, overwrite: bool) -> None:
     if folder and not all(re.fullmatch(r"frame_\d{4,}\.png", entry) for entry in entries):
         raise FileExistsError(f"output {str(path)!r} is a folder of other things than PNG frames; name a new one")
     if entries and not overwrite:
-        raise FileExistsError(
-            f"output {str(path)!r} exists; pass overwrite (--overwrite) to replace it, or name another"
-        )
+        raise _taken(path)
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such an entry, if only a link to nothing."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise ValueError(f"output {str(path)!r}: the name is too long for this file system; shorten it") from error
+    return True
+
+
+def _taken(path: Path) -> FileExistsError:
+    return FileExistsError(f"output {str(path)!r} exists; pass overwrite (--overwrite) to replace it, or name another")
 
 
 def numbered_outputs(path: str | os.PathLike[str], count: int) -> list[Path]:
@@ -169,7 +188,8 @@ def write_video(
     keep the clip's own size: ``.png`` is the contact sheet, ``.npy`` the array, and a name without suffix a folder of
     pictures, numbered from ``frame_0000.png``.
 
-    The output appears whole or not at all: frames go to a temporary file in the same folder, which then takes the name.
+    The output appears whole or not at all: frames go to a temporary file in the same folder, which then takes the name;
+    without ``overwrite`` only if nobody else has taken it meanwhile.
 
     Args:
         frames: see the module's docstring.
@@ -180,6 +200,7 @@ def write_video(
 
     Raises:
         ValueError: frames of another shape or dtype, ``fps`` or ``min_size`` out of range.
+        OSError: it could not be written, say for want of space; names the output.
         As ``check_output`` for ``path``.
     """
     path = check_output(path, overwrite)
@@ -191,7 +212,7 @@ def write_video(
     suffix = path.suffix.lower()
     if suffix in (".mp4", ".gif"):
         pixels = _enlarged(pixels, min_size)
-    with _replacing(path) as partial:
+    with _replacing(path, overwrite) as partial, _named_errors(path):
         _WRITERS[suffix](pixels, partial, fps)
 
 
@@ -230,14 +251,27 @@ def _enlarged(pixels: Pixels, min_size: int) -> Pixels:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def _named_errors(path: Path) -> Iterator[None]:
+    """What the disk refuses, as an OSError that names the output: a full disk names nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"output {str(path)!r} could not be written: {error}") from error
+
+
+@contextmanager
+def _replacing(path: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary name beside ``path`` that becomes ``path`` on success and vanishes on failure, Ctrl-C included."""
-    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    unique = uuid.uuid4().hex  # of the name nothing: it may be as long as a name can be
+    partial, old = (path.with_name(f".{unique}.{end}") for end in ("part", "old"))
     try:
         yield partial
-        if path.is_dir():  # of pictures, or `check_output` would have refused it; only files replace one another
-            os.replace(path, old)
-        os.replace(partial, path)
+        if not overwrite:
+            _take(path, partial)
+        else:
+            if path.is_dir():  # of pictures, or `check_output` would have refused it; only files replace one another
+                os.replace(path, old)
+            os.replace(partial, path)
     except BaseException:
         if old.exists() and not path.exists():
             os.replace(old, path)
@@ -247,6 +281,22 @@ def _replacing(path: Path) -> Iterator[Path]:
         if partial.is_dir():
             shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
+
+
+def _take(path: Path, partial: Path) -> None:
+    """Give ``partial`` a free name: of two processes that write to it at once only one gets it."""
+    try:
+        if not partial.is_dir():
+            path.touch(exist_ok=False)  # not a hard link, which some file systems lack
+        os.replace(partial, path)  # a folder only takes the place of an empty one
+    except FileExistsError as error:
+        raise _taken(path) from error
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise _taken(path) from error
+        if path.is_file():
+            path.unlink()
+        raise
 
 
 def _write_mp4(pixels: Pixels, path: Path, fps: float) -> None:

@@ -15,9 +15,6 @@ from torch import Tensor
 from lumiere_fast import benchmark, dispatch, ops
 from lumiere_fast.ops import _selfcheck, _spec
 
-typer = pytest.importorskip("typer")
-cli = pytest.importorskip("lumiere_fast.cli")
-
 TINY = _spec.Scenario("tiny", {"B": 1, "C": 3, "T": 6, "H": 4, "W": 4}, {"window": 4}, cpu=True)
 
 
@@ -33,7 +30,7 @@ def one_op(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Recorded:
-    """Calls of an op, which it passes on."""
+    """Calls of an op, which it passes on to the reference and says that another backend ran, unless that was asked for."""
 
     def __init__(self, public: Any) -> None:
         self.public, self.calls = public, []
@@ -42,10 +39,16 @@ class Recorded:
 
     def __call__(self, *args: Any, backend: str | None = None, out: Tensor | None = None, **kwargs: Any) -> Tensor:
         self.calls.append((backend, out))
-        return self.public(*args, backend="reference", out=out, **kwargs)
+        record = dispatch._record.get()
+        result = self.public(*args, backend="reference", out=out, **kwargs)
+        if record is not None and backend != "reference":
+            record.clear()
+            record.add("triton")
+        return result
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    cli = pytest.importorskip("lumiere_fast.cli")
     with pytest.raises(SystemExit) as exit_:
         cli.main(["benchmark", *arguments])
     captured = capsys.readouterr()
@@ -58,8 +61,20 @@ def test_an_op_is_timed_on_the_device_s_scenarios_into_held_buffers(monkeypatch:
     monkeypatch.setattr(ops, "blend_windows", recorded)
     (row,) = benchmark.run(["blend_windows"], device="cpu", budget=1e-9)
     assert (row.name, row.scenario, row.device, row.dtype) == ("blend_windows", "tiny", "cpu", "float32")
-    held = {id(out) for _, out in recorded.calls if out is not None}
-    assert 1 <= len(held) <= 2 and sum(out is not None for _, out in recorded.calls) >= 4
+    assert row.backend == "triton" and row.times_as_fast
+    held = [id(out) for backend, out in recorded.calls if out is not None]
+    assert len(held) >= 4 and len(set(held)) == 1
+
+
+def test_the_reference_is_not_charged_for_a_copy_into_a_held_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(ops.blend_windows)
+    monkeypatch.setattr(ops, "blend_windows", recorded)
+    list(benchmark.run(["blend_windows"], device="cpu", budget=1e-9))
+    theirs = [out for backend, out in recorded.calls if backend == "reference"]
+    assert len(theirs) >= 4 and all(out is None for out in theirs)
+    inputs = _selfcheck.example(recorded.public, TINY, "cpu", torch.float32)
+    side = benchmark.into_held_buffer(recorded.public, inputs, "reference")
+    assert side() is not side()
 
 
 def test_ours_and_the_reference_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

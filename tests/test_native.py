@@ -249,6 +249,65 @@ class TestBlendWindows:
         refused("got >f4", out=out.numpy().astype(">f4"))
 
 
+@needs_core
+class TestLimitsOfALaunch:
+    """What one CUDA launch takes; the C tests hold the launch itself to the same numbers."""
+
+    @staticmethod
+    def window(row: int = 1, frames: int = 1) -> Tensor:
+        """(1, 1, frames, 2, 1) with rows `row` apart from one another."""
+        return torch.empty(64).as_strided((1, 1, frames, 2, 1), (0, 0, 0, row, 0))
+
+    def said(self, windows: list[Tensor], starts: list[int], frames: int) -> list[str]:
+        return native.blend_windows_limits(windows, starts, (frames,), None)
+
+    def test_windows_over_one_position(self) -> None:
+        most, _ = native.load().BLEND_LIMITS
+        window = self.window(frames=2)
+        assert self.said([window] * most, [0] * most, 2) == []
+        (reason,) = self.said([window] * (most + 1), [0] * (most + 1), 2)
+        assert reason == f"{most + 1} windows lie over one position, a launch takes {most}"
+        assert self.said([window] * (most + 1), [0] * most + [2], 4) == []  # one lies elsewhere
+        assert self.said([window] * (most + 1), [0] * most + [1], 3) != []
+
+    def test_strides_over_one_position(self) -> None:
+        _, most = native.load().BLEND_LIMITS
+        windows = [self.window(row) for row in range(1, most + 2)]
+        assert self.said(windows[:most], [0] * most, 1) == []
+        (reason,) = self.said(windows, [0] * (most + 1), 1)
+        assert reason == f"windows of {most + 1} different strides lie over one position, it takes {most}"
+        assert self.said(windows, [0] * most + [1], 2) == []
+        # Axes of one place are not walked along, so that their strides do not count.
+        alike = [self.window().as_strided((1, 1, 1, 2, 1), (0, 0, i, 1, i)) for i in range(most + 1)]
+        assert self.said(alike, [0] * (most + 1), 1) == []
+
+    def test_where_space_is_weighted(self) -> None:
+        core = native.load()
+        most, layouts = core.VARYING_BLEND_LIMITS
+        assert most < core.BLEND_LIMITS[0] and layouts < core.BLEND_LIMITS[1]
+
+        def said(windows: list[Tensor], starts: list[int], numbers: int = 4, frames: int = 1) -> list[str]:
+            return native.blend_windows_limits(windows, starts, (frames, 2, 1), [1.0] * numbers)
+
+        window = self.window()
+        assert said([window] * most, [0, 0, 0] * most) == []
+        assert said([window] * (most + 1), [0, 0, 0] * (most + 1)) != []
+        assert said([window] * (most + 1), [*[0, 0, 0] * most, 1, 0, 0], frames=2) == []
+        rows = [self.window(row) for row in range(1, layouts + 2)]
+        assert said(rows[:-1], [0, 0, 0] * layouts) == []
+        assert said(rows, [0, 0, 0] * (layouts + 1)) != []
+        assert said([window], [0, 0, 0], core.MOST_WEIGHTS) == []
+        (reason,) = said([window], [0, 0, 0], core.MOST_WEIGHTS + 1)
+        assert reason == f"weights has {core.MOST_WEIGHTS + 1} numbers for 3 axes, a launch takes {core.MOST_WEIGHTS}"
+        # None of it counts where time alone is weighted.
+        frames = core.MOST_WEIGHTS + 1
+        assert native.blend_windows_limits([window] * (layouts + 1), [0] * 9, (frames,), [1.0] * frames) == []
+
+    def test_no_core_is_no_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "_loaded", lambda: (None, ("not built",)))
+        assert self.said([self.window()] * 700, [0] * 700, 1) == []
+
+
 PORTABLE = """
 import sys, torch
 from lumiere_fast import native

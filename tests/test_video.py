@@ -233,6 +233,7 @@ def test_a_folder_of_pictures_is_replaced_as_a_whole_and_only_if_told(tmp_path: 
 
 @pytest.mark.parametrize("name", ["notes.txt", "frame_0000.jpg", "frame_1.png"])
 def test_a_folder_of_anything_else_is_never_replaced(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("PIL")
     path = tmp_path / "clip"
     path.mkdir()
     (path / "frame_0000.png").write_bytes(b"old")
@@ -291,6 +292,7 @@ def test_an_unknown_suffix_lists_the_accepted_ones(tmp_path: Path, name: str, mo
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
     with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
         video.check_output(tmp_path / "nowhere" / "clip.png")
 
@@ -302,6 +304,7 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_file_that_exists_is_kept_unless_told(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
     path = tmp_path / "clip.png"
     path.write_bytes(b"precious")
     with pytest.raises(FileExistsError, match="--overwrite"):
@@ -313,6 +316,7 @@ def test_a_file_that_exists_is_kept_unless_told(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_never_replaced(tmp_path: Path) -> None:
+    pytest.importorskip("av")
     (tmp_path / "clip.mp4").mkdir()
     with pytest.raises(FileExistsError, match="is a folder"):
         video.check_output(tmp_path / "clip.mp4", overwrite=True)
@@ -320,12 +324,14 @@ def test_a_folder_is_never_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fps", [0, -1, 0.009, 1001, 10**40, float("nan"), float("inf")])
 def test_a_rate_is_one_that_a_file_can_hold(tmp_path: Path, fps: float) -> None:
+    pytest.importorskip("PIL")
     with pytest.raises(ValueError, match=r"fps: expected a number from 0\.01 to 1000, got "):
         video.write_video(flat_clip(), tmp_path / "clip.png", fps)
     assert listing(tmp_path) == []
 
 
 def test_a_minimum_size_must_be_positive(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
     with pytest.raises(ValueError, match="min_size: expected at least 1, got 0"):
         video.write_video(flat_clip(), tmp_path / "clip.gif", 16, min_size=0)
 
@@ -340,6 +346,7 @@ def test_a_minimum_size_must_be_positive(tmp_path: Path) -> None:
     ],
 )
 def test_other_arrays_are_refused(tmp_path: Path, frames: video.Pixels) -> None:
+    pytest.importorskip("PIL")
     with pytest.raises(ValueError, match="expected a uint8 array"):
         video.write_video(frames, tmp_path / "clip.png", 16)
     assert listing(tmp_path) == []
@@ -349,6 +356,7 @@ def test_other_arrays_are_refused(tmp_path: Path, frames: video.Pixels) -> None:
 def test_a_failure_while_writing_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
+    pytest.importorskip("av")
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"precious")
     seen: list[str] = []

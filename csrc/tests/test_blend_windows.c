@@ -450,11 +450,14 @@ static void on_unknown_device(void) {
   CHECK(strstr(lf_last_cuda_error(), "cudaErrorInvalidDevice: invalid device") != NULL);
 }
 
-/* As many sets of strides over one position as a launch takes, and one more. */
-static void layouts_on_one_position(int count, lf_status expected) {
+/* As many sets of strides over one position as a launch takes, and one more; fewer where space is weighted. */
+static void layouts_on_one_position(int count, int weighted, lf_status expected) {
   Case* c = &shared;
   const int64_t shape[AXES] = {1, 1, 1, 3, 5};
   describe(c, LF_FLOAT32, 1, 1, 1, 3, 5);
+  c->axes = weighted ? 3 : 1;
+  c->weighted = weighted;
+  for (int i = 0; i < 9; ++i) c->weights[i] = 1 + i;
   for (int i = 0; i < count; ++i) {
     add_window(c, 0, 0, 0, 1, 3, 5);
     allocate(&c->windows[i], c->dtype, shape, CONTIGUOUS, 0, i);
@@ -466,14 +469,37 @@ static void layouts_on_one_position(int count, lf_status expected) {
   release(c);
 }
 
-static void too_many_on_one_position(void) {
+static void windows_on_one_position(int count, int weighted, lf_status expected) {
   Case* c = &shared;
-  describe(c, LF_FLOAT32, 1, 1, 1, 1, 1);
-  for (int i = 0; i < 641; ++i) add_window(c, 0, 0, 0, 1, 1, 1);
-  for (int i = 0; i < 641; ++i) allocate(&c->windows[i], c->dtype, c->out.shape, CONTIGUOUS, 0, 0);
   const int64_t shape[AXES] = {1, 1, 1, 1, 1};
+  describe(c, LF_FLOAT32, 1, 1, 1, 1, 1);
+  c->axes = weighted ? 3 : 1;
+  c->weighted = weighted;
+  for (int i = 0; i < 3; ++i) c->weights[i] = 1;
+  for (int i = 0; i < count; ++i) {
+    add_window(c, 0, 0, 0, 1, 1, 1);
+    allocate(&c->windows[i], c->dtype, shape, CONTIGUOUS, 0, 0);
+    fill(&c->windows[i], c->dtype);
+  }
   allocate(&c->out, c->dtype, shape, CONTIGUOUS, 0, 0);
-  CHECK(blend(c, 1) == LF_TOO_MANY);
+  CHECK(blend(c, 1) == expected);
+  if (expected == LF_OK) compare(c, "windows on one position");
+  release(c);
+}
+
+static void weights_of_one_launch(int count, lf_status expected) {
+  Case* c = &shared;
+  const int64_t shape[AXES] = {1, 1, 1, 2, count - 3};
+  describe(c, LF_FLOAT32, 1, 1, 1, 2, count - 3);
+  c->axes = 3;
+  c->weighted = 1;
+  for (int i = 0; i < count; ++i) c->weights[i] = 1;
+  add_window(c, 0, 0, 0, 1, 2, count - 3);
+  allocate(&c->windows[0], c->dtype, shape, CONTIGUOUS, 0, 0);
+  fill(&c->windows[0], c->dtype);
+  allocate(&c->out, c->dtype, shape, CONTIGUOUS, 0, 0);
+  CHECK(blend(c, 1) == expected);
+  if (expected == LF_OK) compare(c, "weights of one launch");
   release(c);
 }
 #else
@@ -549,9 +575,16 @@ int main(void) {
   check_errors();
 #if defined(LF_TEST_CUDA)
   on_unknown_device();
-  layouts_on_one_position(32, LF_OK);
-  layouts_on_one_position(33, LF_TOO_MANY);
-  too_many_on_one_position();
+  layouts_on_one_position(32, 0, LF_OK);
+  layouts_on_one_position(33, 0, LF_TOO_MANY);
+  layouts_on_one_position(8, 1, LF_OK);
+  layouts_on_one_position(9, 1, LF_TOO_MANY);
+  windows_on_one_position(640, 0, LF_OK);
+  windows_on_one_position(641, 0, LF_TOO_MANY);
+  windows_on_one_position(128, 1, LF_OK);
+  windows_on_one_position(129, 1, LF_TOO_MANY);
+  weights_of_one_launch(2880, LF_OK);
+  weights_of_one_launch(2881, LF_TOO_MANY);
 #else
   borrowed_threads();
   no_threads();

@@ -113,7 +113,8 @@ class VideoFolder:
         short_clips: ShortClips = "refuse",
         num_workers: int = 4,
     ) -> None:
-        _check_arguments(num_frames, fps, crop, short_clips, num_workers)
+        check_choices(crop, short_clips)
+        _check_numbers(num_frames, fps, num_workers)
         self.folder = Path(folder)
         self.num_frames = num_frames
         self.fps = fps
@@ -206,15 +207,19 @@ class VideoFolder:
         return torch.stack([squares[id(picture)] for picture in pictures])
 
 
-def _check_arguments(num_frames: int, fps: float, crop: str, short_clips: str, num_workers: int) -> None:
-    if num_frames < 1:
-        raise ValueError(f"num_frames must be >= 1, got {num_frames}")
-    if not 0 < fps < math.inf:
-        raise ValueError(f"fps must be a finite number above 0, got {fps}")
+def check_choices(crop: str, short_clips: str) -> None:
+    """A ValueError unless both are as `VideoFolder` takes them."""
     if crop not in get_args(Crop):
         raise ValueError(f"crop must be one of {', '.join(get_args(Crop))}, got {crop!r}")
     if short_clips not in get_args(ShortClips):
         raise ValueError(f"short_clips must be one of {', '.join(get_args(ShortClips))}, got {short_clips!r}")
+
+
+def _check_numbers(num_frames: int, fps: float, num_workers: int) -> None:
+    if num_frames < 1:
+        raise ValueError(f"num_frames must be >= 1, got {num_frames}")
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps must be a finite number above 0, got {fps}")
     if num_workers < 1:
         raise ValueError(f"num_workers must be >= 1, got {num_workers}")
 
@@ -240,7 +245,13 @@ def _captions(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and (path.is_file() or (path.is_symlink() and not path.exists()))
     ]
+    dangling = [name for name in found if not (folder / name).exists()]
+    if dangling:
+        raise FileNotFoundError(
+            f"{folder}: {len(dangling)} files are links to files that do not exist: {_listed(dangling)}"
+        )
     metadata = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
     if len(metadata) > 1:
         raise ValueError(f"{folder} holds both {' and '.join(METADATA_NAMES)}; keep one")
@@ -278,6 +289,8 @@ def _metadata_captions(path: Path) -> dict[str, str]:
         if not isinstance(name, str) or not isinstance(text, str):
             keys = ", ".join(map(str, row)) or "nothing"
             raise ValueError(f"{path}, line {line}: file_name and text must both be strings; the row has {keys}")
+        if not (_is_text(name) and _is_text(text)):
+            raise ValueError(f"{path}, line {line}: file_name and text must be Unicode; one holds half of a character")
         name = PurePosixPath(name).as_posix()  # "./a.mp4" is a.mp4
         if name in captions:
             raise ValueError(f"{path}, line {line}: {name} has a caption already")
@@ -288,13 +301,18 @@ def _metadata_captions(path: Path) -> dict[str, str]:
     return captions
 
 
+def _is_text(text: str) -> bool:
+    r"""Whether it has no lone surrogate, such as JSON's "\ud800", which no encoding can write."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for line, text in enumerate(_read_text(path).split("\n"), start=1):
         if not text.strip():
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {line}: not valid JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {line}: must be a JSON object")
@@ -303,7 +321,13 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
-    for row in reader:
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num + 1}: not valid CSV: {error}") from error
         yield reader.line_num, row
 
 
@@ -326,7 +350,7 @@ def _index(folder: Path, with_images: bool, num_workers: int) -> list[Entry]:
     if unknown:
         _write_cache(cache, {key: known[key] for key in keys.values() if key in known})
     if unreadable:
-        raise ValueError(f"{folder}: {len(unreadable)} files cannot be read: {_listed(unreadable)}")
+        raise ValueError(f"{folder}: {len(unreadable)} files are unreadable or truncated: {_listed(unreadable)}")
     return [Entry(name, captions[name], stats[name].st_size, known[keys[name]]) for name in names]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from numbers import Real
 
 from lumiere_fast.diffusion.parameterization import Parameterization
 from lumiere_fast.diffusion.schedule import NoiseLevel
@@ -26,6 +27,7 @@ def ddim(levels: Sequence[NoiseLevel], parameterization: Parameterization, eta: 
     `s = eta sigma' sqrt(1 - e^(-2h))`, eta times the deviation of the posterior q(x' | x, x0), and z fresh noise.
     """
     check_eta(eta)
+    eta = float(eta)  # a numpy scalar would give its precision to the table
     steps = []
     for now, after in pairwise(levels):
         contracted = math.exp(now.log_snr - after.log_snr)  # e^-h
@@ -101,7 +103,7 @@ def sampling_table(
 
 def check_sampler(sampler: str, eta: float = 0.0) -> None:
     """Raise a ValueError unless `sampler` is known and takes this `eta`."""
-    if sampler not in SAMPLERS:
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     check_eta(eta)
     if eta != 0 and sampler != "ddim":
@@ -109,5 +111,5 @@ def check_sampler(sampler: str, eta: float = 0.0) -> None:
 
 
 def check_eta(eta: float) -> None:
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be from 0 (deterministic) to 1 (ancestral), got {eta}")
+    if not isinstance(eta, Real) or isinstance(eta, bool) or not 0 <= eta <= 1:
+        raise ValueError(f"eta must be a number from 0 (deterministic) to 1 (ancestral), got {eta!r}")

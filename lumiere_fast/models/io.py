@@ -8,7 +8,9 @@ than a shard has `diffusion_pytorch_model-00001-of-0000N.safetensors` instead, a
 from __future__ import annotations
 
 import json
+import operator
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +34,7 @@ WEIGHTS_INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 SHARD_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 VERSION_KEY = "_lumiere_fast_version"
 MODEL_KINDS = ("UNet2D", "STUNet")
+SHARD_SIZE = r"(\d+(?:\.\d+)?)\s*([KMGT])B"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -108,12 +111,13 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path, *, 
     """Copy `weights` into `model`, or with `assign` make them its own.
 
     Raises:
-        ValueError: names the first key, in the model's order, that differs.
+        ValueError: names the first key, in the model's order, that differs or is not floating.
     """
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name not in weights:
             raise ValueError(f"{source}: these weights are of another architecture: {name!r} is missing")
+        _check_floating(name, weights[name], source)
         if weights[name].shape != tensor.shape:
             raise ValueError(
                 f"{source}: these weights are of another architecture: {name!r} has shape "
@@ -123,6 +127,12 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path, *, 
     if extra is not None:
         raise ValueError(f"{source}: these weights are of another architecture: the model has no {extra!r}")
     model.load_state_dict(weights, assign=assign)
+
+
+def _check_floating(name: str, tensor: Tensor, source: Path) -> None:
+    """Quantised weights would load as the integers that they are stored as, without their scales."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{source}: {name!r} is {tensor.dtype}; weights must be floating, such as torch.float16")
 
 
 # Weights, in one file or in shards -----------------------------------------------------------------------------------
@@ -142,7 +152,8 @@ def _write_weights(
     try:
         for name, keys in files.items():
             shard = {key: state[key].to(dtype or state[key].dtype).contiguous() for key in keys}
-            save_file(shard, partials[name], metadata={"format": "pt"})
+            with _writing(folder / name):
+                save_file(shard, partials[name], metadata={"format": "pt"})
         if index is not None:
             (folder / WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
         for name, partial in partials.items():
@@ -163,8 +174,9 @@ def _plan_files(
     state: dict[str, Tensor], dtype: torch.dtype | None, max_shard_size: int | str
 ) -> tuple[dict[str, list[str]], dict[str, Any] | None]:
     """The weights' names by file, and the index where there is more than one file."""
+    limit = shard_bytes(max_shard_size)
     planned = {name: torch.empty(x.shape, dtype=dtype or x.dtype, device="meta") for name, x in state.items()}
-    if isinstance(max_shard_size, int) and sum(x.nbytes for x in planned.values()) <= max_shard_size:
+    if sum(x.nbytes for x in planned.values()) <= limit:
         return {WEIGHTS_NAME: list(planned)}, None  # so that small models do not need huggingface_hub
     try:
         from huggingface_hub import split_torch_state_dict_into_shards
@@ -172,16 +184,26 @@ def _plan_files(
         raise ModuleNotFoundError(
             "writing shards needs huggingface_hub: pip install huggingface_hub", name="huggingface_hub"
         ) from error
-    try:
-        split = split_torch_state_dict_into_shards(
-            planned, filename_pattern=SHARD_PATTERN, max_shard_size=max_shard_size
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f'max_shard_size must be a number of bytes or a string such as "2GB", got {max_shard_size!r}'
-        ) from error
+    split = split_torch_state_dict_into_shards(planned, filename_pattern=SHARD_PATTERN, max_shard_size=limit)
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename} if split.is_sharded else None
     return split.filename_to_tensors, index
+
+
+def shard_bytes(max_shard_size: int | str) -> int:
+    """Bytes of "2GB", "500 MB" and the like (1 KB is 1000 bytes), or of a number of them; a ValueError below 1."""
+    try:
+        if isinstance(max_shard_size, str):
+            number, unit = re.fullmatch(SHARD_SIZE, max_shard_size.strip().upper()).groups()  # type: ignore[union-attr]
+            size = int(float(number) * 1000 ** ("KMGT".index(unit) + 1))
+        else:
+            size = operator.index(max_shard_size)
+    except (AttributeError, TypeError):
+        size = 0
+    if size < 1 or isinstance(max_shard_size, bool):
+        raise ValueError(
+            f'max_shard_size must be a number of bytes >= 1 or a string such as "2GB", got {max_shard_size!r}'
+        )
+    return size
 
 
 def _read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -194,7 +216,9 @@ def _read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         raise _missing_weights(folder)
     weights: dict[str, Tensor] = {}
     for path in files:
-        weights |= {name: tensor.to(dtype, copy=True) for name, tensor in read_safetensors(path).items()}
+        for name, tensor in read_safetensors(path).items():
+            _check_floating(name, tensor, path)
+            weights[name] = tensor.to(dtype, copy=True)
     return weights
 
 
@@ -234,6 +258,14 @@ def refuse_pickle(path: Path) -> str:
 # Folders -------------------------------------------------------------------------------------------------------------
 
 
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """`path` as a `Path`; a ValueError if it is none."""
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise ValueError(f"the path of a folder is needed, a str or a Path, got {path!r}") from error
+
+
 def check_is_folder(path: Path) -> None:
     """Raise a ValueError, with what to do about a pickle, if `path` is a file."""
     if path.is_file():
@@ -255,7 +287,10 @@ def check_destination(folder: Path, marker: str, kinds: Collection[str], overwri
     if not any(folder.iterdir()):
         return
     if not overwrite:
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or overwrite what it holds")
+        raise FileExistsError(
+            f"{folder} exists and is not empty; choose another folder, or replace what it holds: overwrite=True "
+            "(--overwrite)"
+        )
     if _kind_of(folder / marker) not in kinds:
         raise FileExistsError(
             f"{folder} holds something else than a {' or '.join(kinds)}, which is all that may be overwritten; "
@@ -334,12 +369,12 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, with errors that name the file."""
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is not a folder")
+        raise FileNotFoundError(f"{path} is missing: {path.parent} is not a folder")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second of brackets in brackets, by the thousand
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object")
@@ -350,7 +385,8 @@ def write_json_atomically(content: dict[str, Any], path: Path) -> None:
     """Write to a sibling file, then rename: an interruption leaves the old file whole."""
     partial = _partial(path)
     try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with _writing(path):
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -360,10 +396,20 @@ def save_file_atomically(tensors: dict[str, Tensor], path: Path, *, metadata: di
     """`safetensors.torch.save_file` to a sibling file, then rename."""
     partial = _partial(path)
     try:
-        save_file(tensors, partial, metadata=metadata)
+        with _writing(path):
+            save_file(tensors, partial, metadata=metadata)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the disk refuses, as an OSError that names the file: safetensors raises another, and both may name none."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def _partial(path: Path) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from typing_extensions import Self
 
 MAX_SHARD_SIZE = 10 * 10**9  # bytes; diffusers' default, "10GB"
@@ -34,10 +35,12 @@ class PretrainedModel:
 
         Raises:
             FileExistsError: `folder` is not empty and `overwrite` is false, or what it holds is no such model.
+            OSError: a file could not be written; names it.
+            ValueError: `folder` is no path, or `max_shard_size` is not as above.
         """
         from lumiere_fast.models import io
 
-        folder = Path(folder)
+        folder = io.as_path(folder)
         io.check_destination(folder, io.CONFIG_NAME, io.MODEL_KINDS, overwrite)
         io.save_model(self, folder, dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
 
@@ -54,7 +57,7 @@ class PretrainedModel:
         """
         from lumiere_fast.models import io
 
-        model: Any = io.load_model(Path(folder), torch_dtype=torch_dtype)
+        model: Any = io.load_model(io.as_path(folder), torch_dtype=torch_dtype)
         if not isinstance(model, cls):
             raise ValueError(f"{folder} holds a {type(model).__name__}, not a {cls.__name__}: load it with that class")
         return model

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +21,7 @@ from lumiere_fast import dispatch
 from lumiere_fast.diffusion import EDMParameterization, Parameterization, Schedule, clip_generators, draw_noise
 from lumiere_fast.models import STUNet, UNet2D
 from lumiere_fast.models.blocks import channels_last_weights
-from lumiere_fast.models.io import check_is_folder, load_stunet, replacing_entries, save_model
+from lumiere_fast.models.io import as_path, check_is_folder, load_stunet, replacing_entries, save_model
 from lumiere_fast.models.pretrained import MAX_SHARD_SIZE
 from lumiere_fast.models.stunet import check_num_frames
 from lumiere_fast.ops.denoise_step import Threshold
@@ -25,7 +29,8 @@ from lumiere_fast.pipelines import folder as layout
 from lumiere_fast.pipelines.denoising import Denoiser, resolve_threshold
 from lumiere_fast.pipelines.super_resolution import SuperResolution
 from lumiere_fast.text import TextEncoder, WordVectorEncoder
-from lumiere_fast.video import to_uint8
+from lumiere_fast.text.encoder import as_prompts
+from lumiere_fast.video import MAX_FPS, to_uint8
 
 SHIPPED = Path(__file__).parent.parent / "weights"
 
@@ -78,6 +83,8 @@ class PipelineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if self.fps > MAX_FPS:
+            raise ValueError(f"fps must be at most {MAX_FPS}, got {self.fps}")
 
 
 class LumierePipeline:
@@ -108,6 +115,13 @@ class LumierePipeline:
                     f"{name} reads text of width {width}, the text encoder {encoder.name!r} gives {encoder.embed_dim}: "
                     "pass as text_encoder the one that the model was trained with"
                 )
+        factors = {"num_frames": math.lcm(base.temporal_factor, ssr.temporal_factor)}
+        factors["window_frames"] = ssr.temporal_factor
+        for name, factor in factors.items():
+            if getattr(config, name) % factor:
+                raise ValueError(
+                    f"{name} must be a multiple of {factor}, the models' temporal factor, got {getattr(config, name)}"
+                )
         self.config = config
         self.base = base.eval()
         self.ssr = ssr.eval()
@@ -115,7 +129,7 @@ class LumierePipeline:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path = "demo", *, torch_dtype: torch.dtype | None = None
+        cls, name_or_path: str | os.PathLike[str] = "demo", *, torch_dtype: torch.dtype | None = None
     ) -> LumierePipeline:
         """Load the shipped "demo" pipeline, or a folder made by `save_pretrained`, on the CPU.
 
@@ -127,8 +141,8 @@ class LumierePipeline:
             ValueError: a file is damaged, a pickle or of another architecture; names the first key that differs.
             ModuleNotFoundError: the pipeline reads T5, and transformers is not installed.
         """
-        shipped = SHIPPED / str(name_or_path)
-        folder = shipped if str(name_or_path) in shipped_names() else Path(name_or_path)
+        folder = as_path(name_or_path)
+        folder = SHIPPED / folder if str(name_or_path) in shipped_names() else folder
         check_is_folder(folder)
         if not folder.is_dir():
             raise FileNotFoundError(
@@ -147,7 +161,10 @@ class LumierePipeline:
         text_encoder = layout.read_text_encoder(folder, components["text_encoder"], torch_dtype)
         models = (load_stunet(folder / stage, torch_dtype=torch_dtype) for stage in ("base", "ssr"))
         base, ssr = (channels_last_weights(model) for model in models)
-        return cls(base, ssr, config, text_encoder)
+        try:
+            return cls(base, ssr, config, text_encoder)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
 
     def save_pretrained(
         self,
@@ -169,8 +186,10 @@ class LumierePipeline:
 
         Raises:
             FileExistsError: `folder` is not empty and `overwrite` is false, or what it holds is no such pipeline.
+            OSError: a file could not be written; names it.
+            ValueError: `folder` is no path, or `max_shard_size` is not as above.
         """
-        folder, config = Path(folder), self.config
+        folder, config = as_path(folder), self.config
         layout.check_free(folder, overwrite)
         with replacing_entries(folder, layout.INDEX_NAME, layout.COMPONENTS) as new:
             save_model(self.base, new / "base", dtype=dtype, max_shard_size=max_shard_size)
@@ -197,12 +216,15 @@ class LumierePipeline:
         """Move the models and the text encoder to `device` and cast the models to `dtype`; returns self.
 
         In bfloat16 or float16 the networks alone compute in it: noise, latent and sampler stay in float32.
+
+        Raises:
+            ValueError: no such device is here, or `dtype` is not a floating one.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        if dtype is not None and not dtype.is_floating_point:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating one, such as torch.bfloat16, got {dtype}")
-        target = self.device if device is None else torch.device(device)
+        target = self.device if device is None else _usable_device(device)
         for model in (self.base, self.ssr):
             model.to(device=target, dtype=dtype)
         self.text_encoder.to(target)
@@ -257,11 +279,11 @@ class LumierePipeline:
             BackendUnavailable: the backend asked for by name cannot run an op of the model.
         """
         prompts = _check_prompts(prompt)
-        num_frames = self.config.num_frames if num_frames is None else num_frames
+        num_frames = self.config.num_frames if num_frames is None else _integer("num_frames", num_frames)
         check_num_frames(num_frames, self.temporal_factor)
-        _check_steps(num_inference_steps=num_inference_steps, ssr_num_inference_steps=ssr_num_inference_steps)
-        if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < math.inf:  # nor NaN
-            raise ValueError(f"guidance_scale must be >= 0, got {guidance_scale!r}")
+        num_inference_steps = _steps("num_inference_steps", num_inference_steps)
+        ssr_num_inference_steps = _steps("ssr_num_inference_steps", ssr_num_inference_steps)
+        guidance_scale = _guidance(guidance_scale)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         config, bound = self.config, resolve_threshold(threshold)
@@ -344,7 +366,7 @@ def _check_prompts(prompt: str | Sequence[str]) -> list[str]:
     if not prompts or any(not isinstance(text, str) or not text.strip() for text in prompts):
         got = "an empty one" if prompts and all(isinstance(text, str) for text in prompts) else repr(prompt)
         raise ValueError(f'prompt must be a sentence, or several; got {got}. Try "a red ball moving left"')
-    return prompts
+    return as_prompts(prompts)
 
 
 def _as_output(frames: Tensor, output_type: str) -> Any:
@@ -358,10 +380,38 @@ def _as_output(frames: Tensor, output_type: str) -> Any:
     return [[Image.fromarray(picture) for picture in to_uint8(clip)] for clip in frames]
 
 
-def _check_steps(**values: int) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be >= 1, an integer, got {value!r}")
+def _integer(name: str, value: object) -> int:
+    """An integer of any library as Python's own; no bool, which is one by descent only, and no float."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"{name} must be >= 1, an integer, got {value!r}") from error
+
+
+def _steps(name: str, value: object) -> int:
+    steps = _integer(name, value)
+    if steps < 1:
+        raise ValueError(f"{name} must be >= 1, an integer, got {value!r}")
+    return steps
+
+
+def _guidance(value: object) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:  # nor NaN
+        raise ValueError(f"guidance_scale must be a finite number >= 0, got {value!r}")
+    return float(value)
+
+
+def _usable_device(device: torch.device | str) -> torch.device:
+    """The device, if a tensor can be made there: its name alone says nothing about this build and this machine."""
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(f"device {str(device)!r} cannot be used on this machine: {reason}") from error
+    return target
 
 
 @contextmanager

@@ -74,18 +74,30 @@ def as_prompts(prompts: str | Sequence[str]) -> list[str]:
 
     Raises:
         TypeError: it, or one of its items, is not a string.
-        ValueError: it is empty.
+        ValueError: it is empty, or a prompt is no valid Unicode.
     """
     if isinstance(prompts, str):
-        return [prompts]
+        prompts = [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
         raise TypeError(f"prompts: got {type(prompts).__name__}, expected a string or a sequence of strings")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise TypeError(f"prompts[{index}]: got {prompt!r} ({type(prompt).__name__}), expected a string")
+        _check_unicode(prompt, index)
     if not prompts:
         raise ValueError('prompts: got an empty sequence, expected at least one prompt ("" is the unconditional one)')
     return list(prompts)
+
+
+def _check_unicode(prompt: str, index: int) -> None:
+    """Python reads bytes of a command line that are not UTF-8 as lone surrogates, which no tokeniser takes."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"prompts[{index}]: {prompt!r} is not valid Unicode: character {error.start} is a lone surrogate, which is "
+            "what bytes that are not UTF-8 become; write the prompt in UTF-8"
+        ) from error
 
 
 def text_from(prompt: str, token: int, word_ids: Sequence[int | None], offsets: Sequence[tuple[int, int]]) -> str:

@@ -110,14 +110,16 @@ class T5TextEncoder:
 
         Raises:
             FileExistsError: a folder exists and is not empty.
+            OSError: a file could not be written; names the folder.
         """
         folders = [Path(folder)] if tokenizer_folder is None else [Path(folder), Path(tokenizer_folder)]
         for each in folders:
             if each.exists() and (not each.is_dir() or any(each.iterdir())):
                 raise FileExistsError(f"{each} exists and is not empty; choose another folder")
-        with _quiet(_transformers()):
+        with _quiet(_transformers()), _writing(folders[0]):
             self.model.save_pretrained(folders[0], max_shard_size=max_shard_size)
-        self.tokenizer.save_pretrained(folders[-1])
+        with _writing(folders[-1]):
+            self.tokenizer.save_pretrained(folders[-1])
 
     @property
     def name(self) -> str:
@@ -146,7 +148,7 @@ class T5TextEncoder:
 
         Raises:
             TypeError: `prompts`, or one of them, is not a string.
-            ValueError: no prompts.
+            ValueError: no prompts, or one that is no valid Unicode.
 
         Warns:
             PromptWarning: a prompt is longer than `max_length` tokens, naming the words dropped from its end; or it has
@@ -205,8 +207,21 @@ def _errors_of(folder: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{folder}: transformers cannot load this as a T5 encoder: {error}") from error
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What the disk refuses, as an OSError that names the folder: tokenizers raises no more than an Exception."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
+            raise OSError(f"{folder} could not be written: {error}") from error
+        raise
 
 
 @contextmanager

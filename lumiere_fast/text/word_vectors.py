@@ -64,7 +64,7 @@ class WordVectorEncoder:
 
         Raises:
             TypeError: `prompts`, or one of them, is not a string.
-            ValueError: no prompts.
+            ValueError: no prompts, or one that is no valid Unicode.
             ImportError: the `tokenizers` package is missing.
 
         Warns:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from lumiere_fast.training.log import LOG_NAME, LogRow, read_log
+from lumiere_fast.training.log import LOG_NAME, LogRow, naming, read_log
 
 PICTURE_NAME = "loss.png"
 MISSING = "loss.png needs matplotlib, which is not installed: pip install lumiere_fast[plot]"
@@ -54,8 +54,12 @@ def draw_loss_curve(folder: Path) -> Path:
         axes.grid(color="#e4e7eb", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     partial = folder / f"{PICTURE_NAME}.partial"
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(folder / PICTURE_NAME)
+    try:
+        with naming(partial):
+            figure.savefig(partial, format="png", dpi=120)
+        partial.replace(folder / PICTURE_NAME)
+    finally:
+        partial.unlink(missing_ok=True)
     return folder / PICTURE_NAME
 
 

@@ -55,12 +55,17 @@ class MuonAdamW:
         return {f"{moment}.{name}": state[moment] for name, state, moments in states for moment in moments}
 
     def load_state(self, saved: Mapping[str, Tensor], step: int) -> None:
-        """Restore what `state` gave after `step` steps."""
+        """Restore what `state` gave after `step` steps.
+
+        Raises:
+            ValueError: a moment is missing or has another shape; names it.
+        """
+        if step == 0:
+            return  # there are none before the first step, which every parameter takes part in
         for name, state, moments in self._states():
-            if f"{moments[0]}.{name}" not in saved:
-                continue  # not stepped yet
             target = self.matrices.get(name, self.parameters[name])
             for moment in moments:
+                check_tensor(saved, f"{moment}.{name}", target.shape)
                 # laid out like the parameter, as the optimiser makes them: other strides round otherwise
                 state[moment] = torch.empty_like(target, requires_grad=False).copy_(saved[f"{moment}.{name}"])
             if moments is ADAMW_STATE:
@@ -74,6 +79,14 @@ class MuonAdamW:
             key = parameter if matrix is None else matrix
             states.append((name, optimizer.state[key], ADAMW_STATE if matrix is None else MUON_STATE))
         return states
+
+
+def check_tensor(saved: Mapping[str, Tensor], name: str, shape: torch.Size) -> None:
+    """A ValueError unless `saved` has a tensor of this name and shape."""
+    if name not in saved:
+        raise ValueError(f"{name!r} is missing")
+    if saved[name].shape != shape:
+        raise ValueError(f"{name!r} has shape {tuple(saved[name].shape)}, the model wants {tuple(shape)}")
 
 
 def is_matrix(weight: Tensor) -> bool:

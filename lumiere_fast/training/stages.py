@@ -6,16 +6,19 @@ ssr -> inflate (from ssr)        the super-resolution model
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
-from contextlib import closing
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lumiere_fast.data.source import ClipSource, ProceduralClips
-from lumiere_fast.data.videos import Crop, ShortClips, VideoFolder
+from lumiere_fast.data.videos import Crop, ShortClips, VideoFolder, check_choices
 from lumiere_fast.diffusion import (
     PREDICTION_TYPES,
     CosineSchedule,
@@ -31,7 +34,9 @@ from lumiere_fast.models.io import load_model, load_stunet
 from lumiere_fast.pipelines import LumierePipeline
 from lumiere_fast.pipelines.folder import check_free
 from lumiere_fast.pipelines.text_to_video import PipelineConfig
-from lumiere_fast.text import TextEncoder, WordVectorEncoder
+from lumiere_fast.text import PromptWarning, TextEncoder, WordVectorEncoder
+from lumiere_fast.training.lock import locked
+from lumiere_fast.training.memory import check_model_fits, check_step_fits
 from lumiere_fast.training.run_folder import CASCADE_NAME, check_cascade, read_cascade, read_noising, write_run_files
 from lumiere_fast.training.tasks import DenoisingTask, Precision
 from lumiere_fast.training.trainer import Trainer, TrainingConfig
@@ -57,6 +62,8 @@ SSR_CLIPS = Stage(400, 4, 2e-3, EDMSchedule(train_mean=-0.5, train_std=1.4))
 STAGES = ("t2i", "inflate", "ssr")
 SCHEDULE_NAMES = ("edm", "cosine")
 CASCADE = PRESETS["demo"]
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -104,17 +111,22 @@ def train(
         crop, short_clips: of `data`, see `VideoFolder`.
         resume: go on from the last checkpoint in `out`; all that the result depends on must be as it was.
 
+    A start that fails, by an argument, the data or the memory of the first batch, leaves `out` as it was.
+
     Raises:
-        ValueError: an argument is not as above, does not suit the source, or is not that of the run to resume.
+        ValueError: an argument is not as above, does not suit the source, or is not that of the run to resume; or the
+            model or its batches cannot fit into the device's memory.
         FileNotFoundError, FileExistsError: see `Trainer`, `VideoFolder`.
+        BlockingIOError: another process trains in `out`.
     """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
     if stage == "inflate" and source is None:
         raise ValueError("stage 'inflate' needs a source folder: that of the trained t2i or ssr model")
+    check_choices(crop, short_clips)
     cascade = _cascade(cascade, source)
     torch.manual_seed(seed)
-    model = _model(stage, source, cascade).to(device)
+    model = _model(stage, source, cascade, torch.device(device)).to(device)
     defaults = _defaults(model)
     noising = _noising(schedule, prediction_type, defaults, source, _spatial(model).sample_size)
     if gradient_checkpointing:
@@ -136,9 +148,34 @@ def train(
             steps=defaults.steps if steps is None else steps,
             learning_rate=defaults.learning_rate if learning_rate is None else learning_rate,
         )
-        trainer = Trainer(task, config, out, resume=resume)
-        write_run_files(out, cascade, *noising)
-        trainer.run(checkpoint_every=checkpoint_every, log_every=log_every, on_log=on_log)
+        check_step_fits(task)
+        with locked(out), _cut_captions_told_once():
+            Trainer(task, config, out, resume=resume).run(
+                checkpoint_every=checkpoint_every,
+                log_every=log_every,
+                on_log=on_log,
+                on_start=lambda: write_run_files(out, cascade, *noising),
+            )
+
+
+@contextmanager
+def _cut_captions_told_once() -> Iterator[None]:
+    """Within the block the first `PromptWarning` is logged and the others are dropped: they come at every step."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", PromptWarning)
+        show = warnings.showwarning
+
+        def show_once(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
+            if not issubclass(category, PromptWarning):
+                show(message, category, *where, **rest)
+                return
+            warnings.simplefilter("ignore", PromptWarning)
+            logger.warning(
+                "a caption does not reach the model whole, and others may not, which is said once: %s", message
+            )
+
+        warnings.showwarning = show_once
+        yield
 
 
 def _cascade(given: Preset | None, source: Path | None) -> Preset:
@@ -149,9 +186,11 @@ def _cascade(given: Preset | None, source: Path | None) -> Preset:
     return CASCADE
 
 
-def _model(stage: str, source: Path | None, cascade: Preset) -> UNet2D | STUNet:
+def _model(stage: str, source: Path | None, cascade: Preset, device: torch.device) -> UNet2D | STUNet:
     if source is None:
-        return channels_last_weights(UNet2D(cascade.base if stage == "t2i" else cascade.ssr))
+        config = cascade.base if stage == "t2i" else cascade.ssr
+        check_model_fits(lambda: UNet2D(config), device)
+        return channels_last_weights(UNet2D(config))
     model = load_model(source)
     is_ssr = bool(_spatial(model).conditioning_channels)
     if stage != "inflate" and (isinstance(model, STUNet) or (stage == "ssr") != is_ssr):
@@ -161,6 +200,7 @@ def _model(stage: str, source: Path | None, cascade: Preset) -> UNet2D | STUNet:
     if isinstance(model, STUNet):
         _check_architecture(asdict(model.inflation_config), asdict(inflation), source)
     elif stage == "inflate":
+        check_model_fits(lambda: inflate(UNet2D(_spatial(model)), inflation), device)
         model = inflate(model, inflation)
     return channels_last_weights(model)
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lumiere_fast.data import clips
@@ -24,6 +23,9 @@ from lumiere_fast.data.clips import (
     SceneState,
     render,
 )
+
+Image = pytest.importorskip("PIL.Image")
+ImageDraw = pytest.importorskip("PIL.ImageDraw")
 
 NUM_CLIPS = 240
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import resources
+from benchmarks import gate, resources
 from benchmarks.resources import RULES, Row, Rule, violations
 
 pytest.importorskip("triton", reason="Triton compiles the kernels, and brings the tools that read them")
@@ -38,6 +38,23 @@ def multiply(source, target, TILE: tl.constexpr):
     a = tl.load(source + square)
     tl.store(target + square, tl.dot(a, a))
 
+@triton.jit
+def late(source, target, stride, TILE: tl.constexpr):
+    lane = tl.arange(0, TILE)
+    row = (tl.program_id(0) * stride).to(tl.int64)
+    tl.store(target + row + lane, tl.load(source + row + lane))
+
+@triton.jit
+def early(source, target, stride, TILE: tl.constexpr):
+    lane = (tl.arange(0, TILE) * 4).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * stride
+    tl.store(target + row + lane, tl.load(source + row + lane))
+
+@triton.jit
+def tiled(source, target, count, TILE: tl.constexpr):
+    lane = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
+    tl.store(target + lane, tl.load(source + lane, mask=lane < count), mask=lane < count)
+
 def variant(name, kernel, dtype, tile, warps, wide=0, **scalars):
     signature = {"source": f"*{dtype}", "target": "*fp32", **scalars, "TILE": "constexpr"}
     return Variant(name, kernel, signature, {"TILE": tile}, warps, 1, wide)
@@ -46,6 +63,9 @@ VARIANTS = (
     variant("narrow", "copy", "fp32", 512, 4, wide=1, stride="i32"),
     variant("spilling", "hoard", "fp32", 16384, 1),
     variant("tensor cores", "multiply", "bf16", 64, 4),
+    variant("late", "late", "fp32", 128, 4, stride="i32"),
+    variant("early", "early", "fp32", 128, 4, stride="i32"),
+    variant("tiled", "tiled", "fp32", 128, 4, count="i32"),
 )
 """
 
@@ -77,13 +97,16 @@ def test_every_shipped_configuration_keeps_the_rules() -> None:
 def test_the_gate_sees_what_is_compiled(arch: int, tmp_path: Path) -> None:
     """A kernel that spills, one whose loads are narrow where wide ones are promised, one on the tensor cores."""
     (tmp_path / "gate_subjects.py").write_text(KERNELS)
-    narrow, spilling, cores = resources.triton_rows("subject", "gate_subjects", arch, tmp_path)
+    narrow, spilling, cores, late, early, tiled = resources.triton_rows("subject", "gate_subjects", arch, tmp_path)
     assert spilling.spills > 0 and spilling.stack > 0
     assert {"nothing spills", "no stack"} <= broken_rules(spilling)
     assert dict(narrow.loads) == {4: 4} and narrow.narrow_offsets == 1
     assert {"16-byte global loads", "64-bit offsets"} == broken_rules(narrow)
     assert (cores.wgmma > 0, cores.mma > 0) == ((True, False) if arch == 90 else (False, True))
     assert cores.shared >= 64 * 64 * 2
+    for wrapping in (late, tiled):  # the offset has 64 bits, and the product in it wraps in 32 before
+        assert wrapping.narrow_offsets == 1 and broken_rules(wrapping) == {"64-bit offsets"}
+    assert early.narrow_offsets == 0 and not broken_rules(early)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +184,32 @@ def test_offsets_narrower_than_64_bits_are_counted() -> None:
     assert resources.narrow_offsets(ttir) == 2
 
 
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("%a = arith.muli %pid, %stride : i32\n%b = arith.extsi %a : i32 to i64", 1),
+        ("%a = arith.muli %n, %lane : i32\n%s = arith.addi %a, %c : i32\n%b = arith.extui %s : i32 to i64", 1),
+        ("%a = arith.shli %pid, %c : i32\n%s = tt.splat %a : i32 -> tensor<8xi32>\n"
+         "%b = arith.extsi %s : tensor<8xi32> to tensor<8xi64>", 1),
+        ("%a = arith.muli %lane, %c : i32\n%b = arith.extsi %a : i32 to i64", 0),
+        ("%a = arith.extsi %pid : i32 to i64\n%b = arith.muli %a, %stride : i64", 0),
+        ("%a = arith.muli %pid, %stride : i32\n%b = arith.extsi %pid : i32 to i64", 0),
+        ("scf.for %lane = %c to %n step %c : i32 {\n%a = arith.muli %lane, %c : i32\n"
+         "%b = arith.extsi %a : i32 to i64", 1),
+        ("%c:2 = scf.if %p -> (i32, i32) {\n%a = arith.muli %c#1, %lane : i32\n%b = arith.extsi %a : i32 to i64", 1),
+        ("%a = arith.muli %pid, %c : i32\n%a = arith.addi %pid, %c : i32\n%b = arith.extsi %a : i32 to i64", 0),
+    ],
+)  # fmt: skip
+def test_products_that_wrap_before_they_are_widened_are_counted(lines: str, found: int) -> None:
+    """With a range and a constant that are fixed, and a program's index and a stride that are not."""
+    head = """
+    %pid = tt.get_program_id x : i32 loc(#loc3)
+    %lane = tt.make_range {end = 64 : i32, start = 0 : i32} : tensor<64xi32> loc(#loc1)
+    %c = arith.constant 64 : i32 loc(#loc2)
+    """
+    assert resources.late_widenings(head + "\n".join(f"{line} loc(#loc4)" for line in lines.split("\n"))) == found
+
+
 def test_rows_are_kept_by_source_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 
@@ -184,8 +233,59 @@ def test_rows_are_kept_by_source_and_read_back(tmp_path: Path, monkeypatch: pyte
 def test_without_nvcc_the_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "_nvcc_version", lambda: None)
     rows = resources._cached(resources.Job("blend_windows", "cuda", 90))
-    assert [row.missing for row in rows] == ["nvcc was not found"]
+    (missing,) = (row.missing for row in rows)
+    assert missing == "nvcc was not found: install the CUDA toolkit"
     assert re.search(r"blend_windows +cuda .*sm_90 +not compiled: nvcc was not found", resources.table([row(), *rows]))
+
+
+def test_with_one_compiler_its_rows_are_checked_and_the_other_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(resources, "_nvcc_version", lambda: None)
+    assert resources.main(["--op", "blend_windows"]) == 0
+    printed = capsys.readouterr()
+    compiled = len([line for line in printed.out.splitlines() if " triton " in line])
+    assert f"\n{compiled} compiled rows keep all of 6 rules" in printed.out
+    assert printed.err == "cuda kernels were not compiled: nvcc was not found: install the CUDA toolkit\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_without_a_compiler_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    monkeypatch.setattr(resources.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(resources.shutil, "which", lambda name: None)
+    resources._nvcc_version.cache_clear()
+    resources._found.cache_clear()
+    assert resources.main(options) == resources.NOTHING_COMPILED == gate.NOTHING_COMPILED
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and "rules" not in printed.out + printed.err
+    for word in ("nothing was checked", "pip install triton", "nvcc was not found: install the CUDA toolkit"):
+        assert word in printed.err
+    assert (printed.out == "") == (not options)
+    resources._nvcc_version.cache_clear()
+    resources._found.cache_clear()
+
+
+def test_without_the_tools_that_read_machine_code_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "_nvcc_version", lambda: "12.8")
+    monkeypatch.setattr(resources, "_found", lambda tool: None if tool == "cuobjdump" else tool)
+    for backend in ("triton", "cuda"):
+        (found,) = resources._cached(resources.Job("blend_windows", backend, 90))
+        assert found.missing and "cuobjdump was found neither" in found.missing and "install" in found.missing
+
+
+def test_build_flags_that_are_not_found_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "-fmad=false" in resources._nvcc_flags() and resources._cuda_target(90) == "90a"
+    (tmp_path / "CMakeLists.txt").write_text("set(LF_CUDA_ARCHS 80 90a)\n")
+    monkeypatch.setattr(resources, "ROOT", tmp_path)
+    for read in (resources._nvcc_flags, lambda: resources._cuda_target(90)):
+        with pytest.raises(RuntimeError, match=r"CMakeLists\.txt has nothing that matches .*adapt the pattern"):
+            read()
+    monkeypatch.setattr(resources, "measure", lambda op: resources._cuda_target(90))
+    assert resources.main([]) == resources.ERROR and "CMakeLists.txt" in capsys.readouterr().err
 
 
 def test_the_command_tells_what_broke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -335,6 +335,7 @@ SHARD = 20_000  # bytes: a tiny model makes several
 
 
 def test_a_large_model_is_saved_in_shards_and_loaded_again(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
     model = video_model()
     model.save_pretrained(tmp_path, max_shard_size=SHARD)
     index = json.loads((tmp_path / WEIGHTS_INDEX_NAME).read_text())
@@ -356,6 +357,7 @@ def test_a_large_model_is_saved_in_shards_and_loaded_again(tmp_path: Path) -> No
 
 
 def test_shards_are_planned_for_the_dtype_on_disk(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
     model = tiny_unet(dtype=torch.float32)
     size = sum(t.nbytes for t in model.state_dict().values())
     model.save_pretrained(tmp_path / "half", dtype=torch.float16, max_shard_size=size // 2)
@@ -380,12 +382,14 @@ def test_only_shards_need_huggingface_hub(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("size", ["many", "3 apples", "", None])
 def test_a_shard_size_that_is_none_is_refused(tmp_path: Path, size: Any) -> None:
+    pytest.importorskip("huggingface_hub")
     with pytest.raises(ValueError, match='max_shard_size must be a number of bytes or a string such as "2GB", got'):
         video_model().save_pretrained(tmp_path / "model", max_shard_size=size)
     assert not (tmp_path / "model").exists()
 
 
 def test_shards_and_one_file_replace_each_other(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
     models = [randomise(video_model(), seed) for seed in range(4)]
     for model, limit in zip(models, (SHARD, 10**9, 2 * SHARD, SHARD), strict=True):
         model.save_pretrained(tmp_path, max_shard_size=limit, overwrite=tmp_path.joinpath(CONFIG_NAME).exists())
@@ -399,6 +403,7 @@ def test_shards_and_one_file_replace_each_other(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_old_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("huggingface_hub")
     before = content(folder)
     written: list[str] = []
 
@@ -420,6 +425,7 @@ def test_shards_of_two_models_are_never_taken_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     """Interrupted at a rename, the folder does not load: some shards are old and some new."""
+    pytest.importorskip("huggingface_hub")
     video_model().save_pretrained(tmp_path, max_shard_size=SHARD)
     replace, calls = Path.replace, []
 
@@ -457,6 +463,7 @@ def test_a_damaged_index_is_told(folder: Path, weight_map: Any, error: type[Exce
 
 
 def test_a_shard_that_is_missing_or_truncated_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
     video_model().save_pretrained(tmp_path, max_shard_size=SHARD)
     shard = min(tmp_path.glob("*-00002-of-*.safetensors"))
     whole = shard.read_bytes()

@@ -262,7 +262,7 @@ def on_gpu_only(backend: str) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 def test_every_backend_is_the_reference_on_its_device(backend: str, dtype: torch.dtype, draw: Draw) -> None:
-    """Random windows: of several lengths, strides and layouts, crowded or not, weighted or not, in time and in space."""
+    """Random windows: of several strides and layouts, crowded or not, weighted or not, in time and in space."""
     device, random = on_gpu_only(backend), np.random.default_rng(5)
     for case in range(24):
         in_space, crowded = case % 3 == 2, case % 4 == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -45,6 +46,7 @@ def test_the_folder_is_what_save_pretrained_writes(tmp_path: Path) -> None:
 
 def test_the_demo_shows_what_the_sentence_asks_for() -> None:
     """Three triples kept out of training, few steps; one wrong trajectory in three is within the known score."""
+    pytest.importorskip("tokenizers")
     asked = [
         Attributes(SHAPES.index(shape), list(COLOURS).index(colour), list(GROUNDS).index(ground), MOTIONS.index(motion))
         for shape, colour, ground, motion in (

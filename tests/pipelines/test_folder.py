@@ -89,6 +89,7 @@ def test_the_files_are_those_of_diffusers(saved: Path) -> None:
 
 
 def test_what_is_saved_is_loaded(pipe: LumierePipeline, saved: Path) -> None:
+    pytest.importorskip("tokenizers")
     for given in (saved, str(saved)):
         loaded = LumierePipeline.from_pretrained(given)
         assert loaded.config == pipe.config
@@ -106,6 +107,7 @@ def test_the_models_load_on_their_own(pipe: LumierePipeline, saved: Path) -> Non
 
 
 def test_half_precision_on_disk(pipe: LumierePipeline, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
     pipe.save_pretrained(tmp_path, dtype=torch.float16)  # a folder that is empty
     assert {x.dtype for x in load_file(tmp_path / "ssr" / WEIGHTS_NAME).values()} == {torch.float16}
     loaded = LumierePipeline.from_pretrained(tmp_path)
@@ -114,6 +116,7 @@ def test_half_precision_on_disk(pipe: LumierePipeline, tmp_path: Path) -> None:
 
 
 def test_half_precision_in_memory(pipe: LumierePipeline, saved: Path) -> None:
+    pytest.importorskip("tokenizers")
     loaded = LumierePipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
     assert {p.dtype for model in (loaded.base, loaded.ssr) for p in model.parameters()} == {torch.bfloat16}
     frames = clip(loaded)
@@ -124,6 +127,7 @@ def test_half_precision_in_memory(pipe: LumierePipeline, saved: Path) -> None:
 
 
 def test_shards(pipe: LumierePipeline, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
     pipe.save_pretrained(tmp_path / "tiny", max_shard_size=50_000)
     for stage in ("base", "ssr"):
         assert (tmp_path / "tiny" / stage / WEIGHTS_INDEX_NAME).is_file()
@@ -135,6 +139,7 @@ def test_shards(pipe: LumierePipeline, tmp_path: Path) -> None:
 
 
 def test_a_pipeline_is_kept_unless_told(folder: Path) -> None:
+    pytest.importorskip("tokenizers")
     before = content(folder)
     other = make_pipeline(seed=3)
     with pytest.raises(FileExistsError, match="tiny exists and is not empty"):

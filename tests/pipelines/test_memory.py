@@ -17,6 +17,7 @@ def test_the_skips_are_those_that_the_model_concatenates(
     pipe: LumierePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted at the joins of a forward pass: `torch.cat([h, skip], dim=1)` in the way up, conditional and not."""
+    pytest.importorskip("tokenizers")
     joined: list[int] = []
     concatenate = torch.cat
 

@@ -42,6 +42,7 @@ def pipe() -> LumierePipeline:
 
 
 def generate(pipe: LumierePipeline, prompt: Any = BALL, seed: int = 0, **settings: Any) -> LumiereOutput:
+    pytest.importorskip("tokenizers")
     defaults = {"num_inference_steps": 2, "ssr_num_inference_steps": 2}
     return pipe(prompt, generator=torch.Generator().manual_seed(seed), **defaults | settings)
 
@@ -76,6 +77,7 @@ def test_a_seed_decides_everything(pipe: LumierePipeline) -> None:
 
 
 def test_without_a_generator_torchs_own_decides(pipe: LumierePipeline) -> None:
+    pytest.importorskip("tokenizers")
     clips = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -107,6 +109,7 @@ def with_schedules(pipe: LumierePipeline, base: Schedule, ssr: Schedule, **kinds
 def test_a_batch_may_be_cut_anywhere(pipe: LumierePipeline, settings: dict[str, Any], preserving: bool) -> None:
     """One generator over two calls makes the clips of one call; so does each clip's own generator, if it is seeded as
     the one would seed it. To the rounding of matrix products of other sizes."""
+    pytest.importorskip("tokenizers")
     if preserving:
         kinds = {"base_parameterization": VParameterization(), "ssr_parameterization": VParameterization()}
         pipe = with_schedules(pipe, CosineSchedule(), CosineSchedule(), **kinds)
@@ -213,6 +216,7 @@ def test_guidance_of_one_is_the_conditional_model_and_zero_ignores_the_prompt(
 
 def test_guidance_extrapolates_from_the_empty_prompt(pipe: LumierePipeline) -> None:
     """One step by hand: the network with the prompt, without it, and the line through both."""
+    pytest.importorskip("tokenizers")
     edm, scale = EDMParameterization(), 3.5
     noise = torch.randn(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     sigma = torch.full((1,), SCHEDULE.sigma_max)
@@ -240,6 +244,7 @@ def test_guidance_costs_a_doubled_batch_and_one_is_free(pipe: LumierePipeline) -
 
 
 def test_images_come_from_the_image_model() -> None:
+    pytest.importorskip("tokenizers")
     unet = tiny_unet(dtype=torch.float32, text_embed_dim=64)
     noise = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     denoiser = Denoiser(SCHEDULE, EDMParameterization())
@@ -274,6 +279,7 @@ def test_networks_in_half_precision_make_the_same_clip(preserving: bool, dtype: 
 
 def test_noise_levels_are_told_in_full_precision() -> None:
     """Around 250 ln 16 = 693 bfloat16 steps by 4: a level rounded before its embedding would be its neighbour's."""
+    pytest.importorskip("tokenizers")
     model = make_pipeline().to(torch.bfloat16).base
     text = WordVectorEncoder().encode(BALL)
     clip = torch.zeros(1, 3, 4, 8, 8)

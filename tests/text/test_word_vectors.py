@@ -15,6 +15,8 @@ from torch import Tensor
 from lumiere_fast.text import PromptWarning, TextEncoder, WordVectorEncoder, word_vectors
 from tools.make_word_vectors import DROPPED_COMPONENTS, common_words, quantise_rows, reduce_embeddings
 
+pytest.importorskip("tokenizers")
+
 PROMPTS = ["a red ball moving left", "", "two unflappable crêpes, twirling!", "star"]
 
 

@@ -104,6 +104,7 @@ def test_a_run_draws_its_picture_at_each_checkpoint(tmp_path: Path) -> None:
 def test_without_matplotlib_a_run_says_so_once_and_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    pytest.importorskip("tokenizers")
     monkeypatch.setattr(loss_curve, "find_spec", lambda name: None)
     with caplog.at_level(logging.WARNING):
         Trainer(make_task(), CONFIG, tmp_path).run(checkpoint_every=1, log_every=1)

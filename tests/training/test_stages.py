@@ -84,6 +84,7 @@ def test_a_stage_goes_on_from_a_model_of_its_own_kind(stage: str, kind: str, tmp
 
 @pytest.mark.parametrize("kind", ["t2i", "ssr"])
 def test_the_inflate_stage_adds_to_an_image_model_and_goes_on_from_a_video_model(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
     train(kind, tmp_path / "image", **ONE)
     image = load_model(tmp_path / "image")
     rest = {"steps": 1, "batch_size": 1}
@@ -102,6 +103,7 @@ def test_the_inflate_stage_adds_to_an_image_model_and_goes_on_from_a_video_model
 
 
 def test_the_source_must_be_of_the_cascade(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
     save_model(make_model("image"), tmp_path / "image")
     with pytest.raises(ValueError, match=r"image holds a model of another cascade: sample_size=8 \(the cascade: 32\)"):
         train("inflate", tmp_path / "out", source=tmp_path / "image", steps=1)
@@ -132,6 +134,7 @@ def test_the_source_must_be_of_the_cascade(tmp_path: Path) -> None:
 def test_schedule_and_prediction_are_recorded_and_passed_on(
     arguments: dict[str, Any], schedule: Any, parameterization: Any, tmp_path: Path
 ) -> None:
+    pytest.importorskip("tokenizers")
     train("t2i", tmp_path / "t2i", **ONE, **arguments)
     assert read_noising(tmp_path / "t2i") == (schedule, parameterization)
     train("inflate", tmp_path / "video", source=tmp_path / "t2i", steps=1, batch_size=1)
@@ -146,6 +149,7 @@ def test_schedule_and_prediction_are_recorded_and_passed_on(
 
 
 def test_a_source_keeps_what_it_predicts(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
     train("t2i", tmp_path / "t2i", **ONE, prediction_type="v_prediction")
     with pytest.raises(ValueError, match="t2i was trained with prediction_type='v_prediction', which its layers keep"):
         train("inflate", tmp_path / "out", source=tmp_path / "t2i", prediction_type="epsilon")
@@ -155,6 +159,7 @@ def test_a_source_keeps_what_it_predicts(tmp_path: Path) -> None:
 
 
 def test_an_assembled_pipeline_samples_as_its_models_were_trained(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
     for stage in ("t2i", "ssr"):
         train(stage, tmp_path / stage, **ONE, schedule="cosine", prediction_type="sample")
         train("inflate", tmp_path / f"{stage} video", source=tmp_path / stage, steps=1, batch_size=1)
@@ -219,6 +224,7 @@ def test_a_resumed_stage_is_the_uninterrupted_one(tmp_path: Path, videos: Path) 
 
 
 def test_options_reach_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tokenizers")
     monkeypatch.setattr(tasks, "_has_bf16_units", lambda device: True)
     made: list[DenoisingTask] = []
     original = DenoisingTask.__post_init__

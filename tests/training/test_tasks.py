@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_a_function_of_weights_and_step(kind: str) -> None:
+    pytest.importorskip("tokenizers")
     task, twin = make_task(kind), make_task(kind)
     with torch.no_grad():
         losses = [task.loss(step).item() for step in range(3)]
@@ -42,6 +43,7 @@ def test_the_loss_is_the_error_of_the_parameterised_prediction(
     schedule: EDMSchedule | CosineSchedule, prediction_type: str
 ) -> None:
     """With a network that answers with its input, against the loss written out over the same random numbers."""
+    pytest.importorskip("tokenizers")
     parameterization = PREDICTION_TYPES[prediction_type]()
     task = make_task(batch_size=64, schedule=schedule, parameterization=parameterization)
     seen: list[Tensor] = []
@@ -79,6 +81,7 @@ def recorded(task: DenoisingTask, step: int = 0) -> list[tuple[tuple[Any, ...], 
 
 def test_a_super_resolution_model_is_given_the_small_version_of_its_own_frames() -> None:
     """By areas, then noised and enlarged; the noise's level is told, and it is uniform up to its most."""
+    pytest.importorskip("tokenizers")
     task = make_task("ssr video", batch_size=64)
     ((_, given),) = recorded(task)
     drawn = task._samples(0)
@@ -95,6 +98,7 @@ def test_a_super_resolution_model_is_given_the_small_version_of_its_own_frames()
 
 @pytest.mark.parametrize(("share", "empty"), [(0.0, 0), (1.0, 64), (0.25, 16)])
 def test_prompts_are_dropped_at_their_rate(share: float, empty: int) -> None:
+    pytest.importorskip("tokenizers")
     task = make_task(batch_size=64, drop_text=share)
     prompts: list[str] = []
     encoder = task.text_encoder
@@ -152,6 +156,7 @@ def test_text_of_another_width_is_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_small_batches_have_the_gradient_of_the_large_one(kind: str) -> None:
     """The same samples either way, the gradient to rounding; and no batch has it alone."""
+    pytest.importorskip("tokenizers")
     whole = make_task(kind, batch_size=6)
     parts = make_task(kind, batch_size=2, gradient_accumulation_steps=3)
     for task in (whole, parts):
@@ -176,6 +181,7 @@ def test_small_batches_have_the_gradient_of_the_large_one(kind: str) -> None:
 
 def test_one_graph_is_alive_at_a_time() -> None:
     """A batch's forward pass starts when its loss is asked for, not before."""
+    pytest.importorskip("tokenizers")
     task = make_task(batch_size=2, gradient_accumulation_steps=3)
     calls: list[int] = []
     task.model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
@@ -199,6 +205,7 @@ def dtypes_of_convolutions(task: DenoisingTask) -> set[torch.dtype]:
 
 @pytest.mark.parametrize("kind", ["image", "ssr video"])
 def test_bf16_runs_the_model_under_autocast_over_fp32_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tokenizers")
     monkeypatch.setattr(tasks, "_has_bf16_units", lambda device: True)
     full, half = make_task(kind), make_task(kind, precision="bf16")
     assert dtypes_of_convolutions(full) == {torch.float32}
@@ -255,6 +262,7 @@ def saved_bytes(task: DenoisingTask) -> tuple[int, dict[str, Tensor]]:
 def test_gradient_checkpointing_keeps_less_and_changes_no_bit(
     kind: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("tokenizers")
     monkeypatch.setattr(tasks, "_has_bf16_units", lambda device: True)
     task = make_task(kind, batch_size=2, precision=precision)
     for parameter in task.model.parameters():  # zero-initialised layers would hide what is behind them
@@ -270,6 +278,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_bit(
 
 
 def test_gradient_checkpointing_recomputes_only_for_gradients() -> None:
+    pytest.importorskip("tokenizers")
     task = make_task("video")
     task.model.enable_gradient_checkpointing()
     calls: list[int] = []

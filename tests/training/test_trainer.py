@@ -26,6 +26,8 @@ from lumiere_fast.training.trainer import STATE_NAME, Trainer, TrainingConfig
 from tests.models.tiny import tiny_config
 from tests.training.common import CONFIG, assert_equal_runs, gradients, log_without_times, make_task, same, values
 
+pytest.importorskip("tokenizers", reason="a task encodes captions")
+
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
 ROOT = Path(__file__).resolve().parents[2]
