@@ -15,9 +15,11 @@ was missing, and ``python -m lumiere_fast.info`` repeats it. Read from the envir
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -80,6 +82,7 @@ def _build_halves(report: dict[str, Any]) -> Path:
     if os.environ.get("LUMIERE_FAST_SKIP_NATIVE", "") not in ("", "0"):
         raise StepFailed("LUMIERE_FAST_SKIP_NATIVE was set at the install: unset it and install again")
     archs, cutlass, jobs = _cuda_archs(), _cutlass_dir(), _jobs()
+    _require_compilers()
     folder = _build_folder()
     nvcc = _nvcc()
     if archs is None:
@@ -136,6 +139,20 @@ def _nvcc() -> str | None:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places = [Path(home) / "bin" / "nvcc" for home in (*homes, "/usr/local/cuda")]
     return shutil.which("nvcc") or next((str(place) for place in places if os.access(place, os.X_OK)), None)
+
+
+def _require_compilers() -> None:
+    """Before CMake is asked, which takes many lines to say it."""
+    if sys.platform == "win32":
+        return  # where CMake also looks in places that no variable names
+    for variable, language, names, remedy in (
+        ("CXX", "C++", ("c++", "g++", "clang++"), "g++ or clang++"),
+        ("CC", "C", ("cc", "gcc", "clang"), "gcc or clang"),
+    ):
+        given = shlex.split(os.environ.get(variable, ""))[:1]  # what follows are options
+        if not any(map(shutil.which, given or names)):
+            looked = f"{variable}={given[0]}" if given else f"none of {', '.join(names)} is on PATH"
+            raise StepFailed(f"no {language} compiler was found ({looked}): install {remedy}, then install again")
 
 
 def _tool(name: str) -> str:
@@ -207,9 +224,24 @@ def _run(step: str, *command: str) -> None:
     print(done.stdout, flush=True)
     if done.returncode != 0:
         lines = [line for line in done.stdout.splitlines() if line.strip()]
-        errors = [line for line in lines if re.search(r"error|not found|no such file", line, re.IGNORECASE)]
-        said = (errors or lines or ["it printed nothing"])[0].strip()
-        raise StepFailed(f"{step} the native core failed (exit status {done.returncode}): {said}", lines[-LOG_LINES:])
+        said = f"{step} the native core failed (exit status {done.returncode}): {_cause(lines)}"
+        raise StepFailed(said, lines[-LOG_LINES:])
+
+
+def _cause(lines: list[str]) -> str:
+    """What a failed step said was wrong: CMake's first message without its heading, or the first line on an error."""
+    heading = next((i for i, line in enumerate(lines) if re.match(r"CMake Error at .*:$", line)), None)
+    if heading is None:
+        return _first_error(lines)
+    message = list(itertools.takewhile(lambda line: line.startswith(" "), lines[heading + 1 :]))
+    said, _, output = " ".join(line.strip() for line in message).partition("It fails with the following output:")
+    # Of a compiler that does not work, CMake says so and then repeats what that one printed.
+    return f"{said.strip()} {_first_error(message)}" if output else said
+
+
+def _first_error(lines: list[str]) -> str:
+    errors = [line for line in lines if re.search(r"error|not found|no such file", line, re.IGNORECASE)]
+    return (errors or lines or ["it printed nothing"])[0].strip()
 
 
 class BuildNative(build_ext):

@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
-#include <optional>
+#include <string>
 #include <vector>
 
 #include "blend_windows_limits.h"
@@ -16,18 +16,23 @@ namespace {
 constexpr Py_ssize_t kAxes = 5;
 
 // Straight to CPython: pybind11's casters cost more than a small call's work.
-int64_t integer(PyObject* object) {
+[[noreturn]] void refuse(const std::string& accepted, PyObject* got) {
+  PyErr_Clear();
+  throw py::value_error("blend_windows: " + accepted + ", got " + std::string(py::repr(got)));
+}
+
+int64_t integer(PyObject* object, const char* what) {
   const long long value = PyLong_AsLongLong(object);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  if (value == -1 && PyErr_Occurred()) refuse(std::string(what) + " must be integers of at most 64 bits", object);
   return value;
 }
 
 // The items of a list or tuple, or of anything else that can be iterated.
 class Items {
  public:
-  explicit Items(PyObject* object)
-      : sequence_(py::reinterpret_steal<py::object>(PySequence_Fast(object, "a sequence is needed"))) {
-    if (!sequence_) throw py::error_already_set();
+  Items(PyObject* object, const char* what)
+      : sequence_(py::reinterpret_steal<py::object>(PySequence_Fast(object, ""))) {
+    if (!sequence_) refuse(std::string(what) + " must be a sequence", object);
   }
   Py_ssize_t size() const { return PySequence_Fast_GET_SIZE(sequence_.ptr()); }
   PyObject* operator[](Py_ssize_t i) const { return PySequence_Fast_GET_ITEM(sequence_.ptr(), i); }
@@ -41,9 +46,9 @@ class Items {
 };
 
 void append_axes(PyObject* object, std::vector<int64_t>& to) {
-  const Items items(object);
+  const Items items(object, "a shape");
   items.require(kAxes, "blend_windows: every window, and out, must have 5 axes (B, C, T, H, W)");
-  for (Py_ssize_t i = 0; i < kAxes; ++i) to.push_back(integer(items[i]));
+  for (Py_ssize_t i = 0; i < kAxes; ++i) to.push_back(integer(items[i], "shapes and strides"));
 }
 
 // (address, shape, strides) of some tensors.
@@ -52,7 +57,7 @@ struct Operands {
   std::vector<int64_t> shapes, strides;
 
   void add(PyObject* object) {
-    const Items items(object);
+    const Items items(object, "an operand");
     items.require(3, "an operand is (address, shape, strides)");
     void* address = PyLong_AsVoidPtr(items[0]);
     if (address == nullptr && PyErr_Occurred()) throw py::error_already_set();
@@ -69,15 +74,15 @@ struct BlendArguments {
   int32_t axes;
 
   BlendArguments(py::handle windows_, py::handle starts_, py::handle extent_, py::handle weights_, py::handle out_) {
-    const Items parts(windows_.ptr()), first(starts_.ptr()), extent(extent_.ptr());
+    const Items parts(windows_.ptr(), "windows"), first(starts_.ptr(), "starts"), extent(extent_.ptr(), "extent");
     for (Py_ssize_t i = 0; i < parts.size(); ++i) windows.add(parts[i]);
-    for (Py_ssize_t i = 0; i < first.size(); ++i) starts.push_back(integer(first[i]));
+    for (Py_ssize_t i = 0; i < first.size(); ++i) starts.push_back(integer(first[i], "starts"));
     out.add(out_.ptr());
     axes = static_cast<int32_t>(extent.size());
     if (axes != 1 && axes != 3) throw py::value_error("blend_windows: extent must be (T,) or (T, H, W)");
     first.require(parts.size() * axes, "blend_windows: starts must hold one integer a window and blended axis");
     for (int32_t axis = 0; axis < axes; ++axis) {
-      const bool fits = integer(extent[axis]) == out.shapes[2 + axis];
+      const bool fits = integer(extent[axis], "the sizes of extent") == out.shapes[2 + axis];
       if (!fits) throw py::value_error("blend_windows: out must have the extent");
     }
     if (!weights_.is_none()) read_weights(weights_.ptr());
@@ -87,13 +92,13 @@ struct BlendArguments {
 
  private:
   void read_weights(PyObject* object) {
-    const Items items(object);
+    const Items items(object, "weights");
     int64_t needed = 0;
     for (int32_t axis = 0; axis < axes && !windows.shapes.empty(); ++axis) needed += windows.shapes[2 + axis];
     items.require(needed, "blend_windows: weights must hold one number for each place on each axis blended");
     for (Py_ssize_t i = 0; i < items.size(); ++i) {
       weights.push_back(PyFloat_AsDouble(items[i]));
-      if (PyErr_Occurred()) throw py::error_already_set();
+      if (PyErr_Occurred()) refuse("weights must be None or numbers", items[i]);
     }
   }
 };

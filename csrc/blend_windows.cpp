@@ -16,6 +16,9 @@ namespace {
 constexpr int64_t kThreadElements = 1 << 18;  // for so much work it pays to start a thread
 constexpr int64_t kPieceElements = 1 << 16;   // which takes so much at a time
 constexpr int64_t kRunElements = 1 << 14;     // longer runs are cut, so that they can be shared out
+constexpr int64_t kStridedElements = 1 << 9;  // and shorter where elements lie apart: those between them, which the
+                                              // next runs use, are then still in the cache
+constexpr int64_t kShortRun = 32;             // runs shorter than this are worth a walk across the output's memory
 
 template <class T> using RunFunction = void (*)(const Run<T>&) noexcept;
 
@@ -32,14 +35,16 @@ int64_t count_elements(const Shape& shape) {
   return count;
 }
 
-// A cell as loops, the outermost first, over the axes in the order of the output's memory; axes that lie behind one
-// another in every operand are one loop. `steps` has a row of kAxes entries for each operand, the output first.
+// A cell as loops, the outermost first; axes that lie behind one another in every operand are one loop. `steps` has a
+// row of kAxes entries for each operand, the output first. The innermost loop is cut into runs of at most `cut`.
 struct Nest {
   int depth = 0;
   Shape sizes;
   int64_t* steps;
+  int64_t cut = kRunElements;
 
   int64_t step(int64_t operand, int loop) const { return steps[operand * kAxes + loop]; }
+  int64_t length() const { return sizes[depth - 1]; }
 };
 
 // One worker's memory, enough for the cell that most windows cover.
@@ -58,14 +63,14 @@ template <class T> struct Scratch {
         weights(varying ? (windows + 1) * varying : 0) {}
 };
 
-Nest nest_of(const Cover& cover, const Cell& cell, int64_t* steps) {
+Nest nest_in(const std::array<int, kAxes>& order, const Cover& cover, const Cell& cell, int64_t* steps) {
   const Shape shape = cover.cell_shape(cell);
   const auto strides = [&](int64_t operand) -> const Shape& {
     return operand == 0 ? cover.out_strides : cover.window(cell, operand - 1).strides;
   };
   Nest nest;
   nest.steps = steps;
-  for (const int axis : by_memory(cover.out_strides)) {
+  for (const int axis : order) {
     if (shape[axis] == 1) continue;
     bool joins = nest.depth > 0;
     for (int64_t i = 0; joins && i <= cell.count; ++i) {
@@ -79,7 +84,23 @@ Nest nest_of(const Cover& cover, const Cell& cell, int64_t* steps) {
     nest.sizes[nest.depth++] = 1;
     for (int64_t i = 0; i <= cell.count; ++i) steps[i * kAxes] = 1;
   }
+  for (int64_t i = 0; i <= cell.count; ++i) {
+    if (nest.step(i, nest.depth - 1) != 1) nest.cut = kStridedElements;
+  }
   return nest;
+}
+
+// Loops in the order of the output's memory. Where that gives short runs, as channels at each pixel are that the windows
+// have in planes, the shortest loop goes outside if this joins the others into a long one.
+Nest nest_of(const Cover& cover, const Cell& cell, int64_t* steps) {
+  std::array<int, kAxes> order = by_memory(cover.out_strides);
+  const Nest nest = nest_in(order, cover, cell, steps);
+  if (nest.depth == 1 || nest.length() >= kShortRun) return nest;
+  const Shape shape = cover.cell_shape(cell);
+  const auto inner = std::find_if(order.rbegin(), order.rend(), [&](int axis) { return shape[axis] > 1; });
+  std::rotate(order.begin(), inner.base() - 1, inner.base());
+  const Nest turned = nest_in(order, cover, cell, steps);
+  return turned.length() >= 4 * nest.length() ? turned : nest_in(by_memory(cover.out_strides), cover, cell, steps);
 }
 
 template <class T> class Blend {
@@ -121,15 +142,15 @@ template <class T> class Blend {
       scratch.run_strides[k] = nest.step(k + 1, inner);
       scratch.shares[k] = static_cast<Acc<T>>(cover_.share(cell, k));
     }
-    const int64_t cuts = (nest.sizes[inner] + kRunElements - 1) / kRunElements;
-    int64_t runs = cuts;
-    for (int loop = 0; loop < inner; ++loop) runs *= nest.sizes[loop];
+    int64_t iterations = 1;
+    for (int loop = 0; loop < inner; ++loop) iterations *= nest.sizes[loop];
+    const int64_t runs = (nest.length() + nest.cut - 1) / nest.cut * iterations;
     Run<T> run{nullptr, nest.step(0, inner), 0, cell.count, scratch.parts.data(), scratch.run_strides.data(),
                scratch.shares.data(), 0};
     for (int64_t i = runs * share / of; i < runs * (share + 1) / of; ++i) {
-      const int64_t begin = i % cuts * kRunElements;
-      run.length = std::min(kRunElements, nest.sizes[inner] - begin);
-      point(nest, i / cuts, begin, out_at(cell), cell.count, scratch, run);
+      const int64_t begin = i / iterations * nest.cut;
+      run.length = std::min(nest.cut, nest.length() - begin);
+      point(nest, i % iterations, begin, out_at(cell), cell.count, scratch, run);
       blend_run_(run);
     }
   }

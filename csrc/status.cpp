@@ -33,7 +33,7 @@ const char* lf_status_string(lf_status status) noexcept {
     case LF_INVALID_ARGUMENT: return "invalid argument: a required pointer is null, or a count is out of range";
     case LF_UNSUPPORTED_DTYPE: return "unsupported dtype code";
     case LF_INVALID_SHAPE: return "invalid shape: a size is negative or 0, or two shapes do not fit";
-    case LF_INVALID_STRIDES: return "invalid strides: elements of the output lie on top of one another";
+    case LF_INVALID_STRIDES: return "invalid strides: elements of the output may lie on top of one another";
     case LF_WINDOW_OUT_OF_RANGE: return "a window sticks out of the video";
     case LF_UNCOVERED: return "a position of the video is in no window";
     case LF_INVALID_WEIGHTS: return "invalid weights: not positive and finite, or for windows that differ in length";
@@ -41,6 +41,8 @@ const char* lf_status_string(lf_status status) noexcept {
     case LF_NOT_BUILT: return "the CUDA half was not built";
     case LF_CUDA_ERROR: return "CUDA reported an error";
     case LF_TOO_MANY: return "too many windows over one position, or too many weights, for one launch";
+    case LF_UNEVEN_WEIGHTS: return "invalid weights: the largest of an axis is over 1e100 times its least";
+    case LF_SHARED_MEMORY: return "the output lies in the memory of a window: give one of its own";
     default: return "unknown status";
   }
 }

@@ -9,12 +9,14 @@ there and return nothing, so they also take numpy arrays and any object with ``_
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -63,7 +65,9 @@ def why_not(half: str) -> list[str]:
 
 
 def build_info() -> dict[str, Any]:
-    """How the core was built: version, compiler, flags, avx2, cuda (a version or None), cuda_archs, sources (hashes).
+    """How the core was built: version, compiler, flags, avx2, cuda, cuda_archs, cuda_flags, sources (hashes).
+
+    cuda is the toolkit's version, and cuda_flags what nvcc was given besides the architectures; None without that half.
 
     Empty where there is no core that can be used; then `build_report` tells more.
     """
@@ -192,13 +196,18 @@ def _of_tensor(op: str, name: str, x: Tensor, write: bool) -> _Operand:
         if write:
             raise ValueError(f"{op}: {name} is a negated view, which cannot be written to; give a plain tensor")
         x = x.resolve_neg()
+    if x.layout is not torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense tensor, got one of layout {x.layout}; use its .to_dense()")
     if x.is_cuda:
         device = x.device.index
     elif x.is_cpu:
         device = None
     else:
         raise ValueError(f"{op}: {name} must be on the CPU or a CUDA device, got {x.device}")
-    return _Operand((x.data_ptr(), x.shape, x.stride()), dtype, device, x)
+    try:
+        return _Operand((x.data_ptr(), x.shape, x.stride()), dtype, device, x)
+    except RuntimeError as error:  # of a tensor that stands for others: in a trace, under a transform
+        raise ValueError(f"{op}: {name} must be a tensor with memory of its own, got {type(x)}: {error}") from error
 
 
 def _of_array(op: str, name: str, x: Any, write: bool) -> _Operand:
@@ -206,13 +215,18 @@ def _of_array(op: str, name: str, x: Any, write: bool) -> _Operand:
     dtype = {"<f4": "float32", "<f8": "float64", "<f2": "float16"}.get(interface["typestr"])
     if dtype is None:
         raise _wrong_dtype(op, name, interface["typestr"])
+    if interface.get("data") is None:
+        raise ValueError(f"{op}: {name} has an __array_interface__ without an address; give a numpy array")
     address, read_only = interface["data"]
     if write and read_only:
         raise ValueError(f"{op}: {name} is a read-only array; give one that can be written to")
-    size = int(interface["typestr"][2:])
-    if any(stride % size for stride in x.strides):
-        raise ValueError(f"{op}: the strides of {name} must be multiples of its {size}-byte elements, got {x.strides}")
-    return _Operand((address, x.shape, [stride // size for stride in x.strides]), dtype, None, x)
+    size, shape = int(interface["typestr"][2:]), interface["shape"]
+    strides = interface.get("strides")
+    if strides is None:  # rows one behind the other
+        strides = [size * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    if any(stride % size for stride in strides):
+        raise ValueError(f"{op}: the strides of {name} must be multiples of its {size}-byte elements, got {strides}")
+    return _Operand((address, shape, [stride // size for stride in strides]), dtype, None, x)
 
 
 def _of_dlpack(op: str, name: str, x: Any) -> _Operand:
@@ -245,8 +259,9 @@ def _operands(op: str, name_of: Callable[[int], str], tensors: Sequence[Any]) ->
         dtype, device = first.dtype, first.get_device()
         # The usual case, told at a fraction of the cost.
         if all(type(x) is Tensor and x.dtype is dtype and x.get_device() == device and not x.is_neg() for x in tensors):
-            views = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
-            return _TORCH_NAMES[dtype], None if device < 0 else device, views, tensors
+            with contextlib.suppress(RuntimeError):  # of one without strides or memory, which _operand refuses
+                views = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
+                return _TORCH_NAMES[dtype], None if device < 0 else device, views, tensors
     operands = [_operand(op, name_of(i), x, i == 0) for i, x in enumerate(tensors)]
     kinds = [f"{x.dtype} on {'the CPU' if x.device is None else f'cuda:{x.device}'}" for x in operands]
     for i, kind in enumerate(kinds):
@@ -294,7 +309,7 @@ def blend_windows(
 
     Args:
         windows: N tensors (B, C, T'_i, H, W), numpy arrays or DLPack objects of any strides; float32, float64, float16
-            or bfloat16, all of one. They share no memory with `out`.
+            or bfloat16, all of one.
         starts: flat: N first frames, or 3N corners (t, h, w) one after the other.
         extent: (T,), or (T, H, W) where windows lie in space too.
         weights: None for equal weights, or the vectors of the blended axes one after the other: T' or T' + H' + W'
@@ -304,10 +319,14 @@ def blend_windows(
     On the CPU it takes at most `torch.get_num_threads()` threads. On a CUDA device it is queued on the current stream.
 
     Raises:
-        ValueError: what does not fit: shapes, dtypes, devices, a window that sticks out, a position in no window.
+        ValueError: what does not fit: shapes, dtypes, devices, a window that sticks out, a position in no window,
+            weights of an axis over 1e100 apart, an `out` whose elements may lie on top of one another or that lies
+            between the first and the last byte of a window.
         NativeUnavailable: the native core, or its CUDA half, is not there.
     """
     module = load()
+    if not isinstance(windows, Iterable):
+        raise ValueError(f"blend_windows: windows must be a sequence of tensors (B, C, T', H, W), got {type(windows)}")
     dtype, device, (target, *views), held = _operands("blend_windows", _out_or_window, [out, *windows])
     function = module.blend_windows_cpu if device is None else module.blend_windows_cuda
     status = function(module.DTYPES[dtype], views, starts, extent, weights, target, *_target(device))

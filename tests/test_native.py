@@ -143,6 +143,35 @@ class TestBlendWindows:
             assert torch.equal(out, wanted)
             assert whole.isnan().sum() == whole.numel() - out.numel()
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_windows_and_out_in_different_formats(self, dtype: torch.dtype, draw: Draw) -> None:
+        """Pixels of few channels on one side and planes on the other: walked along the planes, in cuts."""
+        for channels in (2, 3, 16, 40):
+            planes = [draw(2, channels, 8, 11, 23).to(dtype) for _ in STARTS]
+            pixels = [window.contiguous(memory_format=CHANNELS_LAST) for window in planes]
+            wanted = blend_windows_reference(planes, [*STARTS], (20,), None)
+            for windows in (planes, pixels, [pixels[0], *planes[1:]]):
+                for memory_format in FORMATS:
+                    out = torch.full_like(wanted, torch.nan).contiguous(memory_format=memory_format)
+                    native.blend_windows(windows, STARTS, (20,), None, out=out)
+                    assert torch.equal(out, wanted)
+
+    def test_an_array_interface_alone_will_do(self, draw: Draw) -> None:
+        class Exporter:
+            def __init__(self, array: Any, **changes: Any) -> None:
+                self.array = array
+                self.__array_interface__ = {**array.__array_interface__, **changes}
+
+        window, out = draw(1, 2, 3, 4, 5).float(), torch.full((1, 2, 3, 4, 5), torch.nan)
+        native.blend_windows([Exporter(window.numpy())], [0], (3,), None, out=Exporter(out.numpy()))
+        assert Exporter(window.numpy()).__array_interface__["strides"] is None
+        assert torch.equal(out, window)
+        turned = draw(5, 2, 3, 4, 1).float().transpose(0, 4)
+        native.blend_windows([Exporter(turned.numpy())], [0], (3,), None, out=Exporter(out.numpy()))
+        assert torch.equal(out, turned)
+        with pytest.raises(ValueError, match="without an address; give a numpy array"):
+            native.blend_windows([Exporter(window.numpy(), data=None)], [0], (3,), None, out=out)
+
     def test_threads_change_nothing(self, draw: Draw, threads: None) -> None:
         for memory_format in FORMATS:
             windows = [draw(1, 3, 8, 131, 127).float().contiguous(memory_format=memory_format) for _ in STARTS]
@@ -229,9 +258,8 @@ class TestBlendWindows:
         refused("out must have the extent", extent=(21,))
         refused("5 axes", windows=[window[0] for window in windows])
         refused("invalid shape", windows=[*windows[:2], windows[2][:, :1]])
-        refused(
-            "elements of the output lie on top of one another", out=torch.empty(1, 1, 20, 4, 4).expand(1, 2, -1, -1, -1)
-        )
+        folded = torch.empty(1, 1, 20, 4, 4).expand(1, 2, -1, -1, -1)
+        refused("elements of the output may lie on top of one another", out=folded)
         refused(
             r"windows\[1\] must be float32 on the CPU like out, got float64",
             windows=[windows[0], windows[1].double(), windows[2]],
@@ -242,7 +270,29 @@ class TestBlendWindows:
         )
         refused(r"out must be on the CPU or a CUDA device, got meta", out=out.to("meta"))
         refused(r"windows\[0\] must be a tensor", windows=[None, *windows[1:]])
-        refused("integer", TypeError, starts=[0.5, 6, 12])
+        refused(r"starts must be integers of at most 64 bits, got 0\.5", starts=[0.5, 6, 12])
+        refused("starts must be integers of at most 64 bits, got 'a'", starts=["a", 6, 12])
+        refused("starts must be a sequence, got None", starts=None)
+        refused("extent must be integers of at most 64 bits, got 9223372036854775808", extent=(2**63,))
+        refused("extent must be a sequence, got 20", extent=20)
+        refused("weights must be None or numbers, got 'a'", weights=["a"] * 8)
+        refused("weights must be a sequence, got 1.0", weights=1.0)
+        refused("windows must be a sequence of tensors", windows=None)
+        refused("out must be a tensor, a numpy array", out=None)
+        sparse = "must be a dense tensor, got one of layout torch.sparse_coo"
+        refused(rf"windows\[1\] {sparse}", windows=[windows[0], windows[1].to_sparse(), windows[2]])
+        refused(f"out {sparse}", out=out.to_sparse())
+        with pytest.raises(ValueError, match=r"windows\[0\] must be a tensor with memory of its own"):
+            torch.func.vmap(lambda w: native.blend_windows([w], [0], (8,), None, out=out[:, :, :8]))(windows[0][None])
+        refused("over 1e100 times its least", weights=[1.0] * 7 + [1e-101])
+        meeting = torch.empty(2000).as_strided((1, 2, 20, 4, 4), (640, 320, 16, 4, 5))
+        refused("elements of the output may lie on top of one another", out=meeting)
+        whole = torch.empty(1, 2, 27, 4, 4)
+        for start in (0, 6, 12):  # the last frame of out is the first of a window
+            inside = [whole[:, :, 19:] if s == start else window for s, window in zip(STARTS, windows, strict=True)]
+            refused("the output lies in the memory of a window", windows=inside, out=whole[:, :, :20])
+        apart = torch.empty(2, 2, 20, 4, 4)
+        native.blend_windows([apart[:1, :, :8], *windows[1:]], STARTS, (20,), None, out=apart[1:])
         locked = out.numpy().copy()
         locked.flags.writeable = False
         refused("out is a read-only array", out=locked)
@@ -347,7 +397,8 @@ class TestWhatItSays:
         info = native.build_info()
         assert info["version"] == metadata.version("lumiere_fast") == native.load().__version__
         assert info["compiler"] and "-O3" in info["flags"]
-        assert (info["cuda"] is None) == (info["cuda_archs"] == [])
+        assert (info["cuda"] is None) == (info["cuda_archs"] == []) == (info["cuda_flags"] is None)
+        assert info["cuda_flags"] is None or "-fmad=false" in info["cuda_flags"]
         report = native.build_report()
         assert report is not None and report["info"] == info and report["cpu"] == {"built": True, "why_not": None}
 
@@ -381,9 +432,9 @@ class TestWhatItSays:
             assert reasons[0].startswith("the native core was built without its CUDA half: ")
         elif not torch.cuda.is_available():
             # Without a device, CUDA says so, through the C functions' status and text.
-            module, windows = native.load(), draw(1, 1, 1, 1, 2).float()
-            view = (windows.data_ptr(), windows.shape, windows.stride())
-            status = module.blend_windows_cuda(0, [view], [0], (1,), None, view, 0, 0)
+            module, tensors = native.load(), [draw(1, 1, 1, 1, 2).float() for _ in range(2)]
+            window, out = ((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors)
+            status = module.blend_windows_cuda(0, [window], [0], (1,), None, out, 0, 0)
             assert status == module.CUDA_ERROR
             assert re.match(r"cudaError\w+: ", module.last_cuda_error())
 

@@ -269,8 +269,8 @@ class TestInstallWithoutNativeCore:
         folder = unpack(pure, tmp_path / "unpacked")
         assert not [name for name in names_in(pure) if "_native." in name]
         report = native_report(folder)
-        assert "configuring the native core failed" in report["cpu"]["why_not"]
-        assert any("/nonexistent/c" in line for line in report["log"]) and report["info"] is None
+        missing = "no C++ compiler was found (CXX=/nonexistent/c++): install g++ or clang++, then install again"
+        assert report["cpu"] == report["cuda"] | {"why_not": missing} and report["info"] is None
         script = """
 import torch
 from lumiere_fast import native, ops
@@ -282,7 +282,35 @@ except native.NativeUnavailable as error:
     print(error)
 """
         said = run(str(environment_with(pure, tmp_path)[0]), "-c", script, cwd=tmp_path).stdout
-        assert said.count("the native core was not built: configuring the native core failed") == 3
+        assert said.count(f"the native core was not built: {missing}") == 3
+
+    @needs_toolchain
+    @pytest.mark.skipif(sys.platform == "win32", reason="the tools here are shell scripts")
+    @pytest.mark.parametrize("kind", ["path", "c", "broken"])
+    def test_what_is_wrong_with_the_compilers_is_said(self, kind: str, source: Path, tmp_path: Path) -> None:
+        """None on PATH; none for C; and one that does not work, of which CMake's own words are left."""
+        tree = shutil.copytree(source, tmp_path / "tree", ignore=shutil.ignore_patterns("build", "weights", "tests"))
+        tools = tmp_path / "bin"
+        tools.mkdir()
+        for tool in ("cmake", "ninja"):
+            (tools / tool).symlink_to(shutil.which(tool) or tool)
+        broken = tools / "broken"
+        broken.write_text("#!/bin/sh\necho 'broken: fatal error: no licence' >&2\nexit 1\n")
+        broken.chmod(0o755)
+        environment, said = {
+            "path": (
+                {"PATH": str(tools)},
+                r"^no C\+\+ compiler was found \(none of c\+\+, g\+\+, clang\+\+ is on PATH\)",
+            ),
+            "c": ({"CC": "/nonexistent -m64"}, r"^no C compiler was found \(CC=/nonexistent\): install gcc or clang"),
+            "broken": (
+                {"CXX": str(broken)},
+                r"configuring .* \(exit status 1\): The C\+\+ compiler .* is not able to compile a simple test program"
+                r"\. broken: fatal error: no licence$",
+            ),
+        }[kind]
+        python("setup.py", "build_ext", "--inplace", cwd=Path(tree), **NO_NVCC, **environment)
+        assert re.search(said, native_report(Path(tree))["cpu"]["why_not"])
 
     def test_a_module_of_an_earlier_build_does_not_survive(self, source: Path, tmp_path: Path) -> None:
         tree = shutil.copytree(source, tmp_path / "tree", ignore=shutil.ignore_patterns("build", "weights", "tests"))

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
+#include <functional>
 #include <numeric>
 
 namespace lf {
@@ -11,6 +11,9 @@ namespace {
 int64_t offset(const Shape& strides, const std::array<int64_t, kBlended>& position) {
   return position[0] * strides[kTime] + position[1] * strides[kHeight] + position[2] * strides[kWidth];
 }
+
+// Also of INT64_MIN.
+uint64_t magnitude(int64_t stride) { return stride < 0 ? -static_cast<uint64_t>(stride) : stride; }
 
 Shape shape_at(const int64_t* values) {
   Shape shape;
@@ -35,8 +38,14 @@ lf_status check_out(const Shape& shape, const Shape& strides) {
   for (int axis = kChannel; axis < kAxes; ++axis) {
     if (shape[axis] < 1) return LF_INVALID_SHAPE;
   }
-  for (int axis = 0; axis < kAxes; ++axis) {
-    if (strides[axis] == 0 && shape[axis] > 1) return LF_INVALID_STRIDES;  // elements on top of one another
+  // Elements do not meet where each stride steps over all that the smaller ones reach.
+  uint64_t reach = 0;
+  const std::array<int, kAxes> outer_first = by_memory(strides);
+  for (auto axis = outer_first.rbegin(); axis != outer_first.rend(); ++axis) {
+    if (shape[*axis] <= 1) continue;
+    const uint64_t step = magnitude(strides[*axis]), steps = shape[*axis] - 1;
+    if (step <= reach || steps > (INT64_MAX - reach) / step) return LF_INVALID_STRIDES;
+    reach += steps * step;
   }
   return LF_OK;
 }
@@ -73,6 +82,19 @@ lf_status read_windows(const WindowArguments& arguments, Cover& cover) {
   return LF_OK;
 }
 
+// Divides the weights of an axis by a power of two near the largest, which changes no share: products of three, and
+// their sums, then neither overflow nor vanish.
+lf_status scale_weights(std::vector<double>& weights) {
+  for (const double weight : weights) {
+    if (!(weight > 0) || std::isinf(weight)) return LF_INVALID_WEIGHTS;
+  }
+  const auto [least, most] = std::minmax_element(weights.begin(), weights.end());
+  if (*least < *most * 1e-100) return LF_UNEVEN_WEIGHTS;
+  const int exponent = std::ilogb(*most);
+  for (double& weight : weights) weight = std::ldexp(weight, -exponent);
+  return LF_OK;
+}
+
 lf_status read_weights(const double* weights, Cover& cover) {
   if (weights == nullptr) return LF_OK;
   const Shape& shape = cover.windows[0].shape;
@@ -84,9 +106,27 @@ lf_status read_weights(const double* weights, Cover& cover) {
   for (int axis = 0; axis < cover.axes; ++axis) {
     cover.weights[axis].assign(weights, weights + shape[kTime + axis]);
     weights += shape[kTime + axis];
-    for (const double weight : cover.weights[axis]) {
-      if (!(weight > 0) || std::isinf(weight)) return LF_INVALID_WEIGHTS;
-    }
+    const lf_status status = scale_weights(cover.weights[axis]);
+    if (status != LF_OK) return status;
+  }
+  return LF_OK;
+}
+
+// Where the memory of a tensor starts and ends, in bytes.
+std::array<const char*, 2> span_of(const char* data, const Shape& shape, const Shape& strides, int64_t element_size) {
+  int64_t below = 0, above = 1;
+  for (int axis = 0; axis < kAxes; ++axis) (strides[axis] < 0 ? below : above) += (shape[axis] - 1) * strides[axis];
+  return {data + below * element_size, data + above * element_size};
+}
+
+// Told by where they start and end: tensors that interleave count as meeting.
+lf_status check_memory(const Cover& cover) {
+  if (cover.empty()) return LF_OK;
+  const auto [out, out_end] = span_of(cover.out, cover.out_shape, cover.out_strides, cover.element_size);
+  const std::less<const char*> before;
+  for (const Window& window : cover.windows) {
+    const auto [low, high] = span_of(window.data, window.shape, window.strides, cover.element_size);
+    if (before(low, out_end) && before(out, high)) return LF_SHARED_MEMORY;
   }
   return LF_OK;
 }
@@ -173,7 +213,7 @@ double Cover::share(const Cell& cell, int64_t k) const {
 std::array<int, kAxes> by_memory(const Shape& strides) {
   std::array<int, kAxes> order{kBatch, kChannel, kTime, kHeight, kWidth};
   std::stable_sort(order.begin(), order.end(),
-                   [&](int a, int b) { return std::abs(strides[a]) > std::abs(strides[b]); });
+                   [&](int a, int b) { return magnitude(strides[a]) > magnitude(strides[b]); });
   return order;
 }
 
@@ -189,6 +229,7 @@ lf_status plan_cover(const WindowArguments& arguments, Cover& cover) {
   status = check_out(cover.out_shape, cover.out_strides);
   if (status == LF_OK) status = read_windows(arguments, cover);
   if (status == LF_OK) status = read_weights(arguments.weights, cover);
+  if (status == LF_OK) status = check_memory(cover);
   if (status != LF_OK) return status;
   return Planner(cover).run() ? LF_OK : LF_UNCOVERED;
 }

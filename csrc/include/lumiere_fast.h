@@ -34,8 +34,8 @@ LF_API int32_t lf_version(void) LF_NOEXCEPT;
 LF_API const char* lf_version_string(void) LF_NOEXCEPT;
 
 /* How the library was built, as a JSON object: version, compiler, flags, avx2 (true or false), cuda (the toolkit's
- * version, or null where the CUDA half was not built), cuda_archs, and sources (for each op a hash of its source
- * files). The string is static. */
+ * version, or null where the CUDA half was not built), cuda_archs, cuda_flags (nvcc's, or null), and sources (for each
+ * op a hash of its source files). The string is static. */
 LF_API const char* lf_build_info(void) LF_NOEXCEPT;
 
 typedef int32_t lf_status;
@@ -44,14 +44,16 @@ enum {
   LF_INVALID_ARGUMENT = 1,    /* a pointer that must not be null is null, or a count is not one of those accepted */
   LF_UNSUPPORTED_DTYPE = 2,   /* the dtype code is none of the codes below */
   LF_INVALID_SHAPE = 3,       /* a size is negative or 0 where it may not be, or two shapes do not fit */
-  LF_INVALID_STRIDES = 4,     /* elements of an output lie on top of one another */
+  LF_INVALID_STRIDES = 4,     /* elements of an output may lie on top of one another */
   LF_WINDOW_OUT_OF_RANGE = 5, /* a window sticks out of the video */
   LF_UNCOVERED = 6,           /* a position of the video is in no window */
   LF_INVALID_WEIGHTS = 7,     /* a weight is not positive and finite, or the windows it is for differ in length */
   LF_OUT_OF_MEMORY = 8,       /* working memory on the host could not be had */
   LF_NOT_BUILT = 9,           /* this library was built without its CUDA half */
   LF_CUDA_ERROR = 10,         /* CUDA reported an error: lf_last_cuda_error() says which */
-  LF_TOO_MANY = 11            /* more windows over one position, or more weights, than one launch can take */
+  LF_TOO_MANY = 11,           /* more windows over one position, or more weights, than one launch can take */
+  LF_UNEVEN_WEIGHTS = 12,     /* the largest weight of an axis is over 1e100 times its least */
+  LF_SHARED_MEMORY = 13       /* an output lies in the memory of an input */
 };
 
 /* A short English sentence for a status, "unknown status" for a code that is none of the above. The string is
@@ -77,7 +79,12 @@ LF_API lf_status lf_dtype_size(lf_dtype dtype, int64_t* bytes) LF_NOEXCEPT;
 /* Where the CPU functions take their threads from. By default each call starts its own, and they end with it. With the
  * function GOMP_parallel of an OpenMP runtime they are that runtime's, so that a program which already computes with it
  * has one pool of threads and not two that hold the cores against each other. `parallel` calls work(data) on up to
- * `num_threads` threads at once and returns when all have returned; `flags` is 0. Null: the default again. */
+ * `num_threads` threads at once and returns when all have returned; `flags` is 0. Null: the default again.
+ *
+ * Either way no thread is inside this library when a call returns, and it may be unloaded when no call is under way. So
+ * a call waits for each thread it started, also for one that the system runs only when all is done: where other
+ * programs hold the cores, ask for no more threads than there are free ones.
+ * The pointer is kept until the next lf_borrow_threads: the runtime it belongs to has to stay loaded as long. */
 typedef void (*lf_parallel)(void (*work)(void*), void* data, uint32_t num_threads, uint32_t flags);
 LF_API void lf_borrow_threads(lf_parallel parallel) LF_NOEXCEPT;
 
@@ -92,10 +99,13 @@ LF_API void lf_borrow_threads(lf_parallel parallel) LF_NOEXCEPT;
  * axes          1: windows lie in time, and B, C, H, W are the video's. 3: they lie in time and space
  * starts        N x axes: where in the video each window begins, (t) or (t, h, w)
  * weights       null for equal weights; or T' + H' + W' (T' where axes is 1) positive values, one vector behind the
- *               other, whose product weighs a position of a window. Windows must then be alike in length
- * out           may not share memory with a window
+ *               other, whose product weighs a position of a window. Windows must then be alike in length. Of one vector
+ *               the largest may be 1e100 times the least; only ratios matter, so that none is too large or too small
+ * out           may not share memory with a window: from its first byte to its last, no byte may be between the first
+ *               and the last of a window
  * out_shape     5 sizes: the video's
- * out_strides   5, in elements, of any sign, 0 only where the size is 1
+ * out_strides   5, in elements, of any sign. Over the axes of sizes above 1, from the smallest to the largest, each
+ *               must be larger than the distance from the first to the last element along all the smaller ones
  *
  * All arrays but the tensors themselves are in host memory and are read before the call returns. */
 

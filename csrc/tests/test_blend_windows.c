@@ -308,6 +308,27 @@ static void large(lf_dtype dtype, const int order[AXES], int weighted, int32_t n
   run(c, "large", order, 0, 0, num_threads);
 }
 
+/* Weights whose products and sums double precision does not hold, against the same ones of a size that it does. */
+static void extreme_weights(double scale) {
+  Case* c = &shared;
+  const int64_t shape[AXES] = {1, 2, 4, 3, 4};
+  describe(c, LF_FLOAT64, 1, 2, 4, 3, 4);
+  c->axes = 3;
+  c->weighted = 1;
+  for (int i = 0; i < 2; ++i) {
+    add_window(c, 0, 0, i, 4, 3, 3);
+    const int64_t window[AXES] = {1, 2, 4, 3, 3};
+    allocate(&c->windows[i], c->dtype, window, CONTIGUOUS, 0, 0);
+    fill(&c->windows[i], c->dtype);
+  }
+  allocate(&c->out, c->dtype, shape, CONTIGUOUS, 0, 0);
+  for (int i = 0; i < 10; ++i) c->weights[i] = scale * (1 + i);
+  CHECK(blend(c, 1) == LF_OK);
+  for (int i = 0; i < 10; ++i) c->weights[i] = 1 + i;
+  compare(c, "extreme weights");
+  release(c);
+}
+
 /* One window over the whole video: its weights cancel. */
 static void alone(const int order[AXES]) {
   Case* c = &shared;
@@ -399,6 +420,10 @@ static void negative_batch(Case* c) { c->out.shape[0] = c->windows[0].shape[0] =
 static void empty_axis(Case* c) { c->out.shape[3] = c->windows[0].shape[3] = c->windows[1].shape[3] = 0; }
 static void other_channels(Case* c) { c->windows[1].shape[1] = 3; }
 static void folded_out(Case* c) { c->out.strides[4] = 0; }
+static void meeting_out(Case* c) { c->out.strides[1] = 4; }
+static void far_apart_out(Case* c) { c->out.strides[3] = INT64_MIN, c->out.strides[2] = INT64_MAX; }
+static void out_in_a_window(Case* c) { c->out.data = c->windows[1].data + 4 * (c->windows[1].elements - 1); }
+static void out_before_a_window(Case* c) { c->windows[1].data = c->out.data + 4 * (c->out.elements - 1); }
 static void late_window(Case* c) { c->starts[1] = 3; }
 static void early_window(Case* c) { c->starts[0] = -1; }
 static void far_window(Case* c) { c->starts[1] = INT64_MAX; }
@@ -408,6 +433,8 @@ static void gap_at_the_end(Case* c) { c->starts[1] = 1; }
 static void zero_weight(Case* c) { c->weighted = 1, c->weights[3] = 0; }
 static void nan_weight(Case* c) { c->weighted = 1, c->weights[0] = NAN; }
 static void infinite_weight(Case* c) { c->weighted = 1, c->weights[0] = INFINITY; }
+static void uneven_weights(Case* c) { c->weighted = 1, c->weights[0] = 1e-60, c->weights[1] = 1e41; }
+static void barely_even_weights(Case* c) { c->weighted = 1, c->weights[0] = 1e-60, c->weights[1] = 1e39; }
 static void weights_of_unequal_windows(Case* c) { c->weighted = 1, c->windows[0].shape[2] = 3; }
 static void empty_batch(Case* c) {
   c->out.shape[0] = c->windows[0].shape[0] = c->windows[1].shape[0] = 0;
@@ -427,6 +454,10 @@ static void check_errors(void) {
   CHECK(status_after(empty_axis) == LF_INVALID_SHAPE);
   CHECK(status_after(other_channels) == LF_INVALID_SHAPE);
   CHECK(status_after(folded_out) == LF_INVALID_STRIDES);
+  CHECK(status_after(meeting_out) == LF_INVALID_STRIDES);
+  CHECK(status_after(far_apart_out) == LF_INVALID_STRIDES);
+  CHECK(status_after(out_in_a_window) == LF_SHARED_MEMORY);
+  CHECK(status_after(out_before_a_window) == LF_SHARED_MEMORY);
   CHECK(status_after(late_window) == LF_WINDOW_OUT_OF_RANGE);
   CHECK(status_after(early_window) == LF_WINDOW_OUT_OF_RANGE);
   CHECK(status_after(far_window) == LF_WINDOW_OUT_OF_RANGE);
@@ -436,6 +467,8 @@ static void check_errors(void) {
   CHECK(status_after(zero_weight) == LF_INVALID_WEIGHTS);
   CHECK(status_after(nan_weight) == LF_INVALID_WEIGHTS);
   CHECK(status_after(infinite_weight) == LF_INVALID_WEIGHTS);
+  CHECK(status_after(uneven_weights) == LF_UNEVEN_WEIGHTS);
+  CHECK(status_after(barely_even_weights) == LF_OK);
   CHECK(status_after(weights_of_unequal_windows) == LF_INVALID_WEIGHTS);
 }
 
@@ -567,6 +600,10 @@ int main(void) {
     slices(orders[o], 1);
     slices(orders[o], 3);
   }
+  extreme_weights(1e120);
+  extreme_weights(1e-120);
+  extreme_weights(1e307);
+  extreme_weights(5e-324);
   many(40, 1);
   many(45, 30);
   many(90, 70);
