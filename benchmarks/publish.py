@@ -1,10 +1,10 @@
 """From a lab's folder into the repository: benchmarks/results/<machine>/, and the evidence that the package carries.
 
 `evidence.json` is made from the committed records alone, so that it can be made again and compared: one row for each
-op, backend and compute capability whose kernel, as it is in the tree now, a record shows to be right. For that one
-record of a GPU must hold, all of one clean commit's sources, machine and versions: the kernel's smoke and the test files
-of `tests_of`, green; and nothing red that speaks against it, such as a finding of the sanitizer. Times prove nothing.
-A record published for a machine replaces the one before.
+op, backend and compute capability whose kernel, as it is in the tree now, a record shows to be right. For that a GPU's
+record must hold, all from one clean tree, machine and set of versions: the kernel's smoke and the test files of
+`tests_of`, green; and nothing red that speaks against it, such as a finding of the sanitizer. Times prove nothing. A
+record published for a machine replaces the one before.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def present_source(op: str, backend: str) -> str | None:
         return None
 
 
-def publish(
-    folder: Path, results: Path = RESULTS, evidence: Path = EVIDENCE, source: Source = present_source
-) -> str:
+def publish(folder: Path, results: Path = RESULTS, evidence: Path = EVIDENCE, source: Source = present_source) -> str:
     """Copy the folder's record and table, and write the evidence anew; tells what was done, and of each kernel whether
     the record is evidence for it or why not.
 
@@ -102,8 +100,12 @@ def green_kernels(rows: Sequence[Row], source: Source) -> Iterable[dict[str, Any
             yield {**origin, "date": row["date"][:10], **versions}
 
 
+LIVES_WITH = {"group_norm_stats": "group_norm"}  # the op in whose files it is
+
+
 def tests_of(op: str, backend: str) -> tuple[str, ...]:
     """The test files that a kernel must have passed."""
+    op = LIVES_WITH.get(op, op)
     own = (f"tests/kernels/test_{op}.py",) if backend == "triton" else NATIVE_TESTS
     return (f"tests/ops/test_{op}.py", *own)
 
@@ -115,7 +117,9 @@ def reasons_against(rows: Sequence[Row], op: str, backend: str, source: str | No
     files = tests_of(op, backend)
     red = [row for row in rows if is_red(row) and (row["stage"] == "build" or accuses(row, op, backend))]
     others = [f"{_name(row)} is red" for row in red if row["scenario"] not in files]
-    smoke = next((row for row in rows if row["stage"] == "smoke" and (row["op"], row["backend"]) == (op, backend)), None)
+    smoke = next(
+        (row for row in rows if row["stage"] == "smoke" and (row["op"], row["backend"]) == (op, backend)), None
+    )
     if smoke is None:
         return others or ["its smoke did not run"]
     if smoke["device"] != "cuda":

@@ -13,8 +13,22 @@ import pytest
 
 # Names to import of packages that the package, or a test, does without; any other that is missing is a failure.
 OPTIONAL = frozenset(
-    ("PIL", "av", "einops", "google", "huggingface_hub", "hypothesis", "matplotlib", "pybind11", "sentencepiece")
-    + ("tokenizers", "tqdm", "transformers", "triton", "typer")
+    {
+        "PIL",
+        "av",
+        "einops",
+        "google",
+        "huggingface_hub",
+        "hypothesis",
+        "matplotlib",
+        "pybind11",
+        "sentencepiece",
+        "tokenizers",
+        "tqdm",
+        "transformers",
+        "triton",
+        "typer",
+    }
 )
 
 

@@ -165,7 +165,9 @@ def _cached(job: Job) -> list[Row]:
         return [Row(job.op, job.backend, "-", "-", job.arch, missing=missing)]
     compiler = _triton_version() if job.backend == "triton" else _nvcc_version()
     source = kernels.source_hash(job.op) if job.backend == "triton" else _csrc_hash(job.op)
-    key = hashlib.sha256("\n".join((source, str(compiler), Path(__file__).read_text("utf-8"))).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join((source, str(compiler), Path(__file__).read_text("utf-8"))).encode()).hexdigest()[
+        :16
+    ]
     path = evidence.cache_folder() / "resources" / f"{job.op}-{job.backend}-sm_{job.arch}-{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         return _rows(path.read_text("utf-8"))
@@ -304,7 +306,8 @@ def late_widenings(ttir: str) -> int:
         if here is not None and PASSING.fullmatch(here["operation"]):
             operands = set(re.findall(r"%[\w.$#-]+", here["operands"]))
             is_fixed = operands <= fixed
-            is_product = here["operation"] in ("arith.muli", "arith.shli") and not is_fixed or bool(operands & products)
+            multiplies = here["operation"] in ("arith.muli", "arith.shli")
+            is_product = (multiplies and not is_fixed) or bool(operands & products)
             found += is_product and here["operation"] in ("arith.extsi", "arith.extui") and "i64" in here["kind"]
             is_product &= "i64" not in here["kind"] and here["operation"] != "arith.trunci"
         # Blocks side by side use the same names, so what a name stood for before is dropped.

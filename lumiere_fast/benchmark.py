@@ -278,8 +278,8 @@ class _Bench:
 def into_held_buffer(public: Callable[..., Any], inputs: Mapping[str, Any], backend: str) -> Side:
     """A call of an op that writes its (first) result where an earlier call did; but the reference's is a plain call.
 
-    The reference computes a new result whatever it is told, and copies it into `out`: timed with it, it would be charged
-    for a copy that nobody needs.
+    The reference computes a new result whatever it is told, and copies it into `out`: timed with it, it would be
+    charged for a copy that nobody needs.
     """
     with torch.no_grad(), dispatch.record_backends() as used:
         result = public(**inputs, backend=backend)

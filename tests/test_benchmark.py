@@ -30,7 +30,7 @@ def one_op(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Recorded:
-    """Calls of an op, which it passes on to the reference and says that another backend ran, unless that was asked for."""
+    """Calls of an op: the reference makes the result; unless it was asked for, "triton" is recorded to have run."""
 
     def __init__(self, public: Any) -> None:
         self.public, self.calls = public, []

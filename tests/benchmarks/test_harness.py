@@ -169,6 +169,23 @@ def test_the_worker_tells_what_cannot_run_or_does_not_fit(monkeypatch: pytest.Mo
     assert row["verdict"] == "skipped" and "out of memory" in row["why"]
 
 
+@pytest.mark.parametrize(("name", "verdict"), [("tokenizers", "skipped"), ("lumiere_fastt", "failed")])
+def test_the_worker_skips_what_lacks_an_optional_package(
+    monkeypatch: pytest.MonkeyPatch, name: str, verdict: str
+) -> None:
+    def lacking(case: Any) -> list[str]:
+        try:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+        except ImportError as error:
+            raise ImportError("the text encoder needs it") from error
+
+    monkeypatch.setattr(worker, "_reasons_against", lacking)
+    monkeypatch.setattr("benchmarks.reporting.importlib.util.find_spec", lambda name: None)
+    row = worker.benchmark({**UNIT, **SETTINGS}, "cpu")
+    assert row["verdict"] == verdict
+    assert ("tokenizers, which is not installed" in row["why"]) == (verdict == "skipped")
+
+
 def test_the_worker_s_smoke_has_a_row_for_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # as the lab starts it
     rows = {row["backend"]: row for row in worker.smoke("blend_windows", "cpu")}

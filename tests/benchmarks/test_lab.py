@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gate, lab, sanitizer, suite
+from benchmarks import gate, lab, provenance, sanitizer, suite
 from benchmarks.lab import Lab, Options
 from benchmarks.record import Record, key_of
 
@@ -107,6 +107,17 @@ def test_a_row_tells_where_it_comes_from(play: Any) -> None:
     assert row["source"] == "s1" and row["threads"] == 1 and row["dtype"] == "bfloat16"
     assert len(row["commit"]) == 40 and row["dirty"] in (True, False) and row["date"].endswith("Z")
     assert (row["verdict"], row["goal"], row["measured"], row["ratio"]) == ("met", ">= 2x x", "1.00 ms", 1.5)
+    assert row["tree"] == provenance.hash_of(*provenance.TESTED)
+
+
+def test_a_commit_is_believed_only_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "commit", lambda: ("unknown", True))
+    assert provenance.commit_as(None) == {"commit": "unknown", "dirty": True}
+    assert provenance.commit_as("c1") == {"commit": "c1", "dirty": False}
+    monkeypatch.setattr(provenance, "commit", lambda: ("c1", True))
+    assert provenance.commit_as("c1") == provenance.commit_as(None) == {"commit": "c1", "dirty": True}
+    with pytest.raises(ValueError, match="this one's is c1, got c2"):
+        provenance.commit_as("c2")
 
 
 def test_a_second_run_measures_nothing_again_but_the_smoke(play: Any) -> None:
@@ -308,7 +319,7 @@ def test_a_model_is_as_wrong_as_any_op_or_model_test() -> None:
 
 
 def test_the_suite_s_rows_resume_by_file(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = ["tests/ops/test_blend_windows.py", "tests/test_info.py"]
+    files = ["tests/ops/test_blend_windows.py", "tests/test_info.py"]  # in the order of suite.urgency
     asked: list[list[str]] = []
 
     def run(todo: list[str], *_: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -323,6 +334,7 @@ def test_the_suite_s_rows_resume_by_file(play: Any, monkeypatch: pytest.MonkeyPa
     _, played = play("correctness")
     assert asked == [files, files[1:]]
     rows = [row for row in played.record.rows.values() if row["stage"] == "tests"]
+    assert {row["source"] for row in rows} == {row["tree"] for row in rows}  # by which evidence ties them to a kernel
     assert {(row["scenario"], row["op"], row["left"]) for row in rows} == {
         (files[0], "blend_windows", False),
         (files[1], None, False),
@@ -360,6 +372,8 @@ def test_the_gate_s_rows_are_by_op_and_backend(tmp_path: Path, monkeypatch: pyte
     }
     assert by_backend["cuda"]["verdict"] == "skipped" and "nvcc" in by_backend["cuda"]["why"]
     assert [row["verdict"] for row in run("", 7)] == ["failed"]
+    nothing = json.dumps({"rows": rows[2:], "broken": []})
+    assert [(row["backend"], row["verdict"]) for row in run(nothing, gate.NOTHING_COMPILED)] == [("cuda", "skipped")]
     assert run("", 0, seconds=0.3) is None
 
 
@@ -455,6 +469,7 @@ def test_end_to_end_on_a_cpu_then_with_a_wrong_backend(tmp_path: Path) -> None:
     command += ["--op", "blend_windows", "--scenario", "demo", "--device", "cpu", "--budget", "100"]
 
     def run(path: str) -> tuple[int, str, dict[Any, Any]]:
+        path = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
         rows = json.loads((out / "record.json").read_text())["rows"]
