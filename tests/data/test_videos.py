@@ -318,6 +318,14 @@ BAD_METADATA = [
     ("metadata.jsonl", "[]", "line 1: must be a JSON object"),
     ("metadata.jsonl", '{"file_name": "a.mp4", "text": "x"}\n' * 2, "line 2: a.mp4 has a caption already"),
     ("metadata.jsonl", '{"file_name": "b.mp4", "text": "x"}', "names 1 files that are not there: b.mp4"),
+    (
+        "metadata.jsonl",
+        '{"file_name": "a.mp4", "text": "x"}\n{"file_name": "b.mp4", "text": "\\ud800"}',
+        "line 2: .* Unicode",
+    ),
+    ("metadata.jsonl", '{"file_name": "\\udfff.mp4", "text": "x"}', "metadata.jsonl, line 1: .* must be Unicode"),
+    ("metadata.jsonl", "[" * 200_000, "line 1: not valid JSON"),
+    ("metadata.csv", f"file_name,text\na.mp4,{'x' * 200_000}\n", "metadata.csv, line 2: not valid CSV: field larger"),
     ("metadata.csv", "file_name,caption\na.mp4,x\n", "line 2: file_name and text must both"),
     ("metadata.csv", "file_name,text\na.mp4\n", "line 2: file_name and text must both"),
     ("metadata.csv", "file_name,text\n", "1 files have no caption, which is a row in metadata.csv: a.mp4"),
@@ -354,9 +362,26 @@ def test_files_that_cannot_be_read_are_all_named(folder: Path) -> None:
     with pytest.raises(ValueError) as error:
         VideoFolder(folder, num_frames=1, fps=8)
     message = str(error.value)
-    assert message.startswith(f"{folder}: 4 files cannot be read: cut.mp4 (")
+    assert message.startswith(f"{folder}: 4 files are unreadable or truncated: cut.mp4 (")
     assert all(name in message for name in ("noise.mp4 (", "empty.webm (", "text.png ("))
     assert "good.mp4" not in message
+
+
+def test_a_folder_with_the_name_of_a_video_is_searched(folder: Path) -> None:
+    (folder / "sub.mp4").mkdir()
+    caption(write_clip(folder / "sub.mp4" / "a.mp4", 3))
+    source = VideoFolder(folder, num_frames=1, fps=8)
+    assert [entry.name for entry in source.entries] == ["sub.mp4/a.mp4"]
+
+
+def test_links_to_nothing_are_named_and_others_followed(folder: Path, tmp_path: Path) -> None:
+    (folder / "link.mp4").symlink_to(caption(write_clip(tmp_path / "elsewhere.mp4", 3)))
+    caption(folder / "link.mp4")
+    assert len(VideoFolder(folder, num_frames=1, fps=8)) == 1
+    (folder / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    caption(folder / "gone.mp4")
+    with pytest.raises(FileNotFoundError, match=r"1 files are links to files that do not exist: gone\.mp4$"):
+        VideoFolder(folder, num_frames=1, fps=8)
 
 
 def test_sound_alone_is_no_video(folder: Path) -> None:
@@ -369,7 +394,9 @@ def test_sound_alone_is_no_video(folder: Path) -> None:
         frame.rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(ValueError, match=r"sound\.mkv \(it holds no video stream\)"):
+    with pytest.raises(
+        ValueError, match=r"1 files are unreadable or truncated: sound\.mkv \(it holds no video stream\)"
+    ):
         VideoFolder(folder, num_frames=1, fps=8)
 
 

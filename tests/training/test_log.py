@@ -59,6 +59,39 @@ def test_an_older_log_has_no_rate(tmp_path: Path) -> None:
     assert read_log(tmp_path / "log.csv") == [LogRow(50, 0.5, None, 0.1)]
 
 
+HEADER = b"step,loss,learning_rate,seconds_per_step\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            HEADER + b"1,0.5,0,0\n2,half,0,0\n",
+            r"log\.csv, line 3: not a row of a run's log, '2,half,0,0': repair it, or",
+        ),
+        (HEADER + b"\n1.5,0.5,0,0\n", r"log\.csv, line 3: not a row"),
+        (HEADER + b"1,0.5\n", r"log\.csv, line 2: not a row"),
+        (HEADER + b"1,0.5,0,0\n\x00\n", r"log\.csv, line 3: not a row"),
+        (HEADER + b"1,0.5,0,\xff\n", r"log\.csv is not UTF-8 text, so no log of a run .*: repair it, or move it away"),
+        (b"1,0.5,0,0\n2,0.5,0,0\n", r"log\.csv, line 2: not a row"),
+    ],
+)
+def test_a_damaged_log_is_named_and_kept(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_bytes(content)
+    for read in (read_log, lambda path: keep_rows_until(path, 100)):
+        with pytest.raises(ValueError, match=message):
+            read(path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*log\.csv'"):
+        append_row(tmp_path / "log.csv", ROWS[0])
+
+
 @pytest.mark.parametrize("content", ["step,loss\n1,2\n", "step,loss,learning_rate,seconds_per_step\n1,two,0,0\n"])
 def test_another_table_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(content)

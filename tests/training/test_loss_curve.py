@@ -91,6 +91,7 @@ def test_what_cannot_be_drawn_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_run_draws_its_picture_at_each_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    pytest.importorskip("tokenizers")
     seen: list[int] = []
     trainer = Trainer(make_task(), CONFIG, tmp_path)
     trainer.run(checkpoint_every=2, log_every=1, on_log=lambda *_: seen.append((tmp_path / "loss.png").exists()))

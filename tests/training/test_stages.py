@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from lumiere_fast import STUNet, UNet2D
+from lumiere_fast.data.videos import VideoFolder
 from lumiere_fast.diffusion import (
     CosineSchedule,
     EDMParameterization,
@@ -23,7 +26,9 @@ from lumiere_fast.diffusion import (
 from lumiere_fast.models import PRESETS, InflationConfig, Preset
 from lumiere_fast.models.io import load_model, read_metadata, save_model
 from lumiere_fast.pipelines import LumierePipeline
+from lumiere_fast.text import PromptWarning, WordVectorEncoder
 from lumiere_fast.training import assemble, evaluate_images, read_cascade, read_noising, stages, tasks, train
+from lumiere_fast.training.lock import locked
 from lumiere_fast.training.tasks import DenoisingTask
 from tests.models.tiny import tiny_config
 from tests.training.common import assert_equal_runs, make_model, same
@@ -39,6 +44,7 @@ CASCADE = Preset(
     fps=6,
     window_frames=4,
 )
+HUGE = dataclasses.replace(CASCADE, base=dataclasses.replace(CASCADE.base, time_embed_dim=2 * 10**9))
 ONE = {"cascade": CASCADE, "steps": 1, "batch_size": 1}
 
 
@@ -52,6 +58,11 @@ def settings_of(folder: Path) -> dict[str, Any]:
     [
         ("t2v", {}, "stage must be one of t2i, inflate, ssr, got 't2v'"),
         ("inflate", {}, "stage 'inflate' needs a source folder"),
+        ("t2i", {"crop": "foo"}, "crop must be one of center, random, got 'foo'"),
+        ("t2i", {"short_clips": "foo"}, "short_clips must be one of refuse, skip, got 'foo'"),
+        ("t2i", {"learning_rate": math.inf}, "learning_rate must be a finite number >= 0, got inf"),
+        ("t2i", {"batch_size": 10**9}, "training with 1000000000 samples a step takes more than"),
+        ("t2i", {"cascade": HUGE}, "larger than any memory"),
         ("t2i", {"steps": 0}, "steps must be >= 1, got 0"),
         ("t2i", {"batch_size": 0, "steps": 1}, "batch_size=0"),
         ("t2i", {"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
@@ -113,6 +124,51 @@ def test_the_source_must_be_of_the_cascade(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"another cascade: text_layers=1 \(the cascade: 2\); give the cascade"):
         train("inflate", tmp_path / "out", source=tmp_path / "video", cascade=other, steps=1)
     assert not (tmp_path / "out").exists()
+
+
+# The folder of a run -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    with (
+        locked(tmp_path / "run"),
+        pytest.raises(BlockingIOError, match=r"another process is training in .*run"),
+    ):
+        train("t2i", tmp_path / "run", **ONE)
+    train("t2i", tmp_path / "run", **ONE)
+    with locked(tmp_path / "run"), pytest.raises(BlockingIOError, match=r"another process is training in .*run"):
+        train("t2i", tmp_path / "run", **ONE, resume=True)
+    assert not (tmp_path / "run" / "training.lock").exists()
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no run to resume"):
+        train("t2i", tmp_path / "run", **ONE, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoFolder, "_load", lambda *_: (_ for _ in ()).throw(ValueError("clip.mp4 cannot be read")))
+        with pytest.raises(ValueError, match=r"clip\.mp4 cannot be read"):
+            train("t2i", tmp_path / "run", data=videos, **ONE)
+    assert not (tmp_path / "run").exists()
+    train("t2i", tmp_path / "run", data=videos, **ONE)
+
+
+def test_captions_with_unknown_words_are_told_once(
+    tmp_path: Path, videos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(videos, tmp_path / "clips")
+    for index, path in enumerate(sorted(folder.glob("*.txt"))):
+        path.write_text(f"a square \u732b{index}", encoding="utf-8")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train("t2i", tmp_path / "run", data=folder, cascade=CASCADE, steps=3, batch_size=4)
+        assert not [warning for warning in caught if issubclass(warning.category, PromptWarning)]
+        WordVectorEncoder().encode("\u732b")  # as before, once the run has ended
+    assert [warning.category for warning in caught] == [PromptWarning]
+    (message,) = [record.getMessage() for record in caplog.records if "caption" in record.getMessage()]
+    assert message.startswith(
+        "a caption does not reach the model whole, and others may not, which is said once: prompt"
+    )
 
 
 # Noise ---------------------------------------------------------------------------------------------------------------

@@ -8,17 +8,23 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lumiere_fast import STUNet, UNet2D
 from lumiere_fast.diffusion import EDMSchedule
+from lumiere_fast.models import io
 from lumiere_fast.models.io import load_model, read_metadata, save_model
 from lumiere_fast.training import tasks
 from lumiere_fast.training.tasks import DenoisingTask
@@ -390,6 +396,123 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
         Trainer(make_task(), CONFIG, tmp_path, resume=True)
 
 
+def rewrite(change: Callable[[dict[str, Tensor], dict[str, str]], None], path: Path) -> None:
+    """The checkpoint with its tensors and metadata changed."""
+    tensors, metadata = load_file(path), read_metadata(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata=metadata or None)
+
+
+def first_of(tensors: dict[str, Tensor], kind: str) -> str:
+    return next(name for name in tensors if name.startswith(f"{kind}."))
+
+
+def run_is(value: str) -> Callable[[dict[str, Tensor], dict[str, str]], None]:
+    return lambda tensors, metadata: metadata.update(run=value)
+
+
+def without(kind: str) -> Callable[[dict[str, Tensor], dict[str, str]], None]:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        del tensors[first_of(tensors, kind)]
+
+    return change
+
+
+def longer(kind: str) -> Callable[[dict[str, Tensor], dict[str, str]], None]:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        tensors[first_of(tensors, kind)] = torch.zeros(3, 1, 4)
+
+    return change
+
+
+def at_step(step: int) -> Callable[[dict[str, Tensor], dict[str, str]], None]:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        metadata["run"] = json.dumps({**json.loads(metadata["run"]), "step": step})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, metadata: metadata.clear(), "its metadata has no 'run'"),
+        (run_is("{"), "the 'run' of its metadata is not valid JSON"),
+        (run_is("[]"), "the 'run' of its metadata must be an object with"),
+        (run_is('{"step": "6", "settings": {}}'), "the 'run' of its metadata must be an object with"),
+        (run_is('{"step": 6}'), "the 'run' of its metadata must be an object with"),
+        (at_step(7), "it is of step 7, the run has 6"),
+        (without("average"), r"'average\.\S+' is missing"),
+        (without("momentum_buffer"), r"'momentum_buffer\.\S+' is missing"),
+        (without("exp_avg"), r"'exp_avg\.\S+' is missing"),
+        (without("exp_avg_sq"), r"'exp_avg_sq\.\S+' is missing"),
+        (longer("average"), r"'average\.\S+' has shape \(3, 1, 4\), the model wants"),
+        (longer("exp_avg_sq"), r"'exp_avg_sq\.\S+' has shape \(3, 1, 4\), the model wants"),
+        (lambda tensors, metadata: tensors.update(unlogged_losses=torch.zeros(2, 2)), "'unlogged_losses' has shape"),
+    ],
+)
+def test_a_checkpoint_that_lacks_something_is_named(
+    change: Callable[[dict[str, Tensor], dict[str, str]], None],
+    message: str,
+    finished: Path,
+    tmp_path: Path,
+) -> None:
+    name = "training.safetensors"
+    (tmp_path / name).write_bytes((finished / name).read_bytes())
+    rewrite(change, tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} cannot be resumed from, {message}.*: restore it from a copy, or"):
+        Trainer(make_task(), CONFIG, tmp_path, resume=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    Trainer(make_task(), CONFIG, folder).run()
+    return folder
+
+
+def test_a_damaged_log_is_told_before_anything_changes(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "log.csv").write_text("step,loss,learning_rate,seconds_per_step\nsix,1,1,1\n")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(ValueError, match=r"log\.csv, line 2: not a row of a run's log"):
+        Trainer(make_task(), CONFIG, tmp_path / "run", resume=True).run()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_first_batch_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("a.mp4 cannot be read")
+
+    task = make_task()
+    with monkeypatch.context() as patch:
+        patch.setattr(task.source, "draw", refuse)
+        with pytest.raises(ValueError, match=r"a\.mp4 cannot be read"):
+            Trainer(task, CONFIG, tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_names_the_file_and_leaves_room_for_the_next_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the checkpoint, or at the model after it: safetensors' own error is not an OSError."""
+    for good in (0, 1):
+        left = good
+
+        def full(*args: Any, **kwargs: Any) -> None:
+            nonlocal left
+            if left == 0:
+                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            left -= 1
+            save_file(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(io, "save_file", full)
+            with pytest.raises(OSError, match=r"\.safetensors.*No space left on device"):
+                Trainer(make_task(), CONFIG, tmp_path).run()
+        assert not list(tmp_path.iterdir())
+    Trainer(make_task(), CONFIG, tmp_path).run()
+
+
 def test_the_log_holds_the_mean_loss(tmp_path: Path) -> None:
     losses: list[float] = []
     single = Trainer(make_task(), CONFIG, tmp_path / "single")
@@ -436,6 +559,31 @@ def test_settings_are_plain_json(tmp_path: Path) -> None:
     assert run["step"] == 1
     assert run["settings"]["batch_size"] == 4
     assert run["settings"]["schedule"]["train_mean"] == EDMSchedule().train_mean
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": math.inf}, "learning_rate must be a finite number >= 0, got inf"),
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number >= 0, got nan"),
+        ({"learning_rate": -1e-3}, "learning_rate must be a finite number >= 0, got -0.001"),
+        ({"warmup_steps": -1}, "warmup_steps must be a finite number >= 0, got -1"),
+        ({"weight_decay": math.nan}, "weight_decay must be a finite number >= 0, got nan"),
+        ({"decay_fraction": 1.5}, "decay_fraction must be from 0 to 1, got 1.5"),
+        ({"ema_decay": -0.1}, "ema_decay must be from 0 to 1, got -0.1"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be above 0, got 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(steps=1, **settings)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_every", "log_every"])
+def test_a_period_of_no_steps_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+        Trainer(make_task(), CONFIG, tmp_path / "run").run(**{name: 0})
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("steps", [0, -3])
