@@ -13,8 +13,7 @@ template <class T> void blend_run_portable(const Run<T>& run) noexcept { blend_r
 
 namespace {
 
-constexpr int64_t kThreadElements = 1 << 18;  // for so much work it pays to start a thread
-constexpr int64_t kPieceElements = 1 << 16;   // which takes so much at a time
+constexpr int64_t kPieceElements = 1 << 16;  // what a thread takes at a time
 constexpr int64_t kRunElements = 1 << 14;     // longer runs are cut, so that they can be shared out
 constexpr int64_t kStridedElements = 1 << 9;  // and shorter where elements lie apart: those between them, which the
                                               // next runs use, are then still in the cache
@@ -114,7 +113,7 @@ template <class T> class Blend {
       widest = std::max(widest, cell.count);
       pieces_.push_back(pieces_.back() + std::max<int64_t>(1, size / kPieceElements));
     }
-    threads_ = std::clamp<int64_t>(elements / kThreadElements, 1, std::max<int64_t>(num_threads, 1));
+    threads_ = std::clamp<int64_t>(elements / elements_worth_a_thread(), 1, std::max<int64_t>(num_threads, 1));
     const int64_t varying = cover.varying() ? cover.out_shape[kWidth] * joined_ : 0;
     scratch_.assign(threads_, Scratch<T>(widest, varying));
   }

@@ -6,11 +6,12 @@ Whatever a user can get wrong ends in one line on stderr and exit code 2, with n
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,12 +25,14 @@ from lumiere_fast.models import PRESETS, Preset
 from lumiere_fast.pipelines import LumiereOutput, LumierePipeline
 from lumiere_fast.pipelines.memory import check_memory
 from lumiere_fast.text import PromptWarning, T5TextEncoder, TextEncoder
+from lumiere_fast.text.encoder import as_prompts
 from lumiere_fast.training.evaluation import EVALUATION_SEED
 from lumiere_fast.video import MAX_FPS, check_output, numbered_outputs, write_video
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 REFUSED = 2
 
+SCORES = {"look": "colour, ground and shape", "all": "all four"}  # of the scorer's names those that need words
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Typer has click inside it or beside it, depending on its version. Either way this is the base of its usage errors.
@@ -51,6 +54,15 @@ app = typer.Typer(
     add_completion=False,
 )
 
+
+def _named(text: str) -> Path:
+    """What --output names; a Path would make the current folder of nothing."""
+    if not text:
+        raise typer.BadParameter("it is empty; name what to make")
+    return Path(text)
+
+
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Equal seeds give equal results.")]
 Steps = Annotated[int | None, typer.Option(min=1, max=10_000, help="Denoising steps of the base model.")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 turns guidance off.")]
@@ -78,8 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        with redirect_stdout(sys.stderr):
+            app(["--help"], prog_name="lumiere-fast", standalone_mode=False)
+        return REFUSED
     try:
-        return app(arguments, prog_name="lumiere-fast", standalone_mode=False) or 0
+        with _warnings_as_lines():
+            return app(arguments, prog_name="lumiere-fast", standalone_mode=False) or 0
     except _ClickException as error:
         return _refuse(error.format_message())  # type: ignore[attr-defined]
     except _REFUSALS as error:
@@ -93,6 +111,28 @@ def _refuse(message: str) -> int:
     return REFUSED
 
 
+@contextmanager
+def _warnings_as_lines(subject: str | None = None) -> Iterator[None]:
+    """Within the block a warning is one line on stderr, said once.
+
+    Args:
+        subject: what the prompts are called, in place of "prompt N" where N means nothing to the user.
+    """
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: object) -> None:
+        text = " ".join(str(message).split())
+        if subject is not None:
+            text = re.sub(r"^prompt \d+\b", subject, text)
+        if text not in said:
+            said.add(text)
+            print(f"lumiere-fast: warning: {text}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]  # takes all of them, and needs one
+        yield
+
+
 @app.command()
 def generate(
     output: Annotated[
@@ -100,6 +140,8 @@ def generate(
         typer.Option(
             "--output",
             "-o",
+            parser=_named,
+            metavar="PATH",
             help="What to make: .mp4, .gif, .png (contact sheet), .npy (uint8 array), or a name without suffix for a "
             "folder of PNG frames. Clips of several prompts are numbered in front of the suffix, from _0000.",
         ),
@@ -127,7 +169,7 @@ def generate(
         int | None, typer.Option(max=10**9, help="Frames, a multiple of the model's temporal factor.")
     ] = None,
     fps: Annotated[int | None, typer.Option(min=1, max=MAX_FPS, help="Frames a second of the file.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help=f"What the networks compute in: {', '.join(DTYPES)}.")] = "float32",
     backend: Backend = None,
     threads: Threads = None,
@@ -145,8 +187,9 @@ def generate(
     with _threads(threads), _backend(backend), warnings.catch_warnings():
         pipe = LumierePipeline.from_pretrained(weights, torch_dtype=_dtype(dtype)).to(place)
         check_memory(pipe, frames, min(batch_size, len(texts)), guided=guidance != 1)
-        _warn_about(texts, pipe.text_encoder)
-        warnings.simplefilter("ignore", PromptWarning)  # said for all of them, and in their order
+        warnings.simplefilter("always", PromptWarning)
+        pipe.text_encoder.encode(texts)  # to be told which prompts will not reach the model whole,
+        warnings.simplefilter("ignore", PromptWarning)  # of all of them, in their order, and once
         for first in range(0, len(texts), batch_size):
             batch = slice(first, first + batch_size)
             result = pipe(
@@ -173,21 +216,12 @@ def _all_prompts(prompts: list[str], file: Path | None) -> list[str]:
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f'prompt {index} is empty: say what to show, such as "a red ball moving left"')
-    return prompts
+    return as_prompts(prompts)
 
 
 def _generators(seed: int, count: int) -> list[torch.Generator]:
     """One a clip, so that a clip is that of its prompt and its seed, whatever it is made together with."""
     return [torch.Generator().manual_seed(seed + index) for index in range(count)]
-
-
-def _warn_about(prompts: list[str], text_encoder: TextEncoder) -> None:
-    """Say, a line each, which prompts will not reach the model whole."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        text_encoder.encode(prompts)
-    for warning in caught:
-        print(f"lumiere-fast: warning: {warning.message}", file=sys.stderr)
 
 
 def _write(result: LumiereOutput, outputs: list[Path], fps: int, overwrite: bool) -> None:
@@ -214,7 +248,14 @@ def _dtype(name: str) -> torch.dtype:
 def train(
     stage: Annotated[str, typer.Argument(help="t2i, ssr, or inflate, which adds time to a model that these trained.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The run's folder: log, checkpoint, averaged weights.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            parser=_named,
+            metavar="PATH",
+            help="The run's folder: log, checkpoint, averaged weights.",
+        ),
     ],
     source: Annotated[
         Path | None, typer.Option("--from", help="For inflate: the folder of the image model.", show_default=False)
@@ -255,14 +296,15 @@ def train(
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
     """Train one stage on procedural clips or your own. Options left out take those of --from, or the defaults."""
     place = selftest.checked_device(device)
     cascade = _cascade(preset, config)
-    with _threads(threads), _progress_bar("step", steps, shown=_shows_progress(quiet)) as bar:
+    bar_of_steps = _progress_bar("step", steps, shown=_shows_progress(quiet))
+    with _threads(threads), _warnings_as_lines("a caption"), bar_of_steps as bar:
 
         def on_log(step: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -319,7 +361,10 @@ def plot_loss(run: Annotated[Path, typer.Argument(help="The folder of a training
 def assemble(
     base: Annotated[Path, typer.Argument(help="Folder of the inflated text-to-image model.")],
     ssr: Annotated[Path, typer.Argument(help="Folder of the inflated super-resolution model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make; --weights takes it.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", parser=_named, metavar="PATH", help="The folder to make; --weights takes it."),
+    ],
     dtype: Annotated[str, typer.Option(help=f"Of the weights on disk: {', '.join(DTYPES)}.")] = "float16",
     text_encoder: TextEncoderFolder = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pipeline in that folder.")] = False,
@@ -337,6 +382,7 @@ def evaluate(
     seed: Seed = EVALUATION_SEED,
     steps: Steps = None,
     guidance: Guidance = None,
+    device: Device = "cpu",
     backend: Backend = None,
     threads: Threads = None,
     weights: Weights = "demo",
@@ -345,9 +391,10 @@ def evaluate(
 ) -> None:
     """Score clips of held-out prompts with the tracker: how often each attribute is the one asked for."""
     settings = _given(num_inference_steps=steps, guidance_scale=guidance)
+    place = selftest.checked_device(device)
     with _threads(threads), _backend(backend), _progress_bar("clip", clips, shown=_shows_progress(quiet)) as bar:
         report = training.evaluate_pipeline(
-            LumierePipeline.from_pretrained(weights),
+            LumierePipeline.from_pretrained(weights).to(place),
             clips,
             batch_size=batch_size,
             seed=seed,
@@ -364,7 +411,8 @@ def _score_table(report: dict[str, dict[str, Any]]) -> str:
     for name in first:
         if name != "quality":
             found = [report[stage][name] for stage in report]
-            rows.append([name, *(f"{each['accuracy']:.3f} ({each['low']:.3f}-{each['high']:.3f})" for each in found)])
+            label = SCORES.get(name, name)
+            rows.append([label, *(f"{each['accuracy']:.3f} ({each['low']:.3f}-{each['high']:.3f})" for each in found)])
     rows.append(["mean over clips", *report])
     for name in first["quality"]:
         rows.append([name, *(f"{report[stage]['quality'][name]:.3f}" for stage in report)])
@@ -443,3 +491,7 @@ def _progress_bar(unit: str, total: int | None, shown: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, unit=unit, disable=not shown)
+
+
+if __name__ == "__main__":
+    main()

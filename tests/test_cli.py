@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from lumiere_fast.models import PRESETS, InflationConfig, Preset, UNet2D, UNetCo
 from lumiere_fast.models.io import WEIGHTS_NAME
 from lumiere_fast.pipelines import LumierePipeline
 from lumiere_fast.pipelines.text_to_video import PipelineConfig
-from lumiere_fast.text import PromptWarning
+from lumiere_fast.text import PromptWarning, WordVectorEncoder
 from lumiere_fast.training.run_folder import write_run_files
 
 typer = pytest.importorskip("typer")
@@ -293,8 +296,8 @@ def test_progress_goes_to_a_terminal_only(
         (("--sampler", "magic"), ("sampler", "magic", "ddim")),
         (("--threshold", "magic"), ("threshold", "magic", "dynamic")),
         (("--dtype", "int8"), ("--dtype", "int8", "bfloat16")),
-        (("--device", "abacus"), ("--device", "abacus", "cpu")),
-        (("--device", "cuda:99"), ("--device", "cuda:99", "cpu")),
+        (("--device", "abacus"), ("device must be one of cpu", "abacus")),
+        (("--device", "cuda:99"), ("device must be one of cpu", "cuda:99")),
         (("--batch-size", "0"), ("--batch-size",)),
         (("--frames", "800000000"), ("1 x 800000000 frames", "GiB", "fewer frames")),
         (("--prompt-file", "no-such-file"), ("--prompt-file", "no-such-file")),
@@ -325,6 +328,7 @@ def test_an_empty_prompt_is_refused(
         ((), b"\n  \n", ("no prompt",)),
         ((), b"a ball\n\xff\xfe", ("prompts.txt", "UTF-8")),
         ((PROMPT, " "), b"a ball", ("prompt 1 is empty",)),
+        ((PROMPT, "\udcff\udcfe ball"), None, ("prompts[1]", "not valid Unicode")),
     ],
 )
 def test_bad_prompts_are_refused_before_anything_is_loaded(
@@ -379,7 +383,7 @@ def test_a_bad_backend_in_the_environment_is_refused(
     capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "magic")
-    assert_refused(generate(capsys, weights, tmp_path / "clip.gif"), "backend", "magic")
+    assert_refused(generate(capsys, weights, tmp_path / "clip.gif"), dispatch.ENVIRONMENT_VARIABLE, "magic")
     assert listing(tmp_path) == []
 
 
@@ -388,8 +392,9 @@ def test_a_bad_backend_in_the_environment_is_refused(
     [
         ("old.png", "--overwrite"),
         ("clip.webm", ".mp4, .gif, .png, .npy"),
-        ("nowhere/clip.png", "nowhere"),
+        ("nowhere/clip.png", "nowhere/clip.png"),
         (".mp4", ".mp4"),
+        ("x" * 300 + ".png", "too long"),
     ],
 )
 def test_the_output_is_checked_before_anything_is_loaded(
@@ -402,6 +407,31 @@ def test_the_output_is_checked_before_anything_is_loaded(
     (tmp_path / "old.png").write_bytes(b"old")
     assert_refused(run(capsys, "generate", PROMPT, "-o", tmp_path / name), word)
     assert listing(tmp_path) == ["old.png"] and (tmp_path / "old.png").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    "command", [("generate", PROMPT), ("train", "t2i"), ("assemble", "base", "ssr")], ids=lambda command: command[0]
+)
+def test_an_empty_output_is_refused_as_such(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run(capsys, *command, "-o", ""), "--output", "it is empty")
+    assert listing(tmp_path) == []
+
+
+def test_an_output_that_another_command_made_meanwhile_is_kept(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, original = tmp_path / "clip.npy", video._WRITERS[".npy"]
+
+    def slow(pixels: video.Pixels, partial: Path, fps: float) -> None:
+        original(pixels, partial, fps)
+        path.write_bytes(b"the other's")
+
+    monkeypatch.setitem(video._WRITERS, ".npy", slow)
+    assert_refused(generate(capsys, weights, path), "clip.npy", "exists", "--overwrite")
+    assert listing(tmp_path) == ["clip.npy"] and path.read_bytes() == b"the other's"
 
 
 @pytest.fixture
@@ -498,6 +528,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "cascade": None,
     "schedule": None,
     "prediction_type": None,
+    "text_encoder": None,
     "steps": None,
     "batch_size": None,
     "gradient_accumulation_steps": 1,
@@ -524,6 +555,7 @@ def test_train_passes_its_options_on(
         "cascade": PRESETS["demo"],
         "schedule": "cosine",
         "prediction_type": "v_prediction",
+        "text_encoder": None,
         "steps": 7,
         "batch_size": 3,
         "gradient_accumulation_steps": 2,
@@ -569,7 +601,7 @@ def test_train_takes_its_shapes_from_a_file(
         (("t2i", "--batch-size", "-1"), "--batch-size"),
         (("t2i", "--gradient-accumulation-steps", "0"), "--gradient-accumulation-steps"),
         (("t2i", "--checkpoint-every", "0"), "--checkpoint-every"),
-        (("t2i", "--device", "abacus"), "--device"),
+        (("t2i", "--device", "abacus"), "device must be one of cpu"),
         (("t2i", "--precision", "fp8"), "precision must be one of fp32, bf16"),
         (("t2i", "--schedule", "linear"), "schedule must be one of edm, cosine"),
         (("t2i", "--prediction-type", "v"), "prediction_type must be one of edm, epsilon, v_prediction, sample"),
@@ -585,6 +617,26 @@ def test_train_refuses(
 ) -> None:
     assert_refused(run(capsys, "train", *arguments, "-o", tmp_path / "run"), word)
     assert listing(tmp_path) == []
+
+
+def test_train_says_once_what_of_the_captions_is_lost(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same caption comes back at another place of another batch."""
+
+    def train(*_: object, **__: object) -> None:
+        for batch in (["a красный ball", PROMPT], [PROMPT, "a красный ball"], ["a синий ball"] * 2):
+            WordVectorEncoder().encode(batch)
+
+    monkeypatch.setattr(training, "train", train)
+    before = warnings.showwarning
+    code, _, err = run(capsys, "train", "t2i", "-o", tmp_path / "run")
+    assert code == 0 and warnings.showwarning is before
+    assert err.splitlines() == [
+        f"lumiere-fast: warning: a caption has words that the text encoder does not know: '{word}'; they will not be "
+        "followed"
+        for word in ("красный", "синий")
+    ]
 
 
 def test_train_on_a_folder_resume_and_plot(
@@ -607,7 +659,7 @@ def test_train_on_a_folder_resume_and_plot(
     options = ("--data", data, "--config", config, "--steps", "2", "--batch-size", "1", "--threads", "1")
     assert run(capsys, "train", "t2i", "-o", out, *options)[0] == 0
     assert {"log.csv", "loss.png", "cascade.json", "scheduler_config.json"} <= set(listing(out))
-    assert_refused(run(capsys, "train", "t2i", "-o", out, *options), "continue it with resume")
+    assert_refused(run(capsys, "train", "t2i", "-o", out, *options), "continue it with resume=True (--resume)")
     assert run(capsys, "train", "t2i", "-o", out, *options, "--resume")[0] == 0
     assert_refused(run(capsys, "train", "t2i", "-o", out, *options, "--resume", "--crop", "random"), "crop=center (now")
     (out / "loss.png").unlink()
@@ -642,7 +694,7 @@ def test_assemble_replaces_a_pipeline_only_if_told(
     capsys: pytest.CaptureFixture[str], weights: Path, damaged: Path
 ) -> None:
     parts = ("assemble", weights / "base", weights / "ssr", "-o", damaged)
-    assert_refused(run(capsys, *parts), "damaged exists and is not empty")
+    assert_refused(run(capsys, *parts), "damaged exists and is not empty", "--overwrite")
     assert run(capsys, *parts, "--overwrite", "--dtype", "bfloat16")[0] == 0
     assert {x.dtype for x in load_file(damaged / "base" / WEIGHTS_NAME).values()} == {torch.bfloat16}
     (damaged / "model_index.json").unlink()
@@ -685,14 +737,28 @@ def test_evaluate_prints_what_the_scorer_found(
     expected = training.evaluate_pipeline(pipe, 3, batch_size=2, seed=9, num_inference_steps=1)
     assert json.loads(printed) == expected
     code, printed, _ = run(capsys, "evaluate", *options)
-    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()}
-    for name in ("shape", "colour", "ground", "motion", "all"):
-        assert [rows[name][0], rows[name][2]] == [
+    rows = {row[0]: row[1:] for row in (re.split(r"\s{2,}", line) for line in printed.splitlines())}
+    labels = {name: name for name in ("shape", "colour", "ground", "motion")}
+    for name, label in (labels | {"look": "colour, ground and shape", "all": "all four"}).items():
+        assert [cell.split()[0] for cell in rows[label]] == [
             f"{expected[stage][name]['accuracy']:.3f}" for stage in ("base", "ssr")
         ]
 
 
-@pytest.mark.parametrize("options", [("--clips", "0"), ("--weights", "no-such-folder"), ("--backend", "magic")])
+def test_evaluate_moves_the_pipeline(
+    capsys: pytest.CaptureFixture[str], weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[object] = []
+    monkeypatch.setattr(LumierePipeline, "to", lambda self, place: places.append(place) or self)
+    options = ("--weights", weights, "--clips", "1", "--steps", "1", "--device", "cpu")
+    assert run(capsys, "evaluate", *options)[0] == 0
+    assert places == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--clips", "0"), ("--weights", "no-such-folder"), ("--backend", "magic"), ("--device", "cuda:99")],
+)
 def test_evaluate_refuses(capsys: pytest.CaptureFixture[str], weights: Path, options: tuple[str, ...]) -> None:
     assert_refused(run(capsys, "evaluate", "--weights", weights, *options))
 
@@ -707,9 +773,23 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and set(json.loads(out)["ops"]) == set(dispatch.registered_ops())
 
 
-@pytest.mark.parametrize("arguments", [(), ("frobnicate",), ("generate",)])
+@pytest.mark.parametrize("arguments", [("frobnicate",), ("generate",)])
 def test_a_malformed_command_is_refused(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
     assert_refused(run(capsys, *arguments))
+
+
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys)
+    assert (code, out) == (2, "")
+    assert "Usage: lumiere-fast" in err and "generate" in err
+
+
+@pytest.mark.parametrize("module", ["lumiere_fast", "lumiere_fast.cli"])
+def test_the_package_is_the_command(module: str) -> None:
+    command = [sys.executable, "-m", module, "plot", "no-such-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("lumiere-fast: no-such-run") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", [(), ("generate",), ("train",), ("plot",), ("assemble",), ("evaluate",), ("info",)])

@@ -202,7 +202,7 @@ class TestBlendWindows:
                 assert torch.equal(
                     blended(windows, [*STARTS], (20,)), blend_windows_reference(windows, STARTS, (20,), None)
                 )
-            blended([window[..., :16] for window in windows], [*STARTS], (20,))
+            blended([window[..., :4] for window in windows], [*STARTS], (20,))
         finally:
             native.load().borrow_threads(address)
         assert teams == [2, 3]  # neither one thread nor little work asks for a team

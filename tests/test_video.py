@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -371,6 +372,69 @@ def test_a_failure_while_writing_leaves_nothing(
         video.write_video(flat_clip(), path, 16, overwrite=True)
     assert len(seen) == 2  # the temporary file was beside the old one
     assert listing(tmp_path) == ["clip.mp4"] and path.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.png", "clip.npy", "clip"])
+def test_a_full_disk_is_told_with_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    if name != "clip.npy":
+        pytest.importorskip("av" if name == "clip.mp4" else "PIL")
+
+    def fails(pixels: video.Pixels, partial: Path, fps: float) -> None:
+        partial.mkdir() if name == "clip" else partial.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(video._WRITERS, Path(name).suffix, fails)
+    with pytest.raises(OSError, match=rf"output '{tmp_path / name}' could not be written: .*No space left"):
+        video.write_video(flat_clip(), tmp_path / name, 16)
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["clip.npy", "clip"])
+def test_of_two_that_write_to_one_name_only_one_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pytest.importorskip("PIL")
+    suffix, clip = Path(name).suffix, flat_clip()
+    write = video._WRITERS[suffix]
+
+    def slow(pixels: video.Pixels, partial: Path, fps: float) -> None:
+        write(pixels, partial, fps)
+        monkeypatch.setitem(video._WRITERS, suffix, write)
+        video.write_video(clip[:2], tmp_path / name, 16)  # another process, meanwhile
+
+    monkeypatch.setitem(video._WRITERS, suffix, slow)
+    with pytest.raises(FileExistsError, match=rf"output '{tmp_path / name}' exists; pass overwrite"):
+        video.write_video(clip, tmp_path / name, 16)
+    assert listing(tmp_path) == [name]
+    first = tmp_path / name
+    kept = len(listing(first)) if first.is_dir() else len(np.load(first))
+    assert kept == 2
+
+
+def test_what_cannot_take_the_name_leaves_no_empty_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(source: Path, target: Path) -> None:
+        raise OSError("no rename")
+
+    monkeypatch.setattr(video.os, "replace", cannot)
+    with pytest.raises(OSError, match="no rename"):
+        video.write_video(flat_clip(), tmp_path / "clip.npy", 16)
+    assert listing(tmp_path) == []
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    longest = "x" * (os.pathconf(tmp_path, "PC_NAME_MAX") - 4) + ".npy"
+    video.write_video(flat_clip(), tmp_path / longest, 16)
+    assert listing(tmp_path) == [longest]
+    with pytest.raises(ValueError, match="the name is too long"):
+        video.check_output(tmp_path / f"x{longest}")
+    with pytest.raises(ValueError, match="output is empty"):
+        video.check_output("")
+
+
+def test_a_link_to_nothing_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "clip.npy").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="exists"):
+        video.check_output(tmp_path / "clip.npy")
 
 
 def test_an_interrupted_encoder_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

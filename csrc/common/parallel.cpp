@@ -29,6 +29,8 @@ void run_own(Team& team, int64_t num_threads) {
 
 }  // namespace
 
+int64_t elements_worth_a_thread() noexcept { return borrowed == nullptr ? 1 << 18 : 1 << 16; }
+
 void run_team(Team& team, int64_t num_threads) {
   const lf_parallel parallel = borrowed;
   if (parallel == nullptr) return run_own(team, num_threads);

@@ -112,4 +112,4 @@ def check_sampler(sampler: str, eta: float = 0.0) -> None:
 
 def check_eta(eta: float) -> None:
     if not isinstance(eta, Real) or isinstance(eta, bool) or not 0 <= eta <= 1:
-        raise ValueError(f"eta must be a number from 0 (deterministic) to 1 (ancestral), got {eta!r}")
+        raise ValueError(f"eta must be from 0 (deterministic) to 1 (ancestral), got {eta!r}")

@@ -153,7 +153,7 @@ def _write_weights(
         for name, keys in files.items():
             shard = {key: state[key].to(dtype or state[key].dtype).contiguous() for key in keys}
             with _writing(folder / name):
-                save_file(shard, partials[name], metadata={"format": "pt"})
+                _save_file(shard, partials[name], {"format": "pt"})
         if index is not None:
             (folder / WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
         for name, partial in partials.items():
@@ -397,10 +397,18 @@ def save_file_atomically(tensors: dict[str, Tensor], path: Path, *, metadata: di
     partial = _partial(path)
     try:
         with _writing(path):
-            save_file(tensors, partial, metadata=metadata)
+            _save_file(tensors, partial, metadata)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    """`safetensors.torch.save_file` with the permissions of any new file; its own are the owner's alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 @contextmanager

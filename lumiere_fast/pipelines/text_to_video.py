@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -397,10 +396,14 @@ def _steps(name: str, value: object) -> int:
     return steps
 
 
-def _guidance(value: object) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:  # nor NaN
+def _guidance(value: Any) -> float:
+    try:
+        scale = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        scale = math.inf
+    if not 0 <= scale < math.inf:
         raise ValueError(f"guidance_scale must be a finite number >= 0, got {value!r}")
-    return float(value)
+    return scale
 
 
 def _usable_device(device: torch.device | str) -> torch.device:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,14 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lumiere_fast import InflationConfig, STUNet, UNet2D, UNetConfig, inflate
+from lumiere_fast import InflationConfig, LumierePipeline, STUNet, UNet2D, UNetConfig, inflate
 from lumiere_fast.models import PRESETS, io
 from lumiere_fast.models.config import config_from_dict, config_to_dict
-from lumiere_fast.models.io import CONFIG_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, load_model, load_stunet, save_model
+from lumiere_fast.models.io import (
+    CONFIG_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    load_model,
+    load_stunet,
+    load_weights,
+    read_json,
+    save_model,
+    shard_bytes,
+)
 from tests.models.tiny import draw_inputs, randomise, tiny_config, tiny_unet
 
 
@@ -380,12 +391,78 @@ def test_only_shards_need_huggingface_hub(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "shards").exists()
 
 
-@pytest.mark.parametrize("size", ["many", "3 apples", "", None])
+@pytest.mark.parametrize(
+    "size", ["many", "3 apples", "", None, 0, -5, True, 2.5, "-2GB", "0GB", "0.0001KB", "nanGB", "GB", "2GiB", "2"]
+)
 def test_a_shard_size_that_is_none_is_refused(tmp_path: Path, size: Any) -> None:
-    pytest.importorskip("huggingface_hub")
-    with pytest.raises(ValueError, match='max_shard_size must be a number of bytes or a string such as "2GB", got'):
+    message = 'max_shard_size must be a number of bytes >= 1 or a string such as "2GB", got'
+    with pytest.raises(ValueError, match=message):
         video_model().save_pretrained(tmp_path / "model", max_shard_size=size)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [(7, 7), ("2GB", 2 * 10**9), ("1.5 kb", 1500), ("3MB", 3 * 10**6), (" 1TB ", 10**12)]
+)
+def test_shard_sizes_in_words(size: int | str, count: int) -> None:
+    assert shard_bytes(size) == count
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_weights_that_are_not_floating_are_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = video_model()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_NAME)
+    tensors["unet.conv_in.bias"] = tensors["unet.conv_in.bias"].to(dtype)
+    message = f"'unet.conv_in.bias' is {dtype}; weights must be floating"
+    with pytest.raises(ValueError, match=message):
+        load_weights(model, tensors, tmp_path / "state")
+    save_file(tensors, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS_NAME}: {message}"):
+        STUNet.from_pretrained(tmp_path)
+
+
+def test_brackets_without_end_are_bad_json(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"x\.json is not valid JSON: "):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(FileNotFoundError, match=r"no/x\.json is missing: .*no is not a folder"):
+        read_json(tmp_path / "no" / "x.json")
+
+
+@pytest.mark.parametrize("name", ["model", "state", "json"])
+def test_a_full_disk_is_an_os_error_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """safetensors has an error of its own for it, and the system's names no file."""
+
+    def half(tensors: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def half_text(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(io, "save_file", half)
+    write: dict[str, Callable[[], object]] = {
+        "model": lambda: video_model().save_pretrained(tmp_path),
+        "state": lambda: io.save_file_atomically({}, tmp_path / "training.safetensors"),
+        "json": lambda: io.write_json_atomically({}, tmp_path / "a.json"),
+    }
+    if name == "json":
+        monkeypatch.setattr(Path, "write_text", half_text)
+    file = {"model": WEIGHTS_NAME, "state": "training.safetensors", "json": "a.json"}[name]
+    with pytest.raises(OSError, match=rf"{tmp_path / file} could not be written: .*No space left"):
+        write[name]()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", [None, 3])
+def test_what_is_no_path_is_refused(folder: Any) -> None:
+    for call in (STUNet.from_pretrained, video_model().save_pretrained, LumierePipeline.from_pretrained):
+        with pytest.raises(ValueError, match=f"the path of a folder is needed, a str or a Path, got {folder}"):
+            call(folder)
 
 
 def test_shards_and_one_file_replace_each_other(tmp_path: Path) -> None:
@@ -509,3 +586,14 @@ def test_weights_under_another_name_are_not_guessed_but_named(folder: Path) -> N
 def test_configurations_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         tiny_config().sample_size = 8  # type: ignore[misc]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        io.save_file_atomically({"a": torch.zeros(2)}, tmp_path / "state.safetensors")
+        save_model(tiny_unet(), tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.safetensors")} == {0o640}

@@ -142,7 +142,7 @@ def test_a_pipeline_is_kept_unless_told(folder: Path) -> None:
     pytest.importorskip("tokenizers")
     before = content(folder)
     other = make_pipeline(seed=3)
-    with pytest.raises(FileExistsError, match="tiny exists and is not empty"):
+    with pytest.raises(FileExistsError, match=r"tiny exists and is not empty; .* overwrite=True \(--overwrite\)"):
         other.save_pretrained(folder)
     assert content(folder) == before
     (folder / "README.md").write_text("mine")
@@ -272,6 +272,12 @@ def to_old_layout(folder: Path) -> None:
         (lambda f: edit_index(f, ssr_scheduler=["diffusers", "DDIMScheduler"]), "ssr_scheduler must be .*CosineSched"),
         (lambda f: edit_index(f, text_encoder=["transformers", "CLIPTextModel"]), "text_encoder must be .*T5Encoder"),
         (lambda f: edit_index(f, fps="x"), r"model_index\.json: fps must be an integer >= 1, got 'x'"),
+        (lambda f: edit_index(f, fps=10**9), r"model_index\.json: fps must be at most 1000, got 1000000000"),
+        (
+            lambda f: edit_index(f, num_frames=7),
+            "num_frames must be a multiple of 2, the models' temporal factor, got 7",
+        ),
+        (lambda f: edit_index(f, window_frames=3), "window_frames must be a multiple of 2, .* got 3"),
         (lambda f: edit_index(f, window_frames=0), "window_frames must be an integer >= 1, got 0"),
         (lambda f: edit_index(f, num_frames=True), "num_frames must be an integer >= 1, got True"),
         (

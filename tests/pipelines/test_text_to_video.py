@@ -42,7 +42,6 @@ def pipe() -> LumierePipeline:
 
 
 def generate(pipe: LumierePipeline, prompt: Any = BALL, seed: int = 0, **settings: Any) -> LumiereOutput:
-    pytest.importorskip("tokenizers")
     defaults = {"num_inference_steps": 2, "ssr_num_inference_steps": 2}
     return pipe(prompt, generator=torch.Generator().manual_seed(seed), **defaults | settings)
 
@@ -51,6 +50,7 @@ def generate(pipe: LumierePipeline, prompt: Any = BALL, seed: int = 0, **setting
 
 
 def test_a_prompt_gives_a_clip(pipe: LumierePipeline) -> None:
+    pytest.importorskip("tokenizers")
     output = generate(pipe)
     assert (output.frames.shape, output.base_frames.shape) == ((1, 3, 4, 16, 16), (1, 3, 4, 8, 8))
     for frames in (output.frames, output.base_frames):
@@ -63,11 +63,13 @@ def test_a_prompt_gives_a_clip(pipe: LumierePipeline) -> None:
 
 
 def test_more_frames_than_a_window(pipe: LumierePipeline) -> None:
+    pytest.importorskip("tokenizers")
     assert generate(pipe, num_frames=10).frames.shape == (1, 3, 10, 16, 16)
     assert generate(pipe, num_frames=2).frames.shape == (1, 3, 2, 16, 16)
 
 
 def test_a_seed_decides_everything(pipe: LumierePipeline) -> None:
+    pytest.importorskip("tokenizers")
     state = torch.get_rng_state()
     one, two, other = generate(pipe, seed=1), generate(pipe, seed=1), generate(pipe, seed=2)
     assert torch.equal(one.frames, two.frames)
@@ -88,6 +90,7 @@ def test_without_a_generator_torchs_own_decides(pipe: LumierePipeline) -> None:
 
 def test_each_prompt_of_a_batch_has_its_own_clip(pipe: LumierePipeline) -> None:
     """Of the same length in tokens or not: padding does not leak."""
+    pytest.importorskip("tokenizers")
     first = generate(pipe, [BALL, STAR])
     second = generate(pipe, (BALL, "a green ring on a white background, going around in a circle"))
     assert first.frames.shape == (2, 3, 4, 16, 16)
@@ -124,6 +127,8 @@ def test_a_batch_may_be_cut_anywhere(pipe: LumierePipeline, settings: dict[str, 
 
 
 def test_each_prompt_may_have_its_generator(pipe: LumierePipeline) -> None:
+    pytest.importorskip("tokenizers")
+
     def make(prompts: list[str], seeds: list[int]) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipe(
@@ -141,6 +146,7 @@ def test_each_prompt_may_have_its_generator(pipe: LumierePipeline) -> None:
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_super_resolution_starts_alike_whatever_the_base_drew(pipe: LumierePipeline, sampler: str) -> None:
+    pytest.importorskip("tokenizers")
     seen: list[Tensor] = []
     handle = pipe.ssr.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
@@ -153,6 +159,7 @@ def test_super_resolution_starts_alike_whatever_the_base_drew(pipe: LumierePipel
 
 def test_each_stage_has_its_schedule_and_its_parameterization(pipe: LumierePipeline) -> None:
     """A pipeline of components that differ is its two stages, each run with its own."""
+    pytest.importorskip("tokenizers")
     schedules = CosineSchedule(), EDMSchedule(sigma_max=30.0)
     mixed = with_schedules(
         pipe,
@@ -180,6 +187,7 @@ def test_each_stage_has_its_schedule_and_its_parameterization(pipe: LumierePipel
 def test_any_training_is_sampled_by_any_sampler(
     pipe: LumierePipeline, kind: type[Parameterization], schedule: Schedule, settings: dict[str, Any]
 ) -> None:
+    pytest.importorskip("tokenizers")
     kinds = {"base_parameterization": kind(), "ssr_parameterization": kind()}
     frames = generate(with_schedules(pipe, schedule, schedule, **kinds), **settings).frames
     assert frames.abs().max() <= 1
@@ -188,6 +196,7 @@ def test_any_training_is_sampled_by_any_sampler(
 
 def test_the_clip_is_bounded_as_asked(pipe: LumierePipeline) -> None:
     """High guidance overshoots: static clips what dynamic scales."""
+    pytest.importorskip("tokenizers")
 
     def base(threshold: Any) -> Tensor:
         return generate(pipe, guidance_scale=40.0, threshold=threshold, ssr_num_inference_steps=1).base_frames
@@ -205,6 +214,8 @@ def test_the_clip_is_bounded_as_asked(pipe: LumierePipeline) -> None:
 def test_guidance_of_one_is_the_conditional_model_and_zero_ignores_the_prompt(
     pipe: LumierePipeline, sampler: str
 ) -> None:
+    pytest.importorskip("tokenizers")
+
     def base(scale: float, prompt: str = BALL) -> Tensor:
         return generate(pipe, prompt, guidance_scale=scale, sampler=sampler, ssr_num_inference_steps=1).base_frames
 
@@ -233,6 +244,7 @@ def test_guidance_extrapolates_from_the_empty_prompt(pipe: LumierePipeline) -> N
 
 
 def test_guidance_costs_a_doubled_batch_and_one_is_free(pipe: LumierePipeline) -> None:
+    pytest.importorskip("tokenizers")
     batches: list[int] = []
     handle = pipe.base.register_forward_pre_hook(lambda module, args: batches.append(args[0].shape[0]))
     try:
@@ -260,6 +272,7 @@ def test_images_come_from_the_image_model() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 def test_networks_in_half_precision_make_the_same_clip(preserving: bool, dtype: torch.dtype, tolerance: float) -> None:
     """The networks alone: they predict in their dtype, and what goes in is still in float32."""
+    pytest.importorskip("tokenizers")
     pipe, full = make_pipeline(), make_pipeline()
     if preserving:
         kinds = {"base_parameterization": VParameterization(), "ssr_parameterization": VParameterization()}
@@ -300,6 +313,7 @@ def test_the_dtype_may_be_said_as_diffusers_does() -> None:
 
 
 def test_progress_counts_every_pass(pipe: LumierePipeline) -> None:
+    pytest.importorskip("tokenizers")
     calls: list[tuple[str, int, int]] = []
     generate(pipe, num_frames=6, num_inference_steps=3, progress=lambda *call: calls.append(call))
     base = [("base", done, 3) for done in range(1, 4)]
@@ -308,6 +322,7 @@ def test_progress_counts_every_pass(pipe: LumierePipeline) -> None:
 
 
 def test_progress_bars_go_to_stderr(pipe: LumierePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers")
     generate(pipe)
     assert capsys.readouterr() == ("", "")
     generate(pipe, progress=True)
@@ -330,6 +345,12 @@ def test_progress_bars_go_to_stderr(pipe: LumierePipeline, capsys: pytest.Captur
         ({"prompt": [BALL, ""]}, "prompt must be a sentence"),
         ({"prompt": None}, "prompt must be a sentence, or several; got None"),
         ({"prompt": [BALL, 3]}, "prompt must be a sentence, or several; got .*3"),
+        ({"prompt": [BALL, "a \udcff ball"]}, r"prompts\[1\]: 'a \\udcff ball' is not valid Unicode: character 2"),
+        ({"num_frames": 4.0}, "num_frames must be >= 1, an integer, got 4.0"),
+        ({"num_frames": "4"}, "num_frames must be >= 1, an integer, got '4'"),
+        ({"num_frames": True}, "num_frames must be >= 1, an integer, got True"),
+        ({"num_inference_steps": np.float32(2)}, "num_inference_steps must be >= 1, an integer, got"),
+        ({"ssr_num_inference_steps": True}, "ssr_num_inference_steps must be >= 1, an integer, got True"),
         ({"num_frames": 5}, "temporal factor 2, got 5; the nearest accepted are 4 and 6"),
         ({"num_frames": 0}, "got 0"),
         ({"num_frames": -4}, "got -4"),
@@ -337,10 +358,15 @@ def test_progress_bars_go_to_stderr(pipe: LumierePipeline, capsys: pytest.Captur
         ({"num_inference_steps": -1}, "num_inference_steps must be >= 1, an integer, got -1"),
         ({"num_inference_steps": 2.5}, "num_inference_steps must be >= 1, an integer, got 2.5"),
         ({"ssr_num_inference_steps": 0}, "ssr_num_inference_steps must be >= 1, an integer, got 0"),
-        ({"guidance_scale": -0.5}, "guidance_scale must be >= 0, got -0.5"),
-        ({"guidance_scale": math.nan}, "guidance_scale must be >= 0, got nan"),
-        ({"guidance_scale": "3"}, "guidance_scale must be >= 0, got '3'"),
+        ({"guidance_scale": -0.5}, "guidance_scale must be a finite number >= 0, got -0.5"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number >= 0, got nan"),
+        ({"guidance_scale": math.inf}, "guidance_scale must be a finite number >= 0, got inf"),
+        ({"guidance_scale": 10**400}, "guidance_scale must be a finite number >= 0, got 1000"),
+        ({"guidance_scale": "3"}, "guidance_scale must be a finite number >= 0, got '3'"),
+        ({"guidance_scale": torch.tensor(3.0)}, r"guidance_scale must be a finite number >= 0, got tensor\(3"),
         ({"sampler": "euler"}, r"sampler must be one of ddim, dpm-solver\+\+, ddpm, got 'euler'"),
+        ({"sampler": ["ddim"]}, r"sampler must be one of ddim, dpm-solver\+\+, ddpm, got \['ddim'\]"),
+        ({"sampler": "ddim", "eta": "0"}, "eta must be from 0 .* got '0'"),
         ({"sampler": "ddpm", "eta": 0.5}, "eta is a setting of sampler 'ddim'; leave it 0 for 'ddpm', got 0.5"),
         ({"sampler": "ddim", "eta": 2}, r"eta must be from 0 \(deterministic\) to 1 \(ancestral\), got 2"),
         ({"threshold": "clip"}, "threshold must be 'static', 'dynamic', None or a Threshold, got 'clip'"),
@@ -356,11 +382,49 @@ def test_bad_arguments_are_named_before_any_work(
     assert calls == []
 
 
+def test_numbers_may_be_numpys(pipe: LumierePipeline) -> None:
+    pytest.importorskip("tokenizers")
+    plain = generate(pipe, num_frames=4, guidance_scale=2.0, sampler="ddim", eta=float(np.float32(0.7)))
+    one = generate(
+        pipe,
+        num_frames=np.int64(4),
+        num_inference_steps=np.int64(2),
+        ssr_num_inference_steps=np.int32(2),
+        guidance_scale=np.float32(2.0),
+        sampler="ddim",
+        eta=np.float32(0.7),
+    )
+    assert torch.equal(one.frames, plain.frames)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("bogus", "device 'bogus' cannot be used on this machine: Expected one of cpu"),
+        ("cuda:99", "device 'cuda:99' cannot be used on this machine: "),
+        (2.5, "device '2.5' cannot be used on this machine: "),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused_before_anything_moves(where: Any, message: str) -> None:
+    pipe = make_pipeline()
+    with pytest.raises(ValueError, match=message):
+        pipe.to(where)
+    assert pipe.device == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"dtype must be a floating one.* got float16"):
+        pipe.to("cpu", "float16")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="device 'cuda' cannot be used on this machine: "):
+        make_pipeline().to("cuda")
+
+
 def test_frames_must_suit_both_models() -> None:
     pipe = make_pipeline(base_factor=2, ssr_factor=3, window_frames=6)
     assert pipe.temporal_factor == 6
     with pytest.raises(ValueError, match="temporal factor 6, got 4; the nearest accepted are 6 and 12"):
-        generate(pipe)
+        generate(pipe, num_frames=4)
 
 
 def test_models_must_fit_together() -> None:
@@ -384,6 +448,7 @@ def test_the_models_must_read_the_text_encoder(pipe: LumierePipeline) -> None:
 
 def test_forced_is_forced(pipe: LumierePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU no Triton kernel can serve: the call says why, and does not run another backend."""
+    pytest.importorskip("tokenizers")
     with (
         use_backend("triton"),
         pytest.raises(BackendUnavailable, match=r"group_norm cannot run on the backend 'triton': \S+"),
@@ -395,6 +460,7 @@ def test_forced_is_forced(pipe: LumierePipeline, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_reference_can_be_asked_for(pipe: LumierePipeline) -> None:
+    pytest.importorskip("tokenizers")
     with use_backend("reference"):
         output = generate(pipe)
     assert output.backend == "reference"
@@ -405,6 +471,7 @@ def test_the_reference_can_be_asked_for(pipe: LumierePipeline) -> None:
 
 
 def test_arrays_and_images_are_the_tensor(pipe: LumierePipeline) -> None:
+    pytest.importorskip("tokenizers")
     pytest.importorskip("PIL")
     settings: dict[str, Any] = {"prompt": [BALL, STAR], "num_frames": 2}
     tensor, array, images = (generate(pipe, **settings, output_type=kind) for kind in ("pt", "np", "pil"))

@@ -1,7 +1,8 @@
-"""A tiny cascade with random parameters everywhere: 8x8 to 16x16 pixels, 4 frames."""
+"""A tiny cascade with random parameters everywhere: 8x8 to 16x16 pixels, 4 frames unless the factors want more."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,5 +30,6 @@ def make_pipeline(
     common: dict[str, Any] = {"text_embed_dim": width, "dtype": torch.float32}
     base = inflate(tiny_unet(**common, sample_size=8), temporal_factors=(base_factor,), temporal_conditioning=True)
     ssr = inflate(tiny_unet(**common, ssr=True, **{"sample_size": 16} | ssr_changes), temporal_factors=(ssr_factor,))
-    config = PipelineConfig(SCHEDULE, SCHEDULE, num_frames=4, fps=8, window_frames=window_frames)
+    frames = math.lcm(4, base_factor, ssr_factor)
+    config = PipelineConfig(SCHEDULE, SCHEDULE, num_frames=frames, fps=8, window_frames=window_frames)
     return LumierePipeline(randomise(base, seed), randomise(ssr, seed), config, text_encoder)

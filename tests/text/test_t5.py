@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -139,6 +140,22 @@ def test_to_moves_the_result() -> None:
 def test_what_is_no_string_is_refused(encoder: T5TextEncoder, prompts: Any) -> None:
     with pytest.raises(TypeError, match="prompts"):
         encoder.encode(prompts)
+
+
+def test_what_is_no_unicode_is_refused(encoder: T5TextEncoder) -> None:
+    with pytest.raises(ValueError, match=r"prompts\[0\]: '\\udcff ball' is not valid Unicode: character 0"):
+        encoder.encode("\udcff ball")
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_a_full_disk_is_an_os_error_that_names_the_folder(tmp_path: Path, part: str) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left") if part == "model" else Exception("No space left")
+
+    encoder = tiny_encoder()
+    setattr(getattr(encoder, part), "save_pretrained", fails)  # noqa: B010
+    with pytest.raises(OSError, match=rf"{tmp_path / part} could not be written: No space left"):
+        encoder.save_pretrained(tmp_path / "model", tmp_path / "tokenizer")
 
 
 def test_no_prompts_are_refused(encoder: T5TextEncoder) -> None:

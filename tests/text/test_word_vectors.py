@@ -216,6 +216,15 @@ def test_the_wrong_item_is_named(encoder: WordVectorEncoder) -> None:
         encoder.encode(["red", 7])  # type: ignore[list-item]
 
 
+def test_what_is_no_unicode_is_refused(encoder: WordVectorEncoder) -> None:
+    """What a shell passes on that is not UTF-8."""
+    for prompts, index in (("a \udcff ball", 0), (["red", "a \udcff ball"], 1)):
+        with pytest.raises(
+            ValueError, match=rf"prompts\[{index}\]: 'a \\udcff ball' is not valid Unicode: character 2"
+        ):
+            encoder.encode(prompts)
+
+
 def test_no_prompts_are_refused(encoder: WordVectorEncoder) -> None:
     with pytest.raises(ValueError, match="at least one"):
         encoder.encode([])

@@ -325,7 +325,7 @@ def test_an_occupied_folder_is_refused(tmp_path: Path) -> None:
     save_model(make_task().model, tmp_path / "model")
     for folder in ("run", "model"):
         before = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
-        with pytest.raises(FileExistsError, match=f"{folder} holds a model or a run: continue it with resume"):
+        with pytest.raises(FileExistsError, match=f"{folder} holds a model or a run: continue it with resume=True"):
             Trainer(make_task(), CONFIG, tmp_path / folder)
         assert {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} == before
 
