@@ -109,7 +109,9 @@ class Trainer:
         if resume:
             self._restore()
         elif any((folder / name).exists() for name in (STATE_NAME, CONFIG_NAME, LOG_NAME)):
-            raise FileExistsError(f"{folder} holds a model or a run: continue it with resume=True (--resume), or choose another folder")
+            raise FileExistsError(
+                f"{folder} holds a model or a run: continue it with resume=True (--resume), or choose another folder"
+            )
 
     def run(
         self,
