@@ -351,7 +351,7 @@ def _cmake(pattern: str) -> list[str]:
 
 
 def _nvcc_flags() -> list[str]:
-    own = _cmake(r"\$<\$<COMPILE_LANGUAGE:CUDA>:([^>]*)>")
+    own = _cmake(r"set\(lf_cuda_rounding ([^)]*)\)")
     return ["-std=c++17", "-O3", "-DNDEBUG", "-DLF_BUILDING", f"-I{CSRC}", f"-I{CSRC / 'include'}", *own]
 
 
