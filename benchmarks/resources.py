@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,7 +175,7 @@ def _cached(job: Job) -> list[Row]:
         rows = triton_rows(job.op, f"{kernels.__name__}.{job.op}", job.arch)
     else:
         rows = cuda_rows(job.op, CSRC / f"{job.op}.cu", job.arch)
-    _keep(path, rows)
+    evidence.write_cache(path, _json(rows))
     return rows
 
 
@@ -189,15 +189,6 @@ def _missing(backend: str) -> str | None:
         if _found(tool) is None:
             return f"{tool} was found neither in the search path nor inside Triton: install the CUDA toolkit"
     return None
-
-
-def _keep(path: Path, rows: Sequence[Row]) -> None:
-    """A folder that cannot be written only costs the next run its time."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(_json(rows), "utf-8")
-        partial.replace(path)
 
 
 def _json(rows: Iterable[Row]) -> str:
@@ -471,11 +462,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _triton_version() -> str | None:
-    if util.find_spec("triton") is None:
-        return None
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version("triton")
-    return None
+    return evidence.package_version("triton") if util.find_spec("triton") else None
 
 
 @functools.cache

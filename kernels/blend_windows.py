@@ -99,6 +99,19 @@ _cached_table = functools.cache(_table)
 
 
 @triton.jit
+def _place(channels, from_t, from_h, count_t, count_h, tiles):  # type: ignore[no-untyped-def]
+    """Where this program's tile lies in the result: clip, channel, frame, row, and which tile of the run; all int64."""
+    program = tl.program_id(0)
+    tile = (program % tiles).to(tl.int64)
+    program = program // tiles
+    h = (from_h + program % count_h).to(tl.int64)
+    program = program // count_h
+    t = (from_t + program % count_t).to(tl.int64)
+    program = program // count_t
+    return (program // channels).to(tl.int64), (program % channels).to(tl.int64), t, h, tile
+
+
+@triton.jit
 def _take(part, weight, here, first, pull, mass):  # type: ignore[no-untyped-def]
     """One more window, where it is `here`: the first is kept, the others pull away from it by their weights."""
     pull += tl.where(here & (mass > 0), weight * (part - first), 0.0)
@@ -142,17 +155,7 @@ def _alike_kernel(  # type: ignore[no-untyped-def]
     begin_h = (h0, h1, h2, h3, h4, h5, h6, h7)
     begin_x = (x0, x1, x2, x3, x4, x5, x6, x7)
 
-    tiles = tl.cdiv(count_x, TILE)
-    program = tl.program_id(0)
-    tile = (program % tiles).to(tl.int64)
-    program = program // tiles
-    h = (from_h + program % count_h).to(tl.int64)
-    program = program // count_h
-    t = (from_t + program % count_t).to(tl.int64)
-    program = program // count_t
-    c = (program % channels).to(tl.int64)
-    b = (program // channels).to(tl.int64)
-
+    b, c, t, h, tile = _place(channels, from_t, from_h, count_t, count_h, tl.cdiv(count_x, TILE))
     x = tl.multiple_of(from_x + tile * TILE, VECTOR)  # the tile's first element in its run
     lane = tl.arange(0, TILE)
     inside = lane < tl.multiple_of(from_x + count_x - x, VECTOR)
@@ -230,17 +233,7 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
     step_t, step_h = (dt0, dt1, dt2, dt3), (dh0, dh1, dh2, dh3)
     step_p, step_q = (dp0, dp1, dp2, dp3), (dq0, dq1, dq2, dq3)
 
-    tiles = tl.cdiv(count_x, TILE)
-    program = tl.program_id(0)
-    tile = (program % tiles).to(tl.int64)
-    program = program // tiles
-    h = (from_h + program % count_h).to(tl.int64)
-    program = program // count_h
-    t = (from_t + program % count_t).to(tl.int64)
-    program = program // count_t
-    c = (program % channels).to(tl.int64)
-    b = (program // channels).to(tl.int64)
-
+    b, c, t, h, tile = _place(channels, from_t, from_h, count_t, count_h, tl.cdiv(count_x, TILE))
     x = from_x + tile * TILE  # the tile's first element in its run
     lane = tl.arange(0, TILE)
     inside = lane < from_x + count_x - x

@@ -121,7 +121,7 @@ class Needs:
         for name, tensor in _first_tensors(arguments):
             if interpreted and tensor.dtype == torch.bfloat16:
                 yield f"{name} is bfloat16, which Triton's interpreter computes wrongly"
-            if not interpreted and self.devices and tensor.device.type not in self.devices:
+            if not interpreted and tensor.device.type not in self.devices:
                 yield f"{name} is on {tensor.device.type}, it needs {_either(self.devices)}"
 
     def _dtype(self, arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -169,7 +169,7 @@ class Needs:
                 yield f"{device} has compute capability {_version(found)}, it needs {_version(self.capability)}"
 
     def _gradient(self, arguments: Mapping[str, Any]) -> Iterator[str]:
-        if not self.gradient and needs_gradient(arguments):
+        if needs_gradient(arguments):
             yield "a gradient is needed, it has no backward (use torch.no_grad() where none is wanted)"
 
     def _transform(self, arguments: Mapping[str, Any]) -> Iterable[str]:
@@ -194,7 +194,7 @@ class Backend:
         name: one of `BACKENDS`.
         function: "module:function", imported at its first use. It takes the arguments of the op's reference by
             position, and `out=`: its result, allocated and of any strides, or a tuple of them. It writes there and
-            returns nothing. A Triton kernel is launched through `torch.library.wrap_triton`.
+            returns nothing. A Triton kernel is launched by `lumiere_fast.kernels._launch`, which traces see through.
         needs: what a call must offer.
         backward: "module:function", or None to run the reference again and differentiate it. It takes the gradients of
             the results as a tuple, None where there is none, then the arguments of the reference; it returns a gradient

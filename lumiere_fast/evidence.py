@@ -78,6 +78,8 @@ def recorded(op: str, backend: str, capability: str | None = None) -> Evidence |
 
 def why_unproven(op: str, backend: str, device: torch.device, check: Check) -> list[str]:
     """Why "auto" must not take this kernel on a CUDA device; empty once it is proved. May run `check`."""
+    if (known := _outcomes.get((op, backend, device))) is not None:  # as a rule: this is asked at every call
+        return known
     if not torch.cuda.is_available():  # a fake tensor's device
         return [f"nothing shows that it is right on {device}, which is not here"]
     with _lock:
@@ -123,30 +125,31 @@ def passed_before(op: str, backend: str, device: torch.device) -> bool:
 
 
 def remember(op: str, backend: str, device: torch.device, failures: Sequence[str]) -> None:
-    """Keep the outcome of a self-check: a pass for good, a failure for this process, since its cause may pass.
-
-    A cache folder that cannot be written is no hindrance.
-    """
+    """Keep the outcome of a self-check: a pass for good, a failure for this process, since its cause may pass."""
     _outcomes[op, backend, device] = _reasons(failures, device)
     checks, key = _read_checks(), _key(op, backend, device)
     if failures:
         checks.pop(key, None)
     else:
         checks[key] = {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")}
-    path = cache_folder() / SELF_CHECKS
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(checks, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        logger.info("the outcome of a self-check is not kept: %s", error)
+    write_cache(cache_folder() / SELF_CHECKS, json.dumps(checks, indent=1) + "\n")
 
 
 def cache_folder() -> Path:
     if given := os.environ.get("LUMIERE_FAST_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumiere_fast"
+
+
+def write_cache(path: Path, text: str) -> None:
+    """Put a file into the cache, whole or not at all: a folder that cannot be written only costs the next run time."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        logger.info("%s is not kept: %s", path, error)
 
 
 def _read_checks() -> dict[str, Any]:
@@ -160,13 +163,14 @@ def _read_checks() -> dict[str, Any]:
 def _key(op: str, backend: str, device: torch.device) -> str:
     """Everything that a kernel's result on a device may depend on."""
     gpu = torch.cuda.get_device_name(device)
-    versions = (f"torch {torch.__version__}", f"triton {_version('triton')}", f"CUDA {torch.version.cuda}")
+    versions = (f"torch {torch.__version__}", f"triton {package_version('triton')}", f"CUDA {torch.version.cuda}")
     build = {name: value for name, value in native.build_info().items() if name != "sources"}
     made = json.dumps(build, sort_keys=True) if backend == "cuda" else ""
     return " | ".join((op, backend, source_hash(op, backend), gpu, *versions, made))
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """None for a package that is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any, TypedDict
 
 import torch
@@ -57,7 +56,7 @@ def collect() -> Info:
     """Everything that ``python -m lumiere_fast.info`` tells."""
     return Info(
         python=platform.python_version(),
-        packages={name: _version(name) for name in _PACKAGES},
+        packages={name: evidence.package_version(name) for name in _PACKAGES},
         device=_device_name(),
         cuda=torch.version.cuda,
         threads=torch.get_num_threads(),
@@ -138,13 +137,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(readme_table())
     else:
         print(json.dumps(collect(), indent=2) if options.json else render(collect()))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _device_name() -> str:

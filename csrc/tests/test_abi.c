@@ -1,18 +1,10 @@
 /* Includes the header as C and calls everything in it. The expected version is the first argument. */
 #include "lumiere_fast.h"
 
+#include "check.h"
+
 #include <stdio.h>
 #include <string.h>
-
-static int failures = 0;
-
-#define CHECK(condition)                                                       \
-  do {                                                                         \
-    if (!(condition)) {                                                        \
-      fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);  \
-      ++failures;                                                              \
-    }                                                                          \
-  } while (0)
 
 static void check_version(const char* expected) {
   int major = -1, minor = -1, patch = -1;

@@ -2,22 +2,14 @@
  * weights, errors. With LF_TEST_CUDA the CUDA launch is tested, emulated on the host. */
 #include "lumiere_fast.h"
 
+#include "check.h"
+
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { AXES = 5, MAX_WINDOWS = 900 };
-
-static int failures = 0;
-
-#define CHECK(condition)                                                       \
-  do {                                                                         \
-    if (!(condition)) {                                                        \
-      fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);  \
-      ++failures;                                                              \
-    }                                                                          \
-  } while (0)
 
 /* A tensor inside a larger allocation: `gap` elements between any two rows of the innermost axis, `lead` in front. */
 typedef struct {

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lumiere_fast.data.clips import mixed_generator
 from lumiere_fast.data.source import CROP_STREAM, ORDER_STREAM, CaptionedFrames
-from lumiere_fast.evidence import cache_folder
+from lumiere_fast.evidence import cache_folder, write_cache
 
 _CONTAINERS = {".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
 VIDEO_SUFFIXES = frozenset(_CONTAINERS | {".apng", ".gif", ".webm", ".wmv", ".y4m"})
@@ -363,15 +363,8 @@ def _read_cache(path: Path) -> dict[str, Probe]:
 
 
 def _write_cache(path: Path, probes: Mapping[str, Probe]) -> None:
-    """A cache folder that cannot be written is no hindrance."""
     content = {"v": INDEX_VERSION, "probes": {key: asdict(probe) for key, probe in probes.items()}}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        return
+    write_cache(path, json.dumps(content))
 
 
 def _long_enough(entries: list[Entry], num_frames: int, fps: float, short_clips: str) -> list[Entry]:

@@ -70,10 +70,9 @@ class RegisteredOp:
             self._check_out(out, arguments)
         if chosen == "reference":
             return _store(self.definition(*arguments), out)
-        if torch.compiler.is_compiling() or dispatch.needs_gradient(arguments) or _watched():
+        if traced() or dispatch.needs_gradient(arguments):
             return _store(self._captured(chosen, arguments), out)
-        results = self.allocate(arguments, out)
-        return self.launch(chosen, arguments, results)
+        return self.launch(chosen, arguments, self.allocate(arguments, out))
 
     def definition(self, *arguments: Any) -> Any:
         """The reference, in its own precision: autocast would take its fp32 arithmetic down again."""
@@ -309,9 +308,10 @@ def _first(arguments: Sequence[Any]) -> Tensor:
     return next(tensor for value in arguments for tensor in dispatch.tensors_in(value))
 
 
-def _watched() -> bool:
-    """Whether a `TorchDispatchMode` is active: fake tensors, make_fx, a counter. It sees operators, not kernels."""
-    return torch._C._len_torch_dispatch_stack() > 0
+def traced() -> bool:
+    """Whether calls are captured or watched: by Dynamo, or by a `TorchDispatchMode` such as that of fake tensors, of
+    make_fx or of a counter. These see operators, not kernels, and their shapes may be symbols."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _is_fake(results: Any) -> bool:

@@ -91,7 +91,7 @@ def _wrong(op: RegisteredOp, backend: str, arguments: tuple[Any, ...]) -> Iterat
         theirs = op.definition(*arguments)
         exact = op.definition(*(_in_double(value) for value in arguments))
     for index, (mine, other, truth) in enumerate(zip(_tuple(ours), _tuple(theirs), _tuple(exact), strict=True)):
-        error, bound = _error(mine, truth), FACTOR * _error(other, truth) + FLOORS[mine.dtype]
+        error, bound = relative_error(mine, truth), FACTOR * relative_error(other, truth) + FLOORS[mine.dtype]
         if not error <= bound:  # NaN is wrong
             yield f"result {index} is off by {error:.2e} of its largest value, {bound:.2e} is allowed"
 
@@ -117,6 +117,9 @@ def _tuple(results: Any) -> tuple[Tensor, ...]:
     return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
-def _error(result: Tensor, exact: Tensor) -> float:
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """The largest error, relative to the largest magnitude."""
+    if exact.numel() == 0:
+        return 0.0
     scale = max(1e-30, float(exact.abs().max()))
     return float((result.double() - exact).abs().max()) / scale

@@ -121,9 +121,8 @@ class Plan(NamedTuple):
 
 
 def _plan(windows: Sequence[Tensor], starts: Sequence[int], extent: Sequence[int]) -> Plan:
-    # In a trace shapes may be symbols, which no cache can hold; and Dynamo warns of caches.
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    plan = plan_cells if traced else _cached_plan
+    # No cache can hold symbols, and Dynamo warns of caches.
+    plan = plan_cells if _registry.traced() else _cached_plan
     return plan(tuple(starts), tuple([window.shape for window in windows]), tuple(extent))
 
 

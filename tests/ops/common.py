@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from lumiere_fast import dispatch
+from lumiere_fast.ops._selfcheck import FLOORS, relative_error
 
 CHANNELS_LAST = torch.channels_last_3d
 CONTIGUOUS = torch.contiguous_format
 FORMATS = (CHANNELS_LAST, CONTIGUOUS)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-
-# One ulp of rounding error at 1, and a little for sums: what a difference may be where torch happens to be exact.
-FLOORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 class Draw:
@@ -39,17 +37,11 @@ def in_format(x: Tensor, memory_format: torch.memory_format) -> bool:
     return x.is_contiguous(memory_format=memory_format)
 
 
-def worst(ours: Tensor, exact: Tensor) -> float:
-    """The largest error, relative to the largest magnitude."""
-    if exact.numel() == 0:
-        return 0.0
-    scale = max(1e-30, float(exact.detach().abs().max()))
-    return float((ours.detach().double() - exact.detach()).abs().max()) / scale
-
-
 def assert_no_worse_than_torch(ours: Tensor, theirs: Tensor, exact: Tensor, factor: float = 2.0) -> None:
     """`error(ours) <= factor * error(torch) + floor`, both against the fp64 result."""
-    error, bound = worst(ours, exact), factor * worst(theirs, exact) + FLOORS[ours.dtype]
+    exact = exact.detach()
+    error = relative_error(ours.detach(), exact)
+    bound = factor * relative_error(theirs.detach(), exact) + FLOORS[ours.dtype]
     assert error <= bound, f"relative error {error:.2e}, torch's own allows {bound:.2e}"
 
 
