@@ -100,13 +100,13 @@ def green_kernels(rows: Sequence[Row], source: Source) -> Iterable[dict[str, Any
             yield {**origin, "date": row["date"][:10], **versions}
 
 
-LIVES_WITH = {"group_norm_stats": "group_norm"}  # the op in whose files it is
-
-
 def tests_of(op: str, backend: str) -> tuple[str, ...]:
     """The test files that a kernel must have passed."""
-    op = LIVES_WITH.get(op, op)
-    own = (f"tests/kernels/test_{op}.py",) if backend == "triton" else NATIVE_TESTS
+    from lumiere_fast.kernels import HOMES
+
+    op = HOMES.get(op, op)
+    triton = tuple(f"tests/kernels/test_{op}{part}.py" for part in ("", "_backward"))
+    own = tuple(file for file in triton if (ROOT / file).is_file()) if backend == "triton" else NATIVE_TESTS
     return (f"tests/ops/test_{op}.py", *own)
 
 

@@ -52,6 +52,7 @@ class Row:
         wgmma, mma: warpgroup and warp matrix instructions.
         loads, stores: global instructions by bytes a thread, smallest first.
         wide_loads: how many 16-byte loads the configuration promises at least.
+        promises_wgmma: whether its products must be warpgroup instructions where there are such.
         narrow_offsets: pointer offsets computed in less than 64 bits, and products that are widened to 64 bits only
             after they may have wrapped; None where that is not known (CUDA).
         missing: why there are no figures.
@@ -71,6 +72,7 @@ class Row:
     loads: tuple[tuple[int, int], ...] = ()
     stores: tuple[tuple[int, int], ...] = ()
     wide_loads: int = 0
+    promises_wgmma: bool = False
     narrow_offsets: int | None = None
     missing: str | None = None
 
@@ -93,7 +95,6 @@ class Rule(NamedTuple):
 
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may have
-TENSOR_CORE_OPS = ("temporal_conv", "spatial_attention")
 WIDE = 16
 CUDA_WIDE = {"blend_windows": r"blend_kernel<.*, 1>>"}  # the kernels of csrc/<op>.cu that promise 16-byte loads
 
@@ -116,7 +117,7 @@ RULES = (
     Rule("shared memory fits", lambda row: True, _at_most("shared", lambda row: SHARED_LIMIT[row.arch])),
     Rule(
         "wgmma on sm_90",
-        lambda row: row.arch == 90 and row.op in TENSOR_CORE_OPS,
+        lambda row: row.arch == 90 and row.promises_wgmma,
         _at_least(lambda row: row.wgmma, lambda row: 1, "wgmma instructions"),
     ),
     Rule(
@@ -146,17 +147,24 @@ def measure(op: str | None = None) -> list[Row]:
 
 
 class Job(NamedTuple):
-    """The kernels of one source for one architecture: what is compiled at once, and cached as one."""
+    """The kernels of one source for one architecture: what is compiled at once, and cached as one.
+
+    Args:
+        source: the stem of its file, the op's name or that and "_backward".
+    """
 
     op: str
+    source: str
     backend: str
     arch: int
 
 
 def _jobs() -> list[Job]:
     sources = {"triton": KERNELS.glob("[!_]*.py"), "cuda": CSRC.glob("*.cu")}
-    ops = sorted((path.stem, backend) for backend, paths in sources.items() for path in paths)
-    return [Job(op, backend, arch) for op, backend in ops for arch in ARCHITECTURES]
+    files = sorted((path.stem, backend) for backend, paths in sources.items() for path in paths)
+    return [
+        Job(name.removesuffix("_backward"), name, backend, arch) for name, backend in files for arch in ARCHITECTURES
+    ]
 
 
 def _cached(job: Job) -> list[Row]:
@@ -168,13 +176,13 @@ def _cached(job: Job) -> list[Row]:
     key = hashlib.sha256("\n".join((source, str(compiler), Path(__file__).read_text("utf-8"))).encode()).hexdigest()[
         :16
     ]
-    path = evidence.cache_folder() / "resources" / f"{job.op}-{job.backend}-sm_{job.arch}-{key}.json"
+    path = evidence.cache_folder() / "resources" / f"{job.source}-{job.backend}-sm_{job.arch}-{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         return _rows(path.read_text("utf-8"))
     if job.backend == "triton":
-        rows = triton_rows(job.op, f"{kernels.__name__}.{job.op}", job.arch)
+        rows = triton_rows(job.op, f"{kernels.__name__}.{job.source}", job.arch)
     else:
-        rows = cuda_rows(job.op, CSRC / f"{job.op}.cu", job.arch)
+        rows = cuda_rows(job.op, CSRC / f"{job.source}.cu", job.arch)
     evidence.write_cache(path, _json(rows))
     return rows
 
@@ -251,6 +259,7 @@ def _compile_variants(op: str, name: str, arch: int) -> Iterator[Row]:
             **instructions(compiled.asm["ptx"], PTX),
             spills=sum(spills.values()),
             wide_loads=variant.wide_loads,
+            promises_wgmma=variant.wgmma,
             narrow_offsets=narrow_offsets(compiled.asm["ttir"]),
         )
 

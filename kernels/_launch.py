@@ -24,6 +24,7 @@ class Variant(NamedTuple):
         signature: Triton type by argument, "constexpr" for those in `constexprs`.
         constexprs: their values.
         wide_loads: how many 16-byte global loads its machine code is promised to have at least.
+        wgmma: whether its matrix products are promised to be warpgroup instructions on sm_90.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Variant(NamedTuple):
     num_warps: int
     num_stages: int
     wide_loads: int = 0
+    wgmma: bool = False
 
 
 def launch(kernel: Any, programs: int, out: Tensor, *arguments: Any, **options: Any) -> None:

@@ -55,14 +55,14 @@ def tiled(source, target, count, TILE: tl.constexpr):
     lane = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
     tl.store(target + lane, tl.load(source + lane, mask=lane < count), mask=lane < count)
 
-def variant(name, kernel, dtype, tile, warps, wide=0, **scalars):
+def variant(name, kernel, dtype, tile, warps, wide=0, wgmma=False, **scalars):
     signature = {"source": f"*{dtype}", "target": "*fp32", **scalars, "TILE": "constexpr"}
-    return Variant(name, kernel, signature, {"TILE": tile}, warps, 1, wide)
+    return Variant(name, kernel, signature, {"TILE": tile}, warps, 1, wide, wgmma)
 
 VARIANTS = (
     variant("narrow", "copy", "fp32", 512, 4, wide=1, stride="i32"),
     variant("spilling", "hoard", "fp32", 16384, 1),
-    variant("tensor cores", "multiply", "bf16", 64, 4),
+    variant("tensor cores", "multiply", "bf16", 64, 4, wgmma=True),
     variant("late", "late", "fp32", 128, 4, stride="i32"),
     variant("early", "early", "fp32", 128, 4, stride="i32"),
     variant("tiled", "tiled", "fp32", 128, 4, count="i32"),
@@ -71,7 +71,7 @@ VARIANTS = (
 
 
 def row(**figures: object) -> Row:
-    return replace(Row("temporal_conv", "triton", "kernel", "bf16", 90, wgmma=4, mma=0), **figures)  # type: ignore[arg-type]
+    return replace(Row("temporal_conv", "triton", "kernel", "bf16", 90, wgmma=4, mma=0, promises_wgmma=True), **figures)  # type: ignore[arg-type]
 
 
 def broken_rules(*rows: Row) -> set[str]:
@@ -84,7 +84,7 @@ def test_every_shipped_configuration_keeps_the_rules() -> None:
     assert not violations(rows)
     measured = {(row.op, row.backend, row.arch) for row in rows if row.missing is None}
     for path in resources.KERNELS.glob("[!_]*.py"):
-        assert {(path.stem, "triton", arch) for arch in (80, 90)} <= measured
+        assert {(path.stem.removesuffix("_backward"), "triton", arch) for arch in (80, 90)} <= measured
     if shutil.which("nvcc"):
         for path in resources.CSRC.glob("*.cu"):
             assert {(path.stem, "cuda", arch) for arch in (80, 90)} <= measured
@@ -128,7 +128,7 @@ def test_each_rule_can_be_broken(rule: str, figures: dict[str, object]) -> None:
 
 
 def test_rules_bind_what_they_are_about() -> None:
-    assert not violations([row(wgmma=0, arch=80), row(wgmma=0, op="group_norm")])
+    assert not violations([row(wgmma=0, arch=80), row(wgmma=0, promises_wgmma=False)])
     assert not violations([row(shared=227 * 1024), row(shared=163 * 1024, arch=80)])
     assert not violations([row(stack=8, missing="nvcc was not found")])
     assert len({rule.name for rule in RULES}) == len(RULES) and all(isinstance(rule, Rule) for rule in RULES)
@@ -219,7 +219,7 @@ def test_rows_are_kept_by_source_and_read_back(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setenv("LUMIERE_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(resources, "triton_rows", compile_)
-    job = resources.Job("blend_windows", "triton", 90)
+    job = resources.Job("blend_windows", "blend_windows", "triton", 90)
     first = resources._cached(job)
     assert resources._cached(job) == first and len(compiled) == 1
     (kept,) = (tmp_path / "resources").iterdir()
@@ -232,7 +232,7 @@ def test_rows_are_kept_by_source_and_read_back(tmp_path: Path, monkeypatch: pyte
 
 def test_without_nvcc_the_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "_nvcc_version", lambda: None)
-    rows = resources._cached(resources.Job("blend_windows", "cuda", 90))
+    rows = resources._cached(resources.Job("blend_windows", "blend_windows", "cuda", 90))
     (missing,) = (row.missing for row in rows)
     assert missing == "nvcc was not found: install the CUDA toolkit"
     assert re.search(r"blend_windows +cuda .*sm_90 +not compiled: nvcc was not found", resources.table([row(), *rows]))
@@ -271,7 +271,7 @@ def test_without_the_tools_that_read_machine_code_nothing_is_compiled(monkeypatc
     monkeypatch.setattr(resources, "_nvcc_version", lambda: "12.8")
     monkeypatch.setattr(resources, "_found", lambda tool: None if tool == "cuobjdump" else tool)
     for backend in ("triton", "cuda"):
-        (found,) = resources._cached(resources.Job("blend_windows", backend, 90))
+        (found,) = resources._cached(resources.Job("blend_windows", "blend_windows", backend, 90))
         assert found.missing and "cuobjdump was found neither" in found.missing and "install" in found.missing
 
 
