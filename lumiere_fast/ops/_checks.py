@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumiere_fast.ops._layout import accumulation_dtype
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = (None, "silu")
 
@@ -53,6 +55,23 @@ def check_same_dtype(op: str, name: str, tensor: Tensor, other: str, beside: Ten
         raise ValueError(f"{op}: {name} must be {beside.dtype} like {other}, got {tensor.dtype}")
 
 
+def check_parameter(op: str, name: str, tensor: Tensor | None, x: Tensor, *shapes: Sequence[int]) -> None:
+    """As `check_tensor`, and in the dtype of `x` or, kept more precisely, in that of the arithmetic."""
+    check_tensor(op, name, tensor, x, *shapes)
+    precise = accumulation_dtype(x.dtype)
+    if tensor is not None and tensor.dtype not in (x.dtype, precise):
+        also = "" if precise == x.dtype else f" or {precise}"
+        raise ValueError(f"{op}: {name} must be {x.dtype} like x{also}, got {tensor.dtype}; cast one of them")
+
+
+def under_autocast(x: Tensor, *tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """Where autocast is on, parameters in fp32 follow the dtype of `x`, as those of torch's own layers do."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    return [tensor.to(x.dtype) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
+
+
 def check_integer(op: str, name: str, value: Any) -> int:
     """An integer, numpy's too; no bool, and no float however whole."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -74,8 +93,8 @@ def check_groups(op: str, name: str, groups: int, channels: int) -> None:
 def check_film(op: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, prefix: str = "") -> None:
     """FiLM is (B, C), or (B, T, C) for each frame its own."""
     B, C, T = x.shape[:3]
-    check_tensor(op, f"{prefix}scale", scale, x, (B, C), (B, T, C))
-    check_tensor(op, f"{prefix}shift", shift, x, (B, C), (B, T, C))
+    check_parameter(op, f"{prefix}scale", scale, x, (B, C), (B, T, C))
+    check_parameter(op, f"{prefix}shift", shift, x, (B, C), (B, T, C))
 
 
 def check_heads(op: str, q: Tensor) -> None:

@@ -7,6 +7,8 @@ FiLM is the scale-shift norm of Imagen's Efficient U-Net, by which the noise lev
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,10 +20,11 @@ from lumiere_fast.ops._checks import (
     check_choice,
     check_film,
     check_groups,
-    check_tensor,
+    check_parameter,
+    under_autocast,
 )
 from lumiere_fast.ops._registry import Result, register
-from lumiere_fast.ops._spec import Draw, OpSpec, Scenario, at_levels
+from lumiere_fast.ops._spec import LEVELS, Draw, OpSpec, Scenario, at_levels
 
 EPS = 1e-5
 
@@ -49,8 +52,8 @@ def group_norm(
     Args:
         x: (B, C, T, H, W), floating, any strides; channels_last_3d costs no copy. B may be 0.
         num_groups: divides C.
-        weight, bias: (C,), or None for 1 and 0.
-        scale, shift: (B, C), or (B, T, C) for each frame its own; None for 0.
+        weight, bias: (C,), or None for 1 and 0; in the dtype of `x` or in fp32 (under autocast in any).
+        scale, shift: (B, C), or (B, T, C) for each frame its own; None for 0. Their dtype as that of `weight`.
         act: None or "silu".
         eps: added to the variance, > 0.
         per_frame: statistics of each frame by itself (the default), or of all T frames together.
@@ -166,8 +169,9 @@ def _flatten(
 ) -> tuple[object, ...]:
     op = "group_norm"
     _check_input(op, x, num_groups, eps)
-    check_tensor(op, "weight", weight, x, x.shape[1:2])
-    check_tensor(op, "bias", bias, x, x.shape[1:2])
+    weight, bias, scale, shift = under_autocast(x, weight, bias, scale, shift)
+    check_parameter(op, "weight", weight, x, x.shape[1:2])
+    check_parameter(op, "bias", bias, x, x.shape[1:2])
     check_film(op, x, scale, shift)
     check_choice(op, "act", act, ACTIVATIONS)
     return x, num_groups, weight, bias, scale, shift, act, eps, per_frame
@@ -200,9 +204,40 @@ _GROUP_NORM = register(group_norm, group_norm_reference, _flatten, _describe)
 _GROUP_NORM_STATS = register(group_norm_stats, group_norm_stats_reference, _flatten_stats, describe_stats)
 
 
+def _levels(name: str, T: int, *levels: tuple[int, int, int]) -> tuple[tuple[str, dict[str, int], bool], ...]:
+    """Those of a model with 32 groups that makes clips of T frames with guidance; (C, H, W) of each."""
+    return tuple(
+        (f"{name}{i}", {"B": 2, "C": C, "T": T, "H": H, "W": W, "G": 32}, False) for i, (C, H, W) in enumerate(levels)
+    )
+
+
+# The temporal residual blocks of diffusers' Stable Video Diffusion (576x1024, both releases), which normalise over the
+# whole clip; AnimateDiff's motion modules (512x512); and what a CPU can time of the sizes between.
+_SVD = ((320, 72, 128), (640, 36, 64), (1280, 18, 32), (1280, 9, 16))
+SVD = (*_levels("svd", 14, *_SVD), *_levels("svd_xt", 25, *_SVD))
+ANIMATEDIFF = _levels("animatediff", 16, (320, 64, 64), (640, 32, 32), (1280, 16, 16), (1280, 8, 8))
+HOST = tuple((f"host{C}", {"B": 1, "C": C, "T": 16, "H": 32, "W": 32, "G": 32}, True) for C in (64, 128, 256))
+
 SCENARIOS = (
-    *at_levels({"act": "silu", "film": False}),
-    *at_levels({"act": "silu", "film": True}, suffix="_film"),
+    *at_levels({"act": "silu", "film": None}, (*LEVELS, *HOST)),
+    *at_levels({"act": "silu", "film": "BC"}, (*LEVELS, *HOST), suffix="_film"),
+    *at_levels({"act": "silu", "film": None, "per_frame": False}, SVD),
+    *at_levels({"act": None, "film": None}, ANIMATEDIFF),
+)
+
+
+def _check(name: str, *, C: int = 24, T: int = 3, G: int = 8, act: str | None = "silu", **options: Any) -> Scenario:
+    """Three channels a group and 63 pixels a frame, unless told otherwise: powers of two are in the scenarios."""
+    sizes = {"B": 2, "C": C, "T": T, "H": 7, "W": 9, "G": G}
+    return Scenario(name, sizes, {"act": act, "film": None, **options})
+
+
+CHECKS = (
+    _check("film_of_frames", film="BTC", wide=True),
+    _check("clip", film="BC", per_frame=False),
+    _check("groups_of_ten", C=320, G=32, act=None),
+    _check("one_frame", T=1, G=1, affine=False),
+    _check("groups_of_one", G=24, film="BC"),
 )
 
 
@@ -217,18 +252,23 @@ def _bytes(scenario: Scenario, dtype: torch.dtype) -> int:
 def _make_inputs(
     scenario: Scenario, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, object]:
+    """Options: "film" is its shape in letters or None; "wide" parameters are of the accumulation dtype."""
+    options = scenario.options
     draw = Draw(device, dtype, generator)
-    film = (scenario.shape("BC") if scenario.options["film"] else None,) * 2
-    scale, shift = (None if shape is None else draw(*shape, scale=0.1) for shape in film)
+    parameter = Draw(device, _layout.accumulation_dtype(dtype), generator) if options.get("wide") else draw
+    weight, bias = (parameter(*scenario.shape("C")) if options.get("affine", True) else None for _ in range(2))
+    film = options["film"]
+    scale, shift = (None if film is None else parameter(*scenario.shape(film), scale=0.1) for _ in range(2))
     return {
         "x": draw.activation(*scenario.shape("BCTHW")),
         "num_groups": scenario.sizes["G"],
-        "weight": draw(*scenario.shape("C")),
-        "bias": draw(*scenario.shape("C")),
+        "weight": weight,
+        "bias": bias,
         "scale": scale,
         "shift": shift,
-        "act": scenario.options["act"],
+        "act": options["act"],
+        "per_frame": options.get("per_frame", True),
     }
 
 
-SPEC = OpSpec("group_norm", SCENARIOS, _flops, _bytes, _make_inputs)
+SPEC = OpSpec("group_norm", SCENARIOS, _flops, _bytes, _make_inputs, CHECKS)

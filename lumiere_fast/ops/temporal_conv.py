@@ -6,7 +6,7 @@ mixes channels and frames at each pixel and never normalises over time.
 
 from __future__ import annotations
 
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,17 @@ from lumiere_fast.ops._checks import (
     check_film,
     check_groups,
     check_is_tensor,
+    check_parameter,
+    check_same_dtype,
     check_tensor,
+    under_autocast,
 )
 from lumiere_fast.ops._registry import Result, register
-from lumiere_fast.ops._spec import Draw, OpSpec, Scenario, at_levels
+from lumiere_fast.ops._spec import LEVELS, Draw, OpSpec, Scenario, at_levels
 from lumiere_fast.ops.group_norm import (
+    ANIMATEDIFF,
+    HOST,
+    SVD,
     channel_affine,
     describe_stats,
     group_norm_stats_reference,
@@ -38,7 +44,8 @@ class NormArgs(NamedTuple):
     """A group norm whose statistics are known, applied with SiLU to a convolution's input; see `group_norm`.
 
     `mean` and `rstd` are (B, T, num_groups), from `group_norm_stats` or from the convolution before (`stats_groups`).
-    `weight`, `bias` are (C,); `scale`, `shift` (B, C) or (B, T, C).
+    They are in fp32, in fp64 for fp64. `weight`, `bias` are (C,); `scale`, `shift` (B, C) or (B, T, C), in the dtype of
+    the input or in fp32.
     """
 
     mean: Tensor
@@ -105,12 +112,12 @@ def temporal_conv(
 
     Args:
         x: (B, C_in, T, H, W), floating, any strides; channels_last_3d costs no copy. B may be 0.
-        weight: (C_out, C_in, k), k odd.
-        bias: (C_out,), or (B, T, C_out) for an embedding added to each frame.
+        weight: (C_out, C_in, k), k odd, in the dtype of `x` (under autocast in any).
+        bias: (C_out,), or (B, T, C_out) for an embedding added to each frame; in the dtype of `x` or in fp32.
         padding_mode: "zeros" or "replicate".
         norm: a norm of the input, statistics known; see `NormArgs`.
         act: None or "silu".
-        residual: (B, C_out, T, H, W), added after `act`.
+        residual: (B, C_out, T, H, W) in the dtype of `x`, added after `act`.
         stats_groups: number of groups G of the norm that follows; its statistics are returned with y.
         backend: None for the current choice; see `lumiere_fast.dispatch`.
         out: receives y; only where nothing needs a gradient. May not overlap the inputs.
@@ -212,30 +219,47 @@ def _flatten(
             f"{op}: weight must be (C_out, C_in, k) with C_in = {x.shape[1]} (the channels of x) and k odd, "
             f"got {tuple(weight.shape)}"
         )
+    weight, bias, residual = under_autocast(x, weight, bias, residual)  # type: ignore[assignment]  # not None
     check_tensor(op, "weight", weight, x, weight.shape)
+    check_same_dtype(op, "weight", weight, "x", x)
     B, _, T, H, W = x.shape
     C_out = weight.shape[0]
-    check_tensor(op, "bias", bias, x, (C_out,), (B, T, C_out))
+    check_parameter(op, "bias", bias, x, (C_out,), (B, T, C_out))
     check_choice(op, "padding_mode", padding_mode, PADDING_MODES)
     check_choice(op, "act", act, ACTIVATIONS)
     check_tensor(op, "residual", residual, x, (B, C_out, T, H, W))
+    if residual is not None:
+        check_same_dtype(op, "residual", residual, "x", x)
     if stats_groups is not None:
         check_groups(op, "stats_groups", stats_groups, C_out)
     arguments = (x, weight, bias, padding_mode, act, residual, stats_groups)
     if norm is None:
         return (*arguments, *[None] * 6)
-    _check_norm(op, x, norm)
-    return (*arguments, norm.mean, norm.rstd, norm.weight, norm.bias, norm.scale, norm.shift)
+    affine = under_autocast(x, norm.weight, norm.bias, norm.scale, norm.shift)
+    _check_norm(op, x, norm, *affine)
+    return (*arguments, norm.mean, norm.rstd, *affine)
 
 
-def _check_norm(op: str, x: Tensor, norm: NormArgs) -> None:
+def _check_norm(
+    op: str,
+    x: Tensor,
+    norm: NormArgs,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
     B, C, T = x.shape[:3]
     check_groups(op, "norm.num_groups", norm.num_groups, C)
+    precise = _layout.accumulation_dtype(x.dtype)
     for name, stat in (("norm.mean", norm.mean), ("norm.rstd", norm.rstd)):
+        check_is_tensor(op, name, stat)
         check_tensor(op, name, stat, x, (B, T, norm.num_groups))
-    check_tensor(op, "norm.weight", norm.weight, x, (C,))
-    check_tensor(op, "norm.bias", norm.bias, x, (C,))
-    check_film(op, x, norm.scale, norm.shift, prefix="norm.")
+        if stat.dtype != precise:
+            raise ValueError(f"{op}: {name} must be {precise}, as group_norm_stats returns it, got {stat.dtype}")
+    check_parameter(op, "norm.weight", weight, x, (C,))
+    check_parameter(op, "norm.bias", bias, x, (C,))
+    check_film(op, x, scale, shift, prefix="norm.")
 
 
 def _describe(
@@ -260,8 +284,25 @@ _TEMPORAL_CONV = register(temporal_conv, temporal_conv_reference, _flatten, _des
 
 
 SCENARIOS = (
-    *at_levels({"fused": False}, k=3),
-    *at_levels({"fused": True}, suffix="_fused", k=3),
+    *at_levels({"fused": False}, (*LEVELS, *HOST, *SVD), k=3),
+    *at_levels({"fused": True}, (*LEVELS, *HOST, *SVD), suffix="_fused", k=3),
+    *at_levels({"fused": False}, ANIMATEDIFF, suffix="_linear", k=1),
+    *at_levels({"fused": True}, ANIMATEDIFF, suffix="_fused", k=3),
+)
+
+
+def _check(name: str, *, T: int = 3, k: int = 3, fused: bool = False, **options: Any) -> Scenario:
+    """C_in != C_out, neither a power of two, and 63 pixels a frame."""
+    sizes = {"B": 2, "C": 24, "N": 40, "T": T, "H": 7, "W": 9, "G": 8, "k": k}
+    return Scenario(name, sizes, {"fused": fused, **options})
+
+
+CHECKS = (
+    _check("replicate", k=5, padding_mode="replicate", act="silu"),
+    _check("one_tap", k=1, frame_bias=True, stats_groups=8),
+    _check("film", fused=True, film="BTC", wide=True, stats_groups=4),
+    _check("film_of_clip", k=5, fused=True, film="BC", padding_mode="replicate", frame_bias=True, act="silu"),
+    _check("one_frame", T=1, fused=True, stats_groups=40),
 )
 
 
@@ -278,15 +319,29 @@ def _bytes(scenario: Scenario, dtype: torch.dtype) -> int:
 def _make_inputs(
     scenario: Scenario, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, object]:
-    """Plain, or "fused": the norm of x and SiLU before, bias and residual after."""
+    """Plain, or "fused": the norm of x and SiLU before, bias and residual after.
+
+    Further options, of checks alone: arguments by name, "film" of the norm as its shape in letters, "frame_bias", and
+    "wide" for bias and norm in the accumulation dtype. There are N channels out, or C.
+    """
+    options = scenario.options
     draw = Draw(device, dtype, generator)
-    C, G = scenario.sizes["C"], scenario.sizes["G"]
-    x = draw.activation(*scenario.shape("BCTHW"))
-    weight, bias = draw(*scenario.shape("CCk"), scale=(C * scenario.sizes["k"]) ** -0.5), draw(C)
-    if not scenario.options["fused"]:
-        return {"x": x, "weight": weight, "bias": bias}
-    norm = NormArgs(*group_norm_stats_reference(x, G), draw(C), draw(C), G)
-    return {"x": x, "weight": weight, "bias": bias, "norm": norm, "residual": draw.activation(*scenario.shape("BCTHW"))}
+    parameter = Draw(device, _layout.accumulation_dtype(dtype), generator) if options.get("wide") else draw
+    B, C, T, H, W, G, k = scenario.shape("BCTHWGk")
+    C_out = scenario.sizes.get("N", C)
+    x = draw.activation(B, C, T, H, W)
+    call = {
+        "x": x,
+        "weight": draw(C_out, C, k, scale=(C * k) ** -0.5),
+        "bias": parameter(B, T, C_out) if options.get("frame_bias") else parameter(C_out),
+        **{name: options[name] for name in ("padding_mode", "act", "stats_groups") if name in options},
+    }
+    if not options["fused"]:
+        return call
+    film = options.get("film")
+    scale, shift = (None if film is None else parameter(*scenario.shape(film), scale=0.1) for _ in range(2))
+    norm = NormArgs(*group_norm_stats_reference(x, G), parameter(C), parameter(C), G, scale, shift)
+    return {**call, "norm": norm, "residual": draw.activation(B, C_out, T, H, W)}
 
 
-SPEC = OpSpec("temporal_conv", SCENARIOS, _flops, _bytes, _make_inputs)
+SPEC = OpSpec("temporal_conv", SCENARIOS, _flops, _bytes, _make_inputs, CHECKS)

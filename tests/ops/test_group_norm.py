@@ -286,6 +286,10 @@ BAD_CALLS = {
     "backend must be one of": {"backend": "cudnn"},
     "out must be": {"out": torch.zeros(2, 4, 3, 2, 3)},
     "weight must be on cpu": {"weight": torch.zeros(4, device="meta")},
+    "weight must be torch.float32 like x, got torch.float16": {"weight": torch.ones(4, dtype=torch.float16)},
+    "bias must be torch.float32 like x, got torch.float64": {"bias": torch.ones(4, dtype=torch.float64)},
+    "scale must be torch.float32 like x": {"scale": torch.ones(2, 4, dtype=torch.bfloat16)},
+    "shift must be torch.float32 like x": {"shift": torch.ones(2, 4, dtype=torch.bfloat16)},
 }
 
 

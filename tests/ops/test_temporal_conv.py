@@ -277,6 +277,13 @@ BAD_CALLS = {
     "norm.scale must have shape": {"norm": norm_with(scale=torch.ones(2, 2, 4))},
     "norm.shift must have shape": {"norm": norm_with(shift=torch.ones(4))},
     "out must be": {"out": torch.zeros(2, 6, 3, 2, 2, dtype=torch.float64)},
+    "weight must be torch.float32 like x, got torch.float16": {"weight": torch.zeros(6, 4, 3, dtype=torch.float16)},
+    "bias must be torch.float32 like x, got torch.float64": {"bias": torch.zeros(6, dtype=torch.float64)},
+    "residual must be torch.float32 like x": {"residual": torch.zeros(2, 6, 3, 2, 2, dtype=torch.bfloat16)},
+    "norm.mean must be torch.float32, as": {"norm": norm_with(mean=torch.zeros(2, 3, 2, dtype=torch.float16))},
+    "norm.rstd must be torch.float32, as": {"norm": norm_with(rstd=torch.ones(2, 3, 2, dtype=torch.float64))},
+    "norm.weight must be torch.float32 like x": {"norm": norm_with(weight=torch.ones(4, dtype=torch.float16))},
+    "norm.scale must be torch.float32 like x": {"norm": norm_with(scale=torch.ones(2, 4, dtype=torch.float16))},
 }
 
 
@@ -297,6 +304,28 @@ def test_spec_inputs_are_what_the_op_takes() -> None:
     assert SPEC.flops(base) == 2 * 80 * 128 * 128 * 3 * 256 * 256
     x, weight = torch.zeros(1, 2, 1, 1, 1), torch.zeros(3, 2, 1)
     assert [t.shape for t in temporal_conv_reference(x, weight)] == [(1, 3, 1, 1, 1), (0,), (0,)]
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_parameters_may_be_kept_more_precisely_than_activations(dtype: torch.dtype) -> None:
+    draw, exact = Draw(40, dtype), Draw(42, torch.float32)
+    x, weight, bias = draw.clip(1, 4, 3, 2, 2), draw(6, 4, 3), exact(6)
+    norm = norm_with(weight=exact(4), bias=exact(4), scale=exact(1, 4), shift=exact(1, 3, 4))
+    norm = norm._replace(mean=norm.mean[:1], rstd=norm.rstd[:1])
+    y = temporal_conv(x, weight, bias, norm=norm)
+    assert y.dtype == dtype
+    doubled = NormArgs(*(t.double() if isinstance(t, torch.Tensor) else t for t in norm))
+    torch.testing.assert_close(y, temporal_conv(x.double(), weight.double(), bias.double(), norm=doubled).to(dtype))
+
+
+def test_under_autocast_parameters_follow_the_activation() -> None:
+    draw, half = Draw(43, torch.float32), torch.bfloat16
+    x, weight, residual = draw.clip(1, 4, 3, 2, 2).to(half), draw(6, 4, 3), draw.clip(1, 6, 3, 2, 2)
+    with pytest.raises(ValueError, match=r"weight must be torch.bfloat16 like x, got torch.float32"):
+        temporal_conv(x, weight)
+    with torch.autocast("cpu", half):
+        y = temporal_conv(x, weight, residual=residual)
+    torch.testing.assert_close(y, temporal_conv(x, weight.to(half), residual=residual.to(half)), rtol=0, atol=0)
 
 
 def test_autocast_leaves_the_definition_in_full_precision() -> None:
