@@ -23,6 +23,7 @@ def eager_ops() -> Iterator[None]:
     """Within the block the models run on the functions of this file."""
     layers: dict[str, Any] = {
         "group_norm": group_norm,
+        "group_norm_stats": no_stats,
         "temporal_conv": temporal_conv,
         "temporal_attention": temporal_attention,
         "spatial_attention": sdpa,
@@ -36,24 +37,38 @@ def eager_ops() -> Iterator[None]:
 def group_norm(
     x: Tensor,
     num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     *,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    act: str | None,
-    eps: float,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: str | None = None,
 ) -> Tensor:
-    frames = F.group_norm(x.transpose(1, 2).flatten(0, 1), num_groups, weight, bias, eps)
+    frames = F.group_norm(x.transpose(1, 2).flatten(0, 1), num_groups, weight, bias)
     y = frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
     if scale is not None and shift is not None:
         y = y * (1 + scale[:, :, None, None, None]) + shift[:, :, None, None, None]
     return F.silu(y) if act == "silu" else y
 
 
-def temporal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None) -> Tensor:
+def no_stats(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Layers make their statistics themselves, each time."""
+    return x.new_empty(0), x.new_empty(0)
+
+
+def temporal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    norm: ops.NormArgs,
+    residual: Tensor | None = None,
+    stats_groups: int | None = None,
+) -> Any:
+    x = group_norm(x, norm.num_groups, norm.weight, norm.bias, scale=norm.scale, shift=norm.shift, act="silu")
     y = rearrange_conv1d(x, weight, bias)
-    return y if residual is None else y + residual
+    y = y if residual is None else y + residual
+    return y if stats_groups is None else (y, no_stats(y, stats_groups))
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -66,19 +66,26 @@ class FrameConv2d(nn.Conv2d):
 class FrameGroupNorm(nn.Module):
     """Group norm over each frame, with optional scale and shift (FiLM) and SiLU in the same pass."""
 
-    def __init__(self, num_groups: int, channels: int, eps: float = 1e-5) -> None:
+    def __init__(self, num_groups: int, channels: int) -> None:
         super().__init__()
         self.num_groups = num_groups
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(
         self, x: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None, act: str | None = None
     ) -> Tensor:
-        return ops.group_norm(
-            x, self.num_groups, self.weight, self.bias, scale=scale, shift=shift, act=act, eps=self.eps
-        )
+        return ops.group_norm(x, self.num_groups, self.weight, self.bias, scale=scale, shift=shift, act=act)
+
+    def stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The statistics of `x`, for `applied`."""
+        return ops.group_norm_stats(x, self.num_groups)
+
+    def applied(
+        self, stats: tuple[Tensor, Tensor], scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> ops.NormArgs:
+        """This norm and SiLU as what the temporal convolution of the normalised activation does while it reads."""
+        return ops.NormArgs(*stats, self.weight, self.bias, self.num_groups, scale, shift)
 
 
 class ScaleShift(nn.Module):
@@ -211,7 +218,7 @@ def identity_kernel_(weight: Tensor) -> Tensor:
     return weight
 
 
-class TemporalConv(nn.Module):
+class TemporalKernel(nn.Module):
     """Weights of a convolution over time, `(C, C, k)`, identity-initialised (paper, appendix B)."""
 
     def __init__(self, channels: int, kernel_size: int) -> None:
@@ -219,11 +226,16 @@ class TemporalConv(nn.Module):
         self.weight = nn.Parameter(identity_kernel_(torch.empty(channels, channels, kernel_size)))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.temporal_conv(x, self.weight, self.bias)
+
+class TemporalConv(TemporalKernel):
+    """A convolution over time between two norms."""
+
+    def forward(self, x: Tensor, norm: ops.NormArgs, stats_groups: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The convolution of the normalised `x`, and its statistics for the norm that follows."""
+        return ops.temporal_conv(x, self.weight, self.bias, norm=norm, stats_groups=stats_groups)
 
 
-class TemporalDownsample(TemporalConv):
+class TemporalDownsample(TemporalKernel):
     """Identity-initialised temporal convolution followed by a stride (paper, appendix B)."""
 
     def __init__(self, channels: int, kernel_size: int, factor: int) -> None:
@@ -234,7 +246,7 @@ class TemporalDownsample(TemporalConv):
         return ops.space_time_downsample(x, (self.factor, 1, 1), weight=self.weight, bias=self.bias)
 
 
-class TemporalUpsample(TemporalConv):
+class TemporalUpsample(TemporalKernel):
     """Frame duplication followed by an identity-initialised temporal convolution (paper, appendix B)."""
 
     def __init__(self, channels: int, kernel_size: int, factor: int) -> None:
@@ -260,7 +272,11 @@ class TemporalFilm(nn.Module):
 
 
 class ConvInflationBlock(nn.Module):
-    """`s + Linear(act(norm(Conv1D_t(act(norm(Conv2D_hw(s)))))))` (paper, figure 4b); the identity at initialisation."""
+    """`s + Linear(act(norm(Conv1D_t(act(norm(Conv2D_hw(s)))))))` (paper, figure 4b); the identity at initialisation.
+
+    Behind the Conv2D it is three passes: the first norm's statistics; the Conv1D, which normalises what it reads and
+    takes the second norm's statistics of what it writes; the Linear, which normalises too and adds `s`.
+    """
 
     def __init__(self, channels: int, kernel_size: int, num_groups: int, embed_dim: int | None) -> None:
         super().__init__()
@@ -272,11 +288,11 @@ class ConvInflationBlock(nn.Module):
         self.proj = zero_init(nn.Linear(channels, channels))
 
     def forward(self, s: Tensor, embedding: Tensor | None) -> Tensor:
-        scale, shift = self.film(embedding)
-        h = self.conv1d(self.norm1(self.conv2d(s), act="silu"))
-        h = self.norm2(h, scale=scale, shift=shift, act="silu")
-        # a Linear over channels is a temporal convolution of one tap, whose epilogue adds the residual
-        return ops.temporal_conv(h, self.proj.weight[:, :, None], self.proj.bias, residual=s)
+        h = self.conv2d(s)
+        h, stats = self.conv1d(h, self.norm1.applied(self.norm1.stats(h)), self.norm2.num_groups)
+        norm2 = self.norm2.applied(stats, *self.film(embedding))
+        # a Linear over channels is a temporal convolution of one tap
+        return ops.temporal_conv(h, self.proj.weight[:, :, None], self.proj.bias, norm=norm2, residual=s)
 
 
 class TemporalSelfAttention(nn.Module):
