@@ -280,6 +280,7 @@ setup(
     package_data={
         "lumiere_fast": ["py.typed", "evidence.json", "weights/**/*.safetensors", "weights/**/*.json"],
         "lumiere_fast.text": ["data/*"],
+        KERNELS: ["configs/*.json"],
     },
     ext_modules=[Extension(MODULE, sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": BuildWheel},

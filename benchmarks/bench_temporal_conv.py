@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, each_scenario
-from lumiere_fast.ops import NormArgs
+from benchmarks.harness import Case, assert_same, each_scenario
+from lumiere_fast import dispatch, timing, tune
+from lumiere_fast.kernels import _configs
+from lumiere_fast.ops import NormArgs, temporal_conv
+from lumiere_fast.ops._selfcheck import _kernel_errors
 from lumiere_fast.ops.temporal_conv import SPEC
+from lumiere_fast.timing import Side
 
 Convolution = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -21,6 +25,13 @@ def rearrange_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     B, C, T, H, W = x.shape
     y = F.conv1d(x.permute(0, 3, 4, 1, 2).reshape(B * H * W, C, T), weight, bias, padding=weight.shape[2] // 2)
     return y.reshape(B, H, W, -1, T).permute(0, 3, 4, 1, 2)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The clip as an image of T by H*W pixels, which channels-last memory is a view of, and a (k, 1) kernel."""
+    rows = x.permute(0, 2, 3, 4, 1).flatten(2, 3)  # x.flatten(3) of one clip has strides that torch takes for NCHW
+    y = F.conv2d(rows.permute(0, 3, 1, 2), weight[..., None], bias, padding=(weight.shape[2] // 2, 0))
+    return y.permute(0, 2, 3, 1).unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -59,15 +70,74 @@ def equal_matrix_product(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.mm(a, b, out=held)
 
 
+def norm_either_way(case: Case) -> dict[str, Side]:
+    """Our kernel with the norm in its prologue, and in a pass before: those that run, held against the reference."""
+    fused = case.scenario.options["fused"]
+    ours = case.backend == "triton" or (case.backend == dispatch.AUTO and case.device == "cuda")
+    if not (fused and ours) or dispatch.why_not(SPEC.name, "triton", **case.inputs):
+        return {}
+    expected = temporal_conv(**case.inputs, backend="reference")
+    ways = {"norm in the prologue": True, "norm in a pass before": False}
+    sides = {}
+    for name, fused_norm in ways.items():
+        side = with_config(case, fused_norm)
+        try:
+            result = side()
+        except _kernel_errors():  # the tile that is best for the one may be too large for the other
+            continue
+        assert_same(name, result, expected, 512 * torch.finfo(case.dtype).eps)
+        sides[name] = side
+    return sides
+
+
+def with_config(case: Case, fused_norm: bool) -> Side:
+    """Our kernel as it is configured, but for where the norm is."""
+    name = tune.case_of(SPEC.name, case.scenario, case.dtype)
+    config = {**_configs.chosen(SPEC.name, name, case.inputs["x"].device), "fused_norm": fused_norm}
+    held = torch.empty_like(case.inputs["x"])
+
+    def side() -> Tensor:
+        with _configs.override(SPEC.name, name, config):
+            return temporal_conv(**case.inputs, backend="triton", out=held)
+
+    return side
+
+
+def fastest(sides: Mapping[str, Side], device: str) -> str:
+    """Of those that run here, by the median of three calls after a first."""
+    clock, seconds = timing.clock_for(device), {}
+    for name, side in sides.items():
+        try:
+            side()
+        except RuntimeError:
+            continue
+        seconds[name] = timing.median([clock(side) for _ in range(3)])
+    return min(seconds, key=lambda name: seconds[name])
+
+
+CONVOLUTIONS: Mapping[str, Convolution] = {
+    "conv1d": rearrange_conv1d,
+    "conv2d": conv2d,
+    "conv3d NDHWC": conv3d_channels_last,
+    "conv3d NCDHW": conv3d,
+}
+
+
 @each_scenario(SPEC)
+@torch.no_grad()
 def test_temporal_conv(case: Case) -> None:
     contiguous = {name: t.contiguous() if isinstance(t, Tensor) else t for name, t in case.inputs.items()}
+    sides = {
+        name: partial(layers, convolve, **(contiguous if convolve is conv3d else case.inputs))
+        for name, convolve in CONVOLUTIONS.items()
+    }
+    best = CONVOLUTIONS[fastest(sides, case.device)] if case.compiles else None
     case.compare(
-        {
-            "conv1d": partial(layers, rearrange_conv1d, **case.inputs),
-            "conv3d NDHWC": partial(layers, conv3d_channels_last, **case.inputs),
-            "conv3d NCDHW": partial(layers, conv3d, **contiguous),
+        sides,
+        limits={
+            "mm": equal_matrix_product(case.inputs["x"], case.inputs["weight"]),
+            **case.copy(),
+            **norm_either_way(case),
         },
-        limits={"mm": equal_matrix_product(case.inputs["x"], case.inputs["weight"]), **case.copy()},
-        compiled=partial(layers, conv3d_channels_last),
+        compiled=best and partial(layers, best),
     )

@@ -149,7 +149,8 @@ COPY = ("copy",)
 EQUAL_MATMUL = ("mm",)
 EQUAL_CONV = ("temporal_conv of as many frames",)
 CONV_EAGER = ("conv1d", "conv3d NCDHW")
-CONV_ANY = ("conv1d", "conv3d NDHWC", "conv3d NCDHW")
+CONV_ANY = ("conv1d", "conv2d", "conv3d NDHWC", "conv3d NCDHW")
+NORM_EITHER_WAY = ("norm in the prologue", "norm in a pass before")
 NORM_LAYERS = ("layers", "layers, NCHW")
 SDPA = ("rearrange + SDPA",)
 ATTENTION_FLASH = ("SDPA flash", "SDPA cuDNN")
@@ -208,6 +209,7 @@ CUDA_GOALS = (
     *_cuda("temporal_conv", _both(_fused, _wide), 4, CONV_EAGER, 2),
     *_cuda("temporal_conv", _both(_fused, _narrow), 5, CONV_EAGER, 2.5),
     Goal("temporal_conv", "cuda", BANDWIDTH, 2.4e12, when=_both(_fused, _narrow)),
+    Goal("temporal_conv", "cuda", TIMES, 0.97, NORM_EITHER_WAY, _fused),
     *_cuda("group_norm", lambda row: True, 10, NORM_LAYERS, 1.3),
     Goal("group_norm", "cuda", BANDWIDTH, 1.9e12),
     *_cuda("temporal_attention", _frames(5, 80), 4, SDPA, 3),

@@ -4,10 +4,11 @@
     python -m benchmarks.lab --publish DIR
 
 It builds, holds every kernel against its reference, runs the test-suite on the device and the kernels under
-compute-sanitizer, reads the static resource gate, and times every op on every backend against its goals. What is
-measured goes at once into DIR/record.json; DIR/table.md is made from it and printed last. A run that finds a record
-goes on from it: rows whose source, machine and versions are as they were are kept, the stalest evidence comes first.
-What the budget has no room for is left for the next run. An op on a backend that any check found wrong is not timed.
+compute-sanitizer, reads the static resource gate, finds the kernels' fastest configurations, and with these times every
+op on every backend against its goals. What is measured goes at once into DIR/record.json; DIR/table.md is made from it
+and printed last, and DIR/<gpu>.json, which kernels/configs may ship. A run that finds a record goes on from it: rows
+whose source, machine and versions are as they were are kept, the stalest evidence comes first. What the budget has no
+room for is left for the next run. An op on a backend that any check found wrong is neither tuned nor timed.
 The exit code is 1 if anything is wrong, 2 for arguments that make no sense.
 
 It starts from a bare source tree: this process imports neither torch nor the package, its workers do.
@@ -16,6 +17,7 @@ It starts from a bare source tree: this process imports neither torch nor the pa
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -53,16 +55,17 @@ PARTS = {
 }
 # Of the budget, for each stage; what one does not use the later ones may.
 SHARES = {
-    "build": 0.25,
+    "build": 0.22,
     "smoke": 0.15,
-    "tests": 0.28,
+    "tests": 0.25,
     "sanitizer": 0.07,
     "resources": 0.1,
-    "tuning": 0.01,
+    "tuning": 0.07,
     "benchmarks": 0.14,
 }
-HANGS_AFTER = {"smoke": 90.0, "benchmarks": 180.0}  # seconds that one unit of work may take
+HANGS_AFTER = {"smoke": 90.0, "tuning": 440.0, "benchmarks": 180.0}  # seconds that one unit of work may take
 ROW_BUDGET = 0.3  # seconds of timed rounds a row
+CASE_BUDGET = 400.0  # seconds for all candidates of a case, to compile, check and time them
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 TRITON_TESTS = "tests/kernels/"
 MODEL_TESTS = ("tests/models/", "tests/pipelines/")
@@ -236,12 +239,13 @@ class Lab:
                 )
 
     def _forget_what_is_gone(self) -> None:
-        units = {key_of(unit) for unit in self.described["benchmarks"]}
+        units = {key_of(unit) for unit in (*self.described["tuning"], *self.described["benchmarks"])}
         files = set(suite.test_files())
         self.record.rows = {
             key: row
             for key, row in self.record.rows.items()
-            if (row["stage"] != "benchmarks" or key in units) and (row["stage"] != "tests" or row["scenario"] in files)
+            if (row["stage"] not in ("tuning", "benchmarks") or key in units)
+            and (row["stage"] != "tests" or row["scenario"] in files)
         }
 
     def smoke(self, deadline: float) -> None:
@@ -309,42 +313,81 @@ class Lab:
                 self.put("resources", row, source)
 
     def tuning(self, deadline: float) -> None:
-        self.put("tuning", {"verdict": SKIPPED, "why": "nothing to tune: each kernel ships one configuration"})
+        """Each case of the kernels that have configurations; the winners go into a table beside the record."""
+        if not self.described["tuning"]:
+            self.put("tuning", {"verdict": SKIPPED, "why": "nothing to tune: configurations are those of a GPU"})
+            return
+        units = [unit for unit in self.described["tuning"] if self.wants(unit["op"]) and self._is_here(unit)]
+        self._measure("tuning", units, deadline, {"budget": CASE_BUDGET})
+        if tuned := self.tuned():
+            content = {"gpu": self.machine["gpu"], **tuned}
+            write_atomically(self.configs, json.dumps(content, indent=1) + "\n")
+
+    @property
+    def configs(self) -> Path:
+        """The table of what was tuned here, in the form of those in kernels/configs."""
+        return self.options.out / str(self.described["configs"])
+
+    def tuned(self, unless_default: bool = False) -> dict[str, dict[str, Any]]:
+        """By op and case the configurations found here, or those of them that are not the default."""
+        found: dict[str, dict[str, Any]] = {}
+        for row in self.record.sorted_rows():
+            numbers = row["numbers"] if row["stage"] == "tuning" else None
+            if numbers and not (unless_default and numbers["config"] == numbers["default"]):
+                found.setdefault(row["op"], {})[row["scenario"]] = numbers["config"]
+        return found
 
     def benchmarks(self, deadline: float) -> None:
-        """Every op on every backend that is right here, the stalest rows first, then the cheapest."""
+        """Every op on every backend that is right here."""
+        configs = str(self.configs.resolve()) if self.tuned() else None
+        units = [
+            {**unit, "source": self._source(unit)} for unit in self.described["benchmarks"] if self._is_wanted(unit)
+        ]
+        settings = {"budget": ROW_BUDGET, "compile": self.options.compile, "configs": configs}
+        self._measure("benchmarks", units, deadline, settings)
+
+    def _source(self, unit: Row) -> str | None:
+        """Of what is timed: the kernel's, and the configurations found here that it runs with."""
+        chosen = self.tuned(unless_default=True) if unit["backend"] in ("triton", "auto") else {}
+        used = {op: cases for op, cases in chosen.items() if unit["op"] in (op, *MODELS)}
+        if not used:
+            return None if unit["source"] is None else str(unit["source"])
+        digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
+        return f"{unit['source']} tuned {digest[:16]}"
+
+    def _measure(self, stage: str, units: Sequence[Row], deadline: float, settings: Row) -> None:
+        """Those units whose rows do not hold any more and that nothing speaks against, in the order of `_urgency`."""
         todo = []
-        for unit in filter(self._is_wanted, self.described["benchmarks"]):
+        for unit in units:
             red = self.red(unit["op"], unit["backend"])
             if red is not None:
                 why = f"not timed: correctness red ({red})"
-                self.put("benchmarks", {**_about(unit), "verdict": SKIPPED, "why": why, "left": True}, unit["source"])
-            elif not self.holds("benchmarks", unit, unit["source"]):
+                self.put(stage, {**_about(unit), "verdict": SKIPPED, "why": why, "left": True}, unit["source"])
+            elif not self.holds(stage, unit, unit["source"]):
                 todo.append(unit)
         todo.sort(key=self._urgency)
         done, began = 0, time.monotonic() < deadline
-        units = [{**unit, "budget": ROW_BUDGET, "compile": self.options.compile} for unit in todo]
-        for unit, reply in self.work(units, deadline):
+        for unit, reply in self.work([{**unit, **settings} for unit in todo], deadline):
             done += 1
             row = {"verdict": FAILED, "why": f"{reply}; see {LOG}"} if isinstance(reply, str) else reply[0]
-            self.put("benchmarks", {**_about(unit), **row}, unit["source"])
+            self.put(stage, {**_about(unit), **row}, unit["source"])
         for number, unit in enumerate(todo[done:]):
-            self.leave("benchmarks", _about(unit), unit["source"], under_way=began and number == 0)
+            self.leave(stage, _about(unit), unit["source"], under_way=began and number == 0)
 
     def _is_wanted(self, unit: Row) -> bool:
         """What the user asked for, on a backend that is here: one row of the smoke tells of the others."""
         named = not self.options.scenarios or unit["scenario"] in self.options.scenarios
-        return self.wants(unit["op"]) and named and self._is_here(unit["op"], unit["backend"])
+        return self.wants(unit["op"]) and named and self._is_here(unit)
 
-    def _is_here(self, op: str, backend: str) -> bool:
-        if backend in ("reference", "auto"):
+    def _is_here(self, unit: Row) -> bool:
+        if unit["backend"] in ("reference", "auto"):
             return True
-        row = self.record.find(key_of({"stage": "smoke", "op": op, "backend": backend}))
+        row = self.record.find(key_of({"stage": "smoke", "op": unit["op"], "backend": unit["backend"]}))
         return row is None or row["verdict"] != SKIPPED
 
     def _urgency(self, unit: Row) -> tuple[Any, ...]:
         known = self.record.find(key_of(unit)) or {}
-        stale = known.get("under_way", False), self.date_of("benchmarks", unit)  # what was cut off holds up no others
+        stale = known.get("under_way", False), self.date_of(unit["stage"], unit)  # what was cut off holds up no others
         return *stale, unit["backend"] == "reference", unit["traffic"], unit["op"], unit["scenario"], unit["threads"]
 
     # ------------------------------------------------------------ what is wrong

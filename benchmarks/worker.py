@@ -13,6 +13,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +25,8 @@ from benchmarks.harness import Case, Row, benchmark_of, ceilings, default_dtype,
 from benchmarks.processes import BROKEN_DEVICE
 from benchmarks.record import FAILED, MET, SKIPPED
 from benchmarks.reporting import lacking_module_of
-from lumiere_fast import dispatch, ops, selftest, timing
+from lumiere_fast import dispatch, ops, selftest, timing, tune
+from lumiere_fast.kernels import _configs
 from lumiere_fast.ops import _selfcheck
 
 Unit = dict[str, Any]
@@ -36,12 +40,27 @@ THREADS = {"cpu": (1, 2), "cuda": (1,)}
 def describe(device: str) -> dict[str, Any]:
     """The machine, and everything that there is to check and to time on it."""
     machine = provenance.environment(device)
-    return {"machine": machine, "ops": list(dispatch.registered_ops()), "benchmarks": list(_benchmarks(device))}
+    return {
+        "machine": machine,
+        "ops": list(dispatch.registered_ops()),
+        "tuning": list(_cases()) if device == "cuda" else [],
+        "configs": _configs.file_name(machine["gpu"]) if device == "cuda" else None,
+        "benchmarks": list(_benchmarks(device)),
+    }
 
 
 def benchmarked_ops() -> list[str]:
     """Those with a module and a spec of their own."""
     return [op for op in dispatch.registered_ops() if _selfcheck.spec_of(getattr(ops, op)).name == op]
+
+
+def _cases() -> Iterator[Unit]:
+    """What there is to tune."""
+    for op in tune.tunable():
+        source = provenance.source_of(op, "triton")
+        for number, case in enumerate(_configs.cases(op)):
+            about = {"op": op, "backend": "triton", "scenario": case, "dtype": None, "threads": None}
+            yield {"stage": "tuning", **about, "source": source, "traffic": number}
 
 
 def _benchmarks(device: str) -> Iterator[Unit]:
@@ -68,7 +87,9 @@ def _benchmarks(device: str) -> Iterator[Unit]:
 
 def perform(unit: Unit, device: str) -> list[dict[str, Any]]:
     """The rows of a unit, without what the lab adds to each."""
-    return smoke(unit["op"], device) if unit["stage"] == "smoke" else [benchmark(unit, device)]
+    if unit["stage"] == "smoke":
+        return smoke(unit["op"], device)
+    return [tune_case(unit, device) if unit["stage"] == "tuning" else benchmark(unit, device)]
 
 
 def smoke(op: str, device: str) -> list[dict[str, Any]]:
@@ -91,7 +112,40 @@ def smoke(op: str, device: str) -> list[dict[str, Any]]:
     ]
 
 
+def tune_case(unit: Unit, device: str) -> dict[str, Any]:
+    """The fastest configuration of a case, and what each other candidate came to."""
+    try:
+        found = tune.Tuner(torch.device(device), time.monotonic() + unit["budget"]).tune(unit["op"], unit["scenario"])
+    except dispatch.BackendUnavailable as error:
+        return {"verdict": SKIPPED, "why": _told(error)}
+    numbers = {**asdict(found), "default": found.candidates[0].config} if found.config else None
+    ratio = f"{found.times_as_fast:.2f}x the default, " if found.times_as_fast else ""
+    return {
+        "verdict": {"tuned": MET, "left": SKIPPED}.get(found.status, FAILED),
+        "left": found.status == "left",
+        "why": "; ".join(tune.notes(found)) or None,
+        "measured": f"{ratio}{tune.shown(found.config)}" if found.config else None,
+        "numbers": numbers,
+    }
+
+
+@contextmanager
+def tuned(configs: str | None) -> Iterator[None]:
+    """Within the block kernels run with the configurations of a table, where there is one."""
+    with ExitStack() as stack:
+        if configs is not None:
+            for op, cases in tune.read(Path(configs), torch.cuda.get_device_name()).items():
+                for case, config in cases.items():
+                    stack.enter_context(_configs.override(op, case, config))
+        yield
+
+
 def benchmark(unit: Unit, device: str) -> dict[str, Any]:
+    with tuned(unit.get("configs")):
+        return _benchmark(unit, device)
+
+
+def _benchmark(unit: Unit, device: str) -> dict[str, Any]:
     _, test = benchmark_of(unit["op"])
     rows: list[Row] = []
     try:

@@ -1,4 +1,4 @@
-"""The command ``lumiere-fast``: generate, train, plot, assemble, evaluate, benchmark, selftest, info.
+"""The command ``lumiere-fast``: generate, train, plot, assemble, evaluate, benchmark, tune, selftest, info.
 
 Whatever a user can get wrong ends in one line on stderr and exit code 2, with nothing written; Ctrl-C ends in 130.
 """
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from lumiere_fast import benchmark, dispatch, info, selftest, training
+from lumiere_fast import benchmark, dispatch, info, selftest, training, tune
 from lumiere_fast.diffusion import PREDICTION_TYPES, SAMPLERS
 from lumiere_fast.models import PRESETS, Preset
 from lumiere_fast.pipelines import LumiereOutput, LumierePipeline
@@ -442,6 +442,32 @@ def run_benchmark(
     if all(row.why_not for row in rows):
         raise dispatch.BackendUnavailable("; ".join(dict.fromkeys(reason for row in rows for reason in row.why_not)))
     print(json.dumps([asdict(row) for row in rows], indent=2) if as_json else benchmark.render(rows))
+
+
+@app.command("tune")
+def run_tune(
+    op: Annotated[list[str] | None, typer.Option("--op", help="An op with configurations; repeat it for more.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option("--case", help="A case, tuned again if the table has it; repeat it for more.")
+    ] = None,
+    budget: Annotated[float, typer.Option(min=0.001, help="Seconds; what is left then, the next run does.")] = (
+        tune.BUDGET
+    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=_named, metavar="FILE", help="The table.  [default: the user's own]", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the fastest configuration of each kernel's cases on this GPU. Exit code 1 if one has none that is right."""
+    rows = []
+    for row in tune.run(op or None, case or None, budget=budget, out=out):
+        rows.append(row)
+        if _shows_progress(quiet):
+            print(f"{row.op}, {row.case}: {row.status} in {row.seconds:.0f} s", file=sys.stderr)
+    print(json.dumps([asdict(row) for row in rows], indent=2) if as_json else tune.render(rows))
+    raise typer.Exit(int(any(row.status == "failed" for row in rows)))
 
 
 @app.command("selftest")

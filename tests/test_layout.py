@@ -39,7 +39,7 @@ LAYERS = (
     ("models", "diffusion", "text", "data", "video"),
     ("pipelines",),
     ("selftest",),
-    ("benchmark",),
+    ("benchmark", "tune"),
     ("training", "integrations", "info"),
     ("cli",),
     ("__init__", "__main__"),

@@ -49,6 +49,8 @@ class OpSpec:
         bytes: bytes moved, given the dtype that activations are stored in.
         make_inputs: the public function's arguments by name, drawn from the generator; activations channels_last_3d.
         checks: further small calls that a self-check makes, of what the scenarios leave out.
+        rounds_operands: whether kernels may round what they computed to the dtype of the activations before they
+            multiply it, as tensor cores need it; results of a wider dtype then carry those roundings.
     """
 
     name: str
@@ -57,6 +59,7 @@ class OpSpec:
     bytes: Callable[[Scenario, torch.dtype], int]
     make_inputs: Callable[[Scenario, torch.device | str, torch.dtype, torch.Generator], dict[str, Any]]
     checks: tuple[Scenario, ...] = ()
+    rounds_operands: bool = False
 
 
 def _level(name: str, C: int, T: int, H: int, *, B: int = 1, cpu: bool = False) -> tuple[str, dict[str, int], bool]:

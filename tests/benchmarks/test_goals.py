@@ -96,6 +96,20 @@ def test_threads_decide_on_a_cpu() -> None:
         assert (verdict.bound, verdict.verdict) == (bound, "met")
 
 
+def test_the_fused_convolution_is_held_against_conv2d_too() -> None:
+    measured = row("temporal_conv", "cpu", {"fused": True}, times_as_fast={"conv1d": 9.0, "conv2d": 1.2})
+    assert list(reached(measured).values()) == ["missed"]
+    plain = row("temporal_conv", "cpu", {"fused": False}, times_as_fast={"conv1d": 9.0, "mm": 2.0, "conv2d": 0.1})
+    assert list(reached(plain).values()) == ["met"]
+
+
+@pytest.mark.parametrize(("slower", "verdict"), [(0.97, "met"), (0.96, "missed")])
+def test_the_norm_must_be_where_it_is_faster(slower: float, verdict: str) -> None:
+    ways = dict(zip(goals.NORM_EITHER_WAY, (slower, 2.0), strict=True))
+    assert list(reached(row("temporal_conv", options={"fused": True}, times_as_fast=ways)).values()) == [verdict]
+    assert not reached(row("temporal_conv", options={"fused": False}, times_as_fast=ways))
+
+
 def test_the_guided_base_clip_has_its_own_goal() -> None:
     clip = {"T": 80, "H": 128, "W": 128}
     ratio = {"composed, sort": 6.0}

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import bench_blend_windows, bench_denoise_step, harness, worker
+from benchmarks import (
+    bench_blend_windows,
+    bench_denoise_step,
+    bench_group_norm,
+    bench_temporal_conv,
+    goals,
+    harness,
+    record,
+    worker,
+)
 from benchmarks.bench_blend_windows import Accumulate, FrameByFrame
 from benchmarks.bench_denoise_step import BySorting, Composed
 from benchmarks.harness import Case, Row
-from lumiere_fast import ops, timing
+from lumiere_fast import ops, timing, tune
+from lumiere_fast.kernels import _configs
 from lumiere_fast.ops._spec import Scenario
 
 TINY = Scenario("tiny", {"B": 1, "C": 3, "T": 10, "H": 4, "W": 5}, {"window": 4, "per": "clip"}, cpu=True)
@@ -117,6 +129,89 @@ def test_the_copy_moves_the_op_s_bytes() -> None:
     assert 2 * copied.numel() == case.spec.bytes(TINY, torch.float32)
 
 
+# ---------------------------------------------------------------- the norm and the convolution
+
+
+CLIP = {"B": 1, "C": 8, "T": 3, "H": 4, "W": 5, "G": 4}
+
+
+def row_of(module: Any, options: dict[str, Any], backend: str = "reference", **sizes: int) -> Row:
+    """One tiny scenario through a benchmark, which holds every side against ours."""
+    rows: list[Row] = []
+    scenario = Scenario("tiny", {**CLIP, **sizes}, options, cpu=True)
+    inputs = harness.draw_inputs(module.SPEC, scenario, "cpu", torch.float32)
+    test = getattr(module, f"test_{module.SPEC.name}")
+    test(Case(module.SPEC, scenario, backend, "cpu", torch.float32, 1, inputs, rows.append, 1e-9))
+    return rows[0]
+
+
+@pytest.mark.parametrize("film", [None, "BC"])
+@pytest.mark.parametrize("per_frame", [True, False])
+@pytest.mark.parametrize("act", [None, "silu"])
+def test_the_layers_around_a_norm_compute_it(film: str | None, per_frame: bool, act: str | None) -> None:
+    row = row_of(bench_group_norm, {"act": act, "film": film, "per_frame": per_frame})
+    assert set(row.baselines) == set(goals.NORM_LAYERS) and not row.broken
+
+
+@pytest.mark.parametrize("per_frame", [True, False])
+def test_the_other_layout_is_one_that_torch_does_not_copy(per_frame: bool) -> None:
+    x = bench_group_norm.contiguous(torch.zeros(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d), per_frame)
+    assert (x.transpose(1, 2) if per_frame else x).is_contiguous()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_every_convolution_over_time_computes_it(fused: bool, taps: int, batch: int) -> None:
+    row = row_of(bench_temporal_conv, {"fused": fused}, k=taps, B=batch)
+    assert set(row.baselines) == set(goals.CONV_ANY) and not row.broken
+    assert set(row.limits) == {"mm", "copy"}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_clip_is_an_image_that_torch_takes_for_channels_last(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """The stride of a batch of one decides which of its convolutions torch takes; the other is half as fast."""
+    seen: list[torch.Tensor] = []
+    real = torch.nn.functional.conv2d
+
+    def watched(image: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        seen.append(image)
+        return real(image, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
+    row_of(bench_temporal_conv, {"fused": fused}, k=3)
+    assert seen and all(image.stride(0) == image[0].numel() and image.stride(1) == 1 for image in seen)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_norm_is_timed_in_the_kernel_and_before_it(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = pytest.importorskip("lumiere_fast.kernels.temporal_conv")
+    used: list[bool] = []
+    chosen = kernel.chosen
+
+    def watched(*arguments: Any) -> Any:
+        found = chosen(*arguments)
+        used.append(found.get("fused_norm", False))
+        return found
+
+    monkeypatch.setattr(kernel, "chosen", watched)
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 1)
+    row = row_of(bench_temporal_conv, {"fused": fused}, "triton", k=3)
+    assert set(row.limits) == {"mm", "copy", *(goals.NORM_EITHER_WAY if fused else ())}
+    assert set(used) == ({True, False} if fused else {False})
+
+
+def test_torch_compile_gets_the_convolution_that_is_fastest_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"a": 2.0, "b": 1.0, "c": 3.0}
+
+    def broken() -> None:
+        raise RuntimeError("no kernel for the shape")
+
+    sides: dict[str, Any] = {name: (lambda name=name: name) for name in costs}
+    monkeypatch.setattr(timing, "clock_for", lambda device: lambda side: costs[side()])
+    assert bench_temporal_conv.fastest({"broken": broken, **sides}, "cpu") == "b"
+
+
 # ---------------------------------------------------------------- the lab's worker
 
 
@@ -135,6 +230,49 @@ def test_the_worker_knows_every_scenario_of_a_cpu() -> None:
 
 UNIT = {"stage": "benchmarks", "op": "blend_windows", "backend": "reference", "scenario": "demo", "dtype": "float32"}
 SETTINGS = {"threads": 1, "budget": 1e-6, "compile": False}
+CASE = "half-wide-norm-many"
+
+
+def test_the_worker_tunes_every_case_on_a_gpu_alone() -> None:
+    described = worker.describe("cpu")
+    assert (described["tuning"], described["configs"]) == ([], None)
+    units = list(worker._cases())
+    assert [unit["scenario"] for unit in units] == list(_configs.cases("temporal_conv"))
+    assert len({tuple(unit[name] for name in record.KEY) for unit in units}) == len(units)
+    assert all(unit["source"] for unit in units)
+
+
+@pytest.mark.parametrize(("status", "verdict"), [("tuned", "met"), ("left", "skipped"), ("failed", "failed")])
+def test_the_worker_s_row_of_a_case(monkeypatch: pytest.MonkeyPatch, status: Any, verdict: str) -> None:
+    default, wrong = {"block_m": 64}, tune.Outcome({"block_m": 8}, why_not="off by nan")
+    found = tune.Tuned("temporal_conv", CASE, status)
+    if status == "tuned":
+        found = replace(found, config={"block_m": 128}, times_as_fast=1.5, candidates=(tune.Outcome(default), wrong))
+    monkeypatch.setattr(tune.Tuner, "tune", lambda self, op, case: found)
+    unit = {"stage": "tuning", "op": "temporal_conv", "scenario": CASE, "budget": 1.0}
+    (row,) = worker.perform(unit, "cpu")
+    assert (row["verdict"], row["left"]) == (verdict, status == "left")
+    if status == "tuned":
+        assert row["measured"] == "1.50x the default, block_m 128" and "off by nan" in row["why"]
+        assert (row["numbers"]["config"], row["numbers"]["default"]) == ({"block_m": 128}, default)
+        json.dumps(row)
+    else:
+        assert row["numbers"] is row["measured"] is None
+
+
+def test_the_worker_times_with_the_table_that_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, device = tmp_path / "table.json", torch.device("cpu")
+    before = _configs.chosen("temporal_conv", CASE, device)
+    config = {**before, "num_stages": 5}
+    _configs.save(path, "NVIDIA Imaginary", {"temporal_conv": {CASE: config}})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Imaginary")
+    with worker.tuned(str(path)):
+        assert _configs.chosen("temporal_conv", CASE, device) == config
+    with worker.tuned(None):
+        assert _configs.chosen("temporal_conv", CASE, device) == before
+    monkeypatch.setattr(worker, "_benchmark", lambda *_: dict(_configs.chosen("temporal_conv", CASE, device)))
+    assert worker.perform({**UNIT, **SETTINGS, "configs": str(path)}, "cpu") == [config]
+    assert worker.perform({**UNIT, **SETTINGS, "configs": None}, "cpu") == [before]
 
 
 def test_the_worker_reports_times_and_what_they_are_held_against() -> None:

@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -34,10 +35,18 @@ def unit(op: str, backend: str, traffic: int = 1, source: str = "s1") -> dict[st
     return {**key, "source": source, "traffic": traffic}
 
 
+CASES = tuple(
+    {**unit("blend_windows", "triton", number), "stage": "tuning", "scenario": case, "dtype": None, "threads": None}
+    for number, case in enumerate(("narrow", "wide"))
+)
+
+
 class Played(Lab):
     """A lab whose build, description and workers are told here."""
 
     units: Sequence[dict[str, Any]] = (unit("blend_windows", "triton"), unit("blend_windows", "reference"))
+    cases: Sequence[dict[str, Any]] = ()
+    winners: Mapping[str, int] = MappingProxyType({"narrow": 2, "wide": 1})
     wrong: frozenset[tuple[str, str]] = frozenset()
     machine_here = MACHINE
     slow = 0.0
@@ -45,12 +54,19 @@ class Played(Lab):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.performed: list[tuple[str, ...]] = []
+        self.asked: list[dict[str, Any]] = []
 
     def build(self, deadline: float) -> None:
         self.put("build", {"verdict": "met"}, "b")
 
     def ask(self, deadline: float) -> dict[str, Any] | None:
-        return {"ops": ["blend_windows"], "benchmarks": self.units, "machine": dict(self.machine_here)}
+        return {
+            "ops": ["blend_windows"],
+            "tuning": self.cases,
+            "configs": "nvidia-imaginary.json",
+            "benchmarks": self.units,
+            "machine": dict(self.machine_here),
+        }
 
     def work(self, units: Any, deadline: float) -> Iterator[tuple[Any, Any]]:
         for each in units:
@@ -58,7 +74,9 @@ class Played(Lab):
             if time.monotonic() >= deadline:
                 return
             self.performed.append((each["stage"], each["op"], each.get("backend", "")))
-            yield each, self.smoked(each) if each["stage"] == "smoke" else self.timed(each)
+            self.asked.append(each)
+            perform = {"smoke": self.smoked, "tuning": self.tuned_one, "benchmarks": self.timed}
+            yield each, perform[each["stage"]](each)
 
     def smoked(self, each: Any) -> Any:
         backends = [unit["backend"] for unit in self.units if unit["backend"] != "reference"]
@@ -72,6 +90,10 @@ class Played(Lab):
             }
             for backend in backends
         ]
+
+    def tuned_one(self, each: Any) -> Any:
+        numbers = {"config": {"block": self.winners[each["scenario"]]}, "default": {"block": 1}}
+        return [{"verdict": "met", "measured": "2.00x the default", "numbers": numbers}]
 
     def timed(self, each: Any) -> Any:
         return [
@@ -313,6 +335,80 @@ def test_a_model_is_as_wrong_as_any_op_or_model_test() -> None:
     assert lab.accuses(red_tests("t.py::test_a[triton]"), "stunet", "auto")
     assert lab.accuses(red_tests("a", op=None, scenario="tests/models/test_unet2d.py"), "stunet", "auto")
     assert not lab.accuses(red_tests("a", op=None, scenario="tests/test_cli.py"), "stunet", "auto")
+
+
+# ---------------------------------------------------------------- tuning
+
+
+def timed_with(played: Played) -> list[Any]:
+    """By what table the benchmarks of the Triton kernel were timed."""
+    return [each["configs"] for each in played.asked if each["stage"] == "benchmarks" and each["backend"] == "triton"]
+
+
+def test_winners_are_written_beside_the_record_and_timed(play: Any) -> None:
+    code, played = play(cases=CASES)
+    table = played.options.out / "nvidia-imaginary.json"
+    assert code == 0 and json.loads(table.read_text()) == {
+        "gpu": "NVIDIA Imaginary",
+        "blend_windows": {"narrow": {"block": 2}, "wide": {"block": 1}},
+    }
+    assert [stage for stage, *_ in played.performed] == ["smoke", "tuning", "tuning", "benchmarks", "benchmarks"]
+    assert timed_with(played) == [str(table)]
+    sources = {backend: row["source"] for backend, row in rows_of(played, "benchmarks").items()}
+    assert sources["reference"] == "s1" and sources["triton"].startswith("s1 tuned ")
+
+
+def test_what_is_tuned_is_not_tuned_again_nor_timed_again(play: Any) -> None:
+    play(cases=CASES)
+    _, second = play(cases=CASES)
+    assert [stage for stage, *_ in second.performed] == ["smoke"]
+
+
+def test_times_with_another_configuration_are_taken_again(play: Any) -> None:
+    play()
+    _, second = play(cases=CASES[1:])  # the default won: the times still hold
+    assert [stage for stage, *_ in second.performed] == ["smoke", "tuning"]
+    _, third = play(cases=CASES)
+    assert third.performed[1:] == [("tuning", "blend_windows", "triton"), ("benchmarks", "blend_windows", "triton")]
+    changed = [{**case, "source": "s2"} for case in CASES]
+    _, fourth = play(cases=changed, winners={"narrow": 3, "wide": 1})
+    assert [stage for stage, *_ in fourth.performed] == ["smoke", "tuning", "tuning", "benchmarks"]
+
+
+def test_a_case_whose_worker_died_is_red_and_tried_again(play: Any) -> None:
+    died = "the process died of SIGSEGV"
+    code, first = play(cases=CASES[:1], tuned_one=lambda self, each: died)
+    (row,) = rows_of(first, "tuning").values()
+    assert code == 1 and died in row["why"] and not (first.options.out / "nvidia-imaginary.json").exists()
+    assert timed_with(first) == [None]
+    assert play(cases=CASES[:1])[0] == 0
+
+
+def test_cases_that_the_budget_has_no_room_for_are_left(play: Any) -> None:
+    _, first = play(cases=CASES, tuned_one=lambda self, each: [{"verdict": "skipped", "left": True, "why": "time"}])
+    assert {row["left"] for row in rows_of(first, "tuning").values()} == {True}
+    _, second = play(cases=CASES)
+    assert [stage for stage, *_ in second.performed].count("tuning") == 2
+
+
+def test_what_is_wrong_is_not_tuned(play: Any) -> None:
+    _, played = play(cases=CASES, wrong={("blend_windows", "triton")})
+    assert "tuning" not in [stage for stage, *_ in played.performed]
+    assert all("correctness red" in row["why"] for row in rows_of(played, "tuning").values())
+
+
+def test_a_case_that_is_gone_is_forgotten(play: Any) -> None:
+    play(cases=CASES)
+    _, second = play(cases=CASES[:1])
+    assert [row["scenario"] for row in second.record.rows.values() if row["stage"] == "tuning"] == ["narrow"]
+    table = json.loads((second.options.out / "nvidia-imaginary.json").read_text())
+    assert table["blend_windows"] == {"narrow": {"block": 2}}
+
+
+def test_without_a_gpu_there_is_nothing_to_tune(play: Any) -> None:
+    code, played = play()
+    (row,) = rows_of(played, "tuning").values()
+    assert code == 0 and row["verdict"] == "skipped" and "of a GPU" in row["why"]
 
 
 # ---------------------------------------------------------------- the other stages

@@ -1,0 +1,391 @@
+"""Which configuration of a kernel is the fastest on this GPU, case by case: ``lumiere-fast tune``.
+
+A kernel with configurations has cases (`kernels/_configs.py`) and, for each, CANDIDATES. A candidate is first held
+against the reference at every scenario that stands for the case; one that does not compile, does not fit or is wrong
+is left out and told. The others are timed there in turn, in one process. The fastest is written into the table of this
+GPU's name as soon as its case is done, so that a run that is stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lumiere_fast import dispatch, ops, timing
+from lumiere_fast.kernels import _configs
+from lumiere_fast.kernels._configs import Config
+from lumiere_fast.ops import _selfcheck
+from lumiere_fast.ops._spec import Scenario
+from lumiere_fast.timing import Side
+
+DTYPES = (torch.bfloat16, torch.float32)
+REPRESENTATIVES = 3
+LARGEST = 1 << 27  # elements of an activation: more tells nothing new, and the exact result takes eight bytes each
+CLEARLY = 1.02  # times as fast as the default that a candidate must be: less is noise
+ROUNDS_BUDGET = 0.5  # seconds of timed rounds a scenario
+BUDGET = 900.0
+LONGEST_REASON = 300
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One candidate: how many times as fast as the default it is, or why it is left out."""
+
+    config: Config
+    times_as_fast: float | None = None
+    why_not: str | None = None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One case.
+
+    Args:
+        status: "tuned"; "kept", it was in the table already; "left", the time was up; "failed", nothing was right.
+        config: what the table now has of it.
+        times_as_fast: the default's time over this one's; missing where the default cannot run here.
+        scenarios: what it was timed at.
+    """
+
+    op: str
+    case: str
+    status: Literal["tuned", "kept", "left", "failed"]
+    config: Config | None = None
+    times_as_fast: float | None = None
+    scenarios: tuple[str, ...] = ()
+    candidates: tuple[Outcome, ...] = ()
+    why: str | None = None
+    seconds: float = 0.0
+
+
+def run(
+    names: Sequence[str] | None = None,
+    cases: Sequence[str] | None = None,
+    *,
+    budget: float = BUDGET,
+    out: Path | None = None,
+) -> Iterator[Tuned]:
+    """Tune on the current CUDA device, one case after the other.
+
+    Args:
+        names: of ops that have configurations; None for all.
+        cases: of these ops; None for those that the table does not have yet. One that is named is tuned again.
+        budget: seconds. A case that cannot be finished in them is left as it was.
+        out: the table, a JSON file; None for the user's own, in the cache folder. What it has of other cases stays.
+
+    Raises:
+        ValueError: an argument is not as above, there is no CUDA device, or the table is damaged or another GPU's.
+        BackendUnavailable: the Triton kernels cannot run here.
+    """
+    names = tunable() if names is None else names
+    known = {op: _configs.cases(op) for op in names}  # refuses an op that has none
+    accepted = [case for each in known.values() for case in each]
+    for case in cases or ():
+        if case not in accepted:
+            raise ValueError(f"case must be one of {', '.join(accepted)}, got {case!r}")
+    if not budget > 0:
+        raise ValueError(f"budget must be a positive number of seconds, got {budget}")
+    if not torch.cuda.is_available():
+        raise ValueError("configurations are tuned on the GPU that they are for, and there is no CUDA device here")
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = torch.cuda.get_device_name(device)
+    path = _configs.user_file(gpu) if out is None else out
+    held = read(path, gpu)
+    return _run(known, cases, held, Tuner(device, time.monotonic() + budget), path, gpu)
+
+
+def _run(
+    known: Mapping[str, Sequence[str]],
+    wanted: Sequence[str] | None,
+    held: _configs.Table,
+    tuner: Tuner,
+    path: Path,
+    gpu: str,
+) -> Iterator[Tuned]:
+    for op, cases in known.items():
+        for case in cases if wanted is None else [case for case in cases if case in wanted]:
+            if wanted is None and case in held.get(op, {}):
+                yield Tuned(op, case, "kept", held[op][case])
+                continue
+            row = tuner.tune(op, case)
+            if row.config is not None:
+                _configs.save(path, gpu, {op: {case: row.config}})
+            yield row
+
+
+def tunable() -> tuple[str, ...]:
+    """The ops whose kernels have configurations."""
+    found = []
+    for op in dispatch.registered_ops():
+        with suppress(ValueError):
+            _configs.cases(op)
+            found.append(op)
+    return tuple(found)
+
+
+def read(path: Path, gpu: str) -> _configs.Table:
+    """The table of a GPU in a file; empty if there is no file.
+
+    Raises:
+        ValueError: it is damaged, or another GPU's.
+    """
+    return _configs._read(path, gpu) if path.exists() else {}
+
+
+class Tuner:
+    """Finds the fastest configuration of a case on a device, until `until` on the monotonic clock."""
+
+    def __init__(self, device: torch.device, until: float) -> None:
+        self.device, self.until = device, until
+        self.clock = timing.clock_for(device)
+        self.broken = False
+
+    @torch.no_grad()
+    def tune(self, op: str, case: str) -> Tuned:
+        """Nothing is written. `status` is "tuned", "left" or "failed"."""
+        started = time.monotonic()
+        try:
+            scenarios, outcomes = self._outcomes(op, case)
+            row = _concluded(op, case, outcomes)
+        except _Stopped as stopped:
+            scenarios, row = [], Tuned(op, case, "failed" if stopped.wrong else "left", why=str(stopped))
+        return replace(row, scenarios=tuple(scenarios), seconds=time.monotonic() - started)
+
+    def _outcomes(self, op: str, case: str) -> tuple[list[str], list[Outcome]]:
+        """All candidates, the default first, after what they were held against and timed at."""
+        configs = candidates(op, case)
+        reasons: dict[int, str] = {}
+        fitting = []
+        for scenario, dtype in representatives(op, case):
+            self._check_time()
+            try:
+                trial = Trial(op, case, scenario, dtype, self.device)
+            except torch.OutOfMemoryError:
+                continue
+            fitting.append((scenario, dtype))
+            self._hold_against_reference(trial, configs, reasons)
+        right = [number for number in range(len(configs)) if number not in reasons]
+        ratios: dict[int, list[float]] = {number: [] for number in right}
+        for scenario, dtype in fitting if right else ():
+            self._check_time()
+            self._time(Trial(op, case, scenario, dtype, self.device), configs, ratios)
+        means = {number: math.exp(sum(map(math.log, each)) / len(each)) for number, each in ratios.items() if each}
+        names = [f"{scenario.name} {str(dtype).removeprefix('torch.')}" for scenario, dtype in fitting]
+        return names, [Outcome(config, means.get(i), reasons.get(i)) for i, config in enumerate(configs)]
+
+    def _hold_against_reference(self, trial: Trial, configs: Sequence[Config], reasons: dict[int, str]) -> None:
+        """Put down by number why a candidate that has no reason against it yet is not right here."""
+        for number, config in enumerate(configs):
+            if number not in reasons and (reason := trial.why_not(config)):
+                reasons[number] = reason
+                self._check_device(reason)
+            self._check_time()
+
+    def _time(self, trial: Trial, configs: Sequence[Config], ratios: dict[int, list[float]]) -> None:
+        """Put down by number how many times as fast as the first of them each is here."""
+        first, *others = ratios
+        sides = {str(number): trial.side(configs[number]) for number in others}
+        mine, theirs = timing.interleave(trial.side(configs[first]), sides, self.clock, ROUNDS_BUDGET)
+        ratios[first].append(1.0)
+        for number in others:
+            ratios[number].append(timing.times_as_fast(mine, theirs[str(number)]))
+
+    def _check_time(self) -> None:
+        if self.broken:
+            raise _Stopped("the GPU cannot be used by this process any more: run again")
+        if time.monotonic() >= self.until:
+            raise _Stopped("the time is up: run again")
+
+    def _check_device(self, reason: str) -> None:
+        """After an illegal address, say, every further call of the process fails: none of them tells of a candidate."""
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.device)
+            except RuntimeError:
+                self.broken = True
+                raise _Stopped(f"a candidate broke the GPU for this process: {reason}", wrong=True) from None
+
+
+class _Stopped(Exception):
+    def __init__(self, why: str, wrong: bool = False) -> None:
+        super().__init__(why)
+        self.wrong = wrong
+
+
+class Trial:
+    """A scenario that stands for a case: a call at it with any configuration, and what is right there."""
+
+    def __init__(self, op: str, case: str, scenario: Scenario, dtype: torch.dtype, device: torch.device) -> None:
+        self.op, self.case, self.name, self.public = op, case, scenario.name, getattr(ops, op)
+        with device:  # drawn there: a host takes seconds for the larger ones
+            generator = torch.Generator(device).manual_seed(_selfcheck.SEED)
+            self.inputs = _selfcheck.spec_of(self.public).make_inputs(scenario, device, dtype, generator)
+        self.theirs = _tensors(self.public(**self.inputs, backend="reference"))
+        self.held = torch.empty_like(self.theirs[0])
+
+    @functools.cached_property
+    def exact(self) -> list[Tensor]:
+        return _tensors(self.public(**_in_double(self.inputs), backend="reference"))
+
+    def side(self, config: Config) -> Side:
+        def call() -> Any:
+            with _configs.override(self.op, self.case, config):
+                return self.public(**self.inputs, backend="triton", out=self.held)
+
+        return call
+
+    def why_not(self, config: Config) -> str | None:
+        """Why a configuration must not win: it cannot be compiled or launched, or is wrong."""
+        exact = self.exact
+        self.held.fill_(math.nan)
+        try:
+            ours = _tensors(self.side(config)())
+            return next(self._differences(ours, exact), None)
+        except dispatch.BackendUnavailable:  # which speaks of the machine, not of the candidate
+            raise
+        except _selfcheck._kernel_errors() as raised:
+            return f"{type(raised).__name__}: {' '.join(str(raised).split())[:LONGEST_REASON]}"
+
+    def _differences(self, ours: Sequence[Tensor], exact: Sequence[Tensor]) -> Iterator[str]:
+        """By the rule of the self-check: twice the reference's own error, and a little more where that is exact."""
+        for mine, other, truth in zip(ours, self.theirs, exact, strict=True):
+            error = _selfcheck.relative_error(mine, truth)
+            bound = _selfcheck.FACTOR * _selfcheck.relative_error(other, truth) + _selfcheck.FLOORS[mine.dtype]
+            if not error <= bound:  # NaN is wrong
+                yield f"wrong at {self.name}: off by {error:.2e} of the largest value, {bound:.2e} is allowed"
+
+
+def _concluded(op: str, case: str, outcomes: Sequence[Outcome]) -> Tuned:
+    """The fastest wins, but the default, which comes first, stays where none is clearly faster."""
+    default, timed = outcomes[0], [outcome for outcome in outcomes if outcome.times_as_fast is not None]
+    if not timed:
+        fits = any(outcome.why_not for outcome in outcomes)
+        why = "no candidate is right here" if fits else "no scenario of it fits into memory"
+        return Tuned(op, case, "failed", candidates=tuple(outcomes), why=why)
+    winner = max(timed, key=lambda outcome: outcome.times_as_fast or 0.0)
+    if default.times_as_fast is not None and (winner.times_as_fast or 0.0) < CLEARLY:
+        winner = default
+    over_default = None if default.times_as_fast is None else winner.times_as_fast
+    return Tuned(op, case, "tuned", winner.config, over_default, candidates=tuple(outcomes))
+
+
+def candidates(op: str, case: str) -> list[Config]:
+    """The default, what else ships for the case, and the kernel's CANDIDATES, each also with the norm the other way."""
+    found: list[Config] = []
+    for config in (*_configs.shipped(op)[case], *_kernel(op).CANDIDATES[case]):
+        for each in _either_way(_plain(config)):
+            if each not in found:
+                found.append(each)
+    return found
+
+
+def _either_way(config: Config) -> Iterable[Config]:
+    yield config
+    if "fused_norm" in config:
+        yield {**config, "fused_norm": not config["fused_norm"]}
+
+
+def representatives(op: str, case: str) -> list[tuple[Scenario, torch.dtype]]:
+    """The scenarios that stand for a case: the largest of each width, those of a GPU if there are any.
+
+    Raises:
+        ValueError: there is none.
+    """
+    every = product(scenarios(op), DTYPES)
+    found = [(scenario, dtype) for scenario, dtype in every if case_of(op, scenario, dtype) == case]
+    if not found:
+        raise ValueError(f"no scenario of {op} stands for its case {case!r}")
+    found = [each for each in found if not each[0].cpu] or found
+    found.sort(key=lambda each: each[0].count("BCTHW"))
+    largest = {scenario.sizes["C"]: (scenario, dtype) for scenario, dtype in found}
+    return list(largest.values())[-REPRESENTATIVES:]
+
+
+def scenarios(op: str) -> list[Scenario]:
+    """Those of the op's spec that are not too large, and of what is too large or too narrow there a part."""
+    known = _selfcheck.spec_of(getattr(ops, op)).scenarios
+    window = [scenario for scenario in known if scenario.name.startswith("ssr0")]
+    parts = [
+        replace(each, name=f"{each.name}_c{C}", sizes={**each.sizes, "C": C, "H": 256, "W": 256})
+        for each in window
+        for C in (64, 128)
+    ]
+    return [scenario for scenario in (*known, *parts) if scenario.count("BCTHW") <= LARGEST]
+
+
+def case_of(op: str, scenario: Scenario, dtype: torch.dtype) -> str:
+    """The case that a scenario is of."""
+    C = scenario.sizes["C"]
+    rows, normed = scenario.count("BTHW"), scenario.options["fused"]
+    case: str = _kernel(op).case_of(dtype, C, scenario.sizes.get("N", C), rows, normed)
+    return case
+
+
+def _kernel(op: str) -> Any:
+    """The kernel's module: `CANDIDATES` by case, and `case_of`."""
+    return importlib.import_module(f"lumiere_fast.kernels.{op}")
+
+
+def _plain(config: Any) -> Config:
+    return dict(config._asdict() if hasattr(config, "_asdict") else config)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [tensor for part in result for tensor in _tensors(part)]
+
+
+def _in_double(value: Any) -> Any:
+    """Arguments with every floating tensor in fp64, those in dictionaries and named tuples too."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: _in_double(each) for name, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_in_double, value))
+    return value
+
+
+def render(rows: Sequence[Tuned]) -> str:
+    """The table for people, and below it what is left and which candidates were left out."""
+    head = ("op", "case", "status", "x default", "seconds", "right", "configuration")
+    lines = timing.aligned([head, *(_cells(row) for row in rows)], numbers=range(3, 6))
+    told: dict[str, list[str]] = {}
+    for row in rows:
+        for note in notes(row):
+            told.setdefault(note, []).append(row.case)
+    return "\n".join(lines + [f"{', '.join(cases)}: {note}" for note, cases in told.items()])
+
+
+def notes(row: Tuned) -> list[str]:
+    """Why a case has no winner, and which candidates were left out."""
+    wrong = [f"left out: {shown(each.config)}: {each.why_not}" for each in row.candidates if each.why_not]
+    return wrong if row.why is None else [row.why, *wrong]
+
+
+def _cells(row: Tuned) -> tuple[str, ...]:
+    right = sum(outcome.why_not is None for outcome in row.candidates)
+    return (
+        row.op,
+        row.case,
+        row.status,
+        f"{row.times_as_fast:.2f}" if row.times_as_fast else "",
+        f"{row.seconds:.0f}" if row.seconds else "",
+        f"{right}/{len(row.candidates)}" if row.candidates else "",
+        shown(row.config) if row.config else "",
+    )
+
+
+def shown(config: Config) -> str:
+    """For people."""
+    return ", ".join(f"{name} {value}" for name, value in config.items())
