@@ -37,29 +37,47 @@ template <class T> const NormKernels<T>& norm_kernels_avx512() noexcept;
 
 namespace {
 
+constexpr int64_t kRunRows = 16;  // summed by themselves first, so that roundings do not pile up
+
+// Calls add(row, k, first, second) down the rows of a strip, for each of its packs; what it adds to the last two is added
+// to `sum` and `squares`.
+template <class S, class A, class Add> inline void add_down(int64_t rows, A* sum, A* squares, const Add& add) {
+  using P = typename S::type;
+  P total[S::packs], total_squares[S::packs];
+  for (int k = 0; k < S::packs; ++k) {
+    total[k] = P::load(sum + k * S::width);
+    total_squares[k] = P::load(squares + k * S::width);
+  }
+  for (int64_t row = 0; row < rows;) {
+    P first[S::packs], second[S::packs];
+    for (int k = 0; k < S::packs; ++k) first[k] = second[k] = P::fill(0);
+    for (const int64_t end = rows - row < kRunRows ? rows : row + kRunRows; row < end; ++row) {
+      for (int k = 0; k < S::packs; ++k) add(row, k, first[k], second[k]);
+    }
+    for (int k = 0; k < S::packs; ++k) {
+      total[k] = total[k] + first[k];
+      total_squares[k] = total_squares[k] + second[k];
+    }
+  }
+  for (int k = 0; k < S::packs; ++k) {
+    total[k].store(sum + k * S::width);
+    total_squares[k].store(squares + k * S::width);
+  }
+}
+
 // Down one strip after the other, whose sums stay in registers.
 template <class T>
 void moments(const T* x, int64_t rows, int64_t lanes, const Acc<T>* pivot, Acc<T>* sum, Acc<T>* squares) {
   over_strips<Acc<T>>(lanes, [&](auto strip, int64_t at) {
     using S = decltype(strip);
     using P = typename S::type;
-    P center[S::packs], first[S::packs], second[S::packs];
-    for (int k = 0; k < S::packs; ++k) {
-      center[k] = P::load(pivot + at + k * S::width);
-      first[k] = P::load(sum + at + k * S::width);
-      second[k] = P::load(squares + at + k * S::width);
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int k = 0; k < S::packs; ++k) {
-        const P d = P::load(x + row * lanes + at + k * S::width) - center[k];
-        first[k] = first[k] + d;
-        second[k] = multiply_add(d, d, second[k]);
-      }
-    }
-    for (int k = 0; k < S::packs; ++k) {
-      first[k].store(sum + at + k * S::width);
-      second[k].store(squares + at + k * S::width);
-    }
+    P center[S::packs];
+    for (int k = 0; k < S::packs; ++k) center[k] = P::load(pivot + at + k * S::width);
+    add_down<S>(rows, sum + at, squares + at, [&](int64_t row, int k, P& first, P& second) {
+      const P d = P::load(x + row * lanes + at + k * S::width) - center[k];
+      first = first + d;
+      second = multiply_add(d, d, second);
+    });
   });
 }
 
@@ -104,24 +122,13 @@ void gradient_sums_act(const T* x, const T* gy, int64_t rows, int64_t lanes, con
   over_strips<Acc<T>>(lanes, [&](auto strip, int64_t at) {
     using S = decltype(strip);
     using P = typename S::type;
-    P first[S::packs], second[S::packs];
-    for (int k = 0; k < S::packs; ++k) {
-      first[k] = P::load(sum + at + k * S::width);
-      second[k] = P::load(moment + at + k * S::width);
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int k = 0; k < S::packs; ++k) {
-        const int64_t lane = at + k * S::width;
-        const Normalised<P> of_x = normalise<P>(x + row * lanes + lane, of, lane);
-        const P gz = gradient_of_z<kSilu>(gy + row * lanes + lane, of_x.z);
-        first[k] = first[k] + gz;
-        second[k] = multiply_add(gz, of_x.centred, second[k]);
-      }
-    }
-    for (int k = 0; k < S::packs; ++k) {
-      first[k].store(sum + at + k * S::width);
-      second[k].store(moment + at + k * S::width);
-    }
+    add_down<S>(rows, sum + at, moment + at, [&](int64_t row, int k, P& first, P& second) {
+      const int64_t lane = at + k * S::width;
+      const Normalised<P> of_x = normalise<P>(x + row * lanes + lane, of, lane);
+      const P gz = gradient_of_z<kSilu>(gy + row * lanes + lane, of_x.z);
+      first = first + gz;
+      second = multiply_add(gz, of_x.centred, second);
+    });
   });
 }
 

@@ -576,9 +576,9 @@ def _modulation(
 ) -> list[_PerChannel | None]:
     """The four as the module takes them."""
     B, C, T, *_ = x[1]
-    accepted: dict[tuple[int, ...], tuple[int, ...]] = {(C,): (-1, -1, 0)}
-    film = {(B, C): (0, -1, 1), (B, T, C): (0, 1, 2)}
-    given = (("weight", weight, accepted), ("bias", bias, accepted), ("scale", scale, film), ("shift", shift, film))
+    affine: dict[tuple[int, ...], tuple[int, ...]] = {(C,): (-1, -1, 0)}
+    film: dict[tuple[int, ...], tuple[int, ...]] = {(B, C): (0, -1, 1), (B, T, C): (0, 1, 2)}
+    given = (("weight", weight, affine), ("bias", bias, affine), ("scale", scale, film), ("shift", shift, film))
     return [None if value is None else _per_channel(op, name, value, shapes, x, held) for name, value, shapes in given]
 
 
