@@ -291,7 +291,8 @@ def _on_cpu(op: str, name: str, x: Any, held: list[Any], write: bool = False) ->
     held.append(operand)
     if operand.device is not None:
         raise ValueError(f"{op}: {name} must be on the CPU, got cuda:{operand.device}")
-    return (*operand.view, operand.dtype)
+    address, shape, strides = operand.view
+    return address, tuple(shape), strides, operand.dtype
 
 
 def _out_or_window(index: int) -> str:
@@ -576,20 +577,20 @@ def _modulation(
 ) -> list[_PerChannel | None]:
     """The four as the module takes them."""
     B, C, T, *_ = x[1]
-    affine: dict[tuple[int, ...], tuple[int, ...]] = {(C,): (-1, -1, 0)}
-    film: dict[tuple[int, ...], tuple[int, ...]] = {(B, C): (0, -1, 1), (B, T, C): (0, 1, 2)}
+    affine, film = ((C,),), ((B, C), (B, T, C))
     given = (("weight", weight, affine), ("bias", bias, affine), ("scale", scale, film), ("shift", shift, film))
     return [None if value is None else _per_channel(op, name, value, shapes, x, held) for name, value, shapes in given]
 
 
 def _per_channel(
-    op: str, name: str, value: Any, shapes: dict[tuple[int, ...], tuple[int, ...]], x: _View, held: list[Any]
+    op: str, name: str, value: Any, shapes: tuple[tuple[int, ...], ...], x: _View, held: list[Any]
 ) -> _PerChannel:
-    """`shapes` has for each shape accepted which of its axes are B, T and C; -1 for none."""
     address, shape, strides, dtype = _on_cpu(op, name, value, held)
-    axes = shapes.get(tuple(shape))
-    if axes is None:
+    if shape not in shapes:
         raise ValueError(f"{op}: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(shape)}")
     if dtype not in (x[3], _arithmetic(x)):
         raise ValueError(f"{op}: {name} must be {x[3]} like x or {_arithmetic(x)}, got {dtype}")
-    return address, tuple(0 if axis < 0 else strides[axis] for axis in axes), load().DTYPES[dtype]
+    code = load().DTYPES[dtype]
+    if len(shapes) == 1:
+        return address, (0, 0, strides[0]), code
+    return address, (strides[0], 0, strides[1]) if len(shape) == 2 else tuple(strides), code

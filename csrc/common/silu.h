@@ -1,8 +1,8 @@
 // SiLU and its derivative on packs. They take t = -log2(e) * z in place of z, whose factor the caller has in numbers that
 // it multiplies z from anyway: then 2^t = exp(-z) at no further cost.
 //
-// silu(z) = z / (1 + exp(-z)) is within 2 ulp for z > -1, and within a few |z| ulp below; silu(-inf) is NaN as torch has it. Of a
-// z that is over 2/3 of the largest number, t is infinite, and silu(z) as well.
+// silu(z) = z / (1 + exp(-z)) is within 2 ulp for z > -1, and within a few |z| ulp below; silu(-inf) is NaN as torch has
+// it. Of a z that is over 2/3 of the largest number t is infinite, and so is silu(z).
 #ifndef LF_COMMON_SILU_H
 #define LF_COMMON_SILU_H
 
