@@ -121,6 +121,81 @@ lf_status blend_windows_cuda(lf_dtype dtype, py::handle windows, py::handle star
                                a.out.shapes.data(), a.out.strides.data(), device, reinterpret_cast<void*>(stream));
 }
 
+// The (address, shape, strides, dtype) of a video of 5 axes; lumiere_fast/native.py has looked at the shape.
+struct Video {
+  void* data;
+  std::vector<int64_t> shape, strides;
+  lf_dtype dtype;
+
+  explicit Video(py::handle object) {
+    const Items items(object.ptr(), "an operand");
+    items.require(4, "an operand is (address, shape, strides, dtype)");
+    data = PyLong_AsVoidPtr(items[0]);
+    if (data == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    append(items[1], shape);
+    append(items[2], strides);
+    dtype = static_cast<lf_dtype>(integer(items[3], "a dtype's code"));
+  }
+
+ private:
+  static void append(PyObject* object, std::vector<int64_t>& to) {
+    const Items items(object, "a shape");
+    for (Py_ssize_t i = 0; i < items.size(); ++i) to.push_back(integer(items[i], "shapes and strides"));
+  }
+};
+
+// None, or (address, strides, dtype) with the strides of (B, T, C).
+struct PerChannel {
+  lf_per_channel value;
+  bool given;
+
+  explicit PerChannel(py::handle object) : value{}, given(!object.is_none()) {
+    if (!given) return;
+    const Items items(object.ptr(), "an operand"), strides(items[1], "strides");
+    strides.require(3, "a channel's numbers have 3 strides");
+    value.data = PyLong_AsVoidPtr(items[0]);
+    if (value.data == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    for (Py_ssize_t i = 0; i < 3; ++i) value.strides[i] = integer(strides[i], "strides");
+    value.dtype = static_cast<lf_dtype>(integer(items[2], "a dtype's code"));
+  }
+  const lf_per_channel* or_null() const { return given ? &value : nullptr; }
+};
+
+lf_status group_norm_cpu(py::handle x_, int64_t num_groups, py::handle weight_, py::handle bias_, py::handle scale_,
+                         py::handle shift_, bool silu, double eps, bool per_frame, py::handle out_,
+                         int32_t num_threads) {
+  const Video x(x_), out(out_);
+  const PerChannel weight(weight_), bias(bias_), scale(scale_), shift(shift_);
+  const py::gil_scoped_release release;
+  return lf_group_norm_cpu(x.dtype, x.data, x.shape.data(), x.strides.data(), num_groups, weight.or_null(),
+                           bias.or_null(), scale.or_null(), shift.or_null(), silu ? LF_SILU : LF_NO_ACTIVATION, eps,
+                           per_frame, out.data, out.strides.data(), num_threads);
+}
+
+// `mean` and `rstd` have the 3 strides of (B, T, num_groups).
+lf_status group_norm_stats_cpu(py::handle x_, int64_t num_groups, double eps, bool per_frame, py::handle mean_,
+                               py::handle rstd_, int32_t num_threads) {
+  const Video x(x_), mean(mean_), rstd(rstd_);
+  const py::gil_scoped_release release;
+  return lf_group_norm_stats_cpu(x.dtype, x.data, x.shape.data(), x.strides.data(), num_groups, eps, per_frame,
+                                 mean.data, mean.strides.data(), rstd.data, rstd.strides.data(), num_threads);
+}
+
+// `gx` may be None.
+lf_status group_norm_backward_cpu(py::handle gy_, py::handle x_, int64_t num_groups, py::handle weight_,
+                                  py::handle bias_, py::handle scale_, py::handle shift_, bool silu, double eps,
+                                  bool per_frame, py::handle gx_, uintptr_t sums, uintptr_t n_sums,
+                                  int32_t num_threads) {
+  const Video gy(gy_), x(x_), gx(gx_.is_none() ? gy_ : gx_);
+  const PerChannel weight(weight_), bias(bias_), scale(scale_), shift(shift_);
+  void* to = gx_.is_none() ? nullptr : gx.data;
+  const py::gil_scoped_release release;
+  return lf_group_norm_backward_cpu(gy.dtype, gy.data, gy.strides.data(), x.data, x.shape.data(), x.strides.data(),
+                                    num_groups, weight.or_null(), bias.or_null(), scale.or_null(), shift.or_null(),
+                                    silu ? LF_SILU : LF_NO_ACTIVATION, eps, per_frame, to, gx.strides.data(),
+                                    reinterpret_cast<void*>(sums), reinterpret_cast<void*>(n_sums), num_threads);
+}
+
 // DLPack's tensor, as its specification lays it out; the unversioned capsule holds one at its start.
 struct DLTensor {
   void* data;
@@ -172,4 +247,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("borrow_threads", [](uintptr_t parallel) { lf_borrow_threads(reinterpret_cast<lf_parallel>(parallel)); });
   module.def("blend_windows_cpu", &blend_windows_cpu);
   module.def("blend_windows_cuda", &blend_windows_cuda);
+  module.def("group_norm_cpu", &group_norm_cpu);
+  module.def("group_norm_stats_cpu", &group_norm_stats_cpu);
+  module.def("group_norm_backward_cpu", &group_norm_backward_cpu);
 }

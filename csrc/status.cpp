@@ -42,7 +42,7 @@ const char* lf_status_string(lf_status status) noexcept {
     case LF_CUDA_ERROR: return "CUDA reported an error";
     case LF_TOO_MANY: return "too many windows over one position, or too many weights, for one launch";
     case LF_UNEVEN_WEIGHTS: return "invalid weights: the largest of an axis is over 1e100 times its least";
-    case LF_SHARED_MEMORY: return "the output lies in the memory of a window: give one of its own";
+    case LF_SHARED_MEMORY: return "the output lies in the memory of an input: give one of its own";
     default: return "unknown status";
   }
 }

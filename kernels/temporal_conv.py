@@ -10,6 +10,9 @@ applied to the A tile in registers, or where that has been found slower written 
 residual and the next norm's statistics follow on the accumulator, or where tiles are few and their loops are shared out
 (`split_k`) in a second pass over fp32 partial sums, in fixed order.
 
+Where channels are few (`walk`), weights stay in shared memory and a program walks a tile of pixels through the frames:
+each is read, normed and activated once for all three taps.
+
 Statistics leave as mean and squared deviations of each channel over a tile's rows, for `finish_stats` to combine.
 """
 
@@ -69,8 +72,8 @@ WALK_M, WALK_N, WALK_K = 128, 64, 64
 WALK_OPTIONS = {"num_warps": 8, "num_stages": 3}
 WALK_FRAMES = 4  # that a part has at least, where there are as many
 REDUCE_M, REDUCE_N = 32, 64
-FINISH_COLUMNS: tl.constexpr = tl.constexpr(64)  # of a tile at once, after the loop, and within it
-WALK_COLUMNS: tl.constexpr = tl.constexpr(32)
+FINISH_COLUMNS: tl.constexpr = tl.constexpr(64)  # of a tile that are finished at once, after the loop
+WALK_COLUMNS: tl.constexpr = tl.constexpr(32)  # and within it
 SMALL_N = 128  # columns of a tile that leave registers for the addresses of spanning rows, or of weights dense in C_out
 # How many rows of tiles within frames may be computed for each that there is, before tiles go on from frame to frame:
 # where sums are handed on anyway, and where that costs a pass.
@@ -108,46 +111,64 @@ def temporal_conv(
     y, mean, rstd = out
     if y.numel() == 0:
         return
-    normed = norm_mean is not None
-    case = case_of(x.dtype, x.shape[1], y.shape[1], y.numel() // y.shape[1], normed)
+    case = case_of(x.dtype, x.shape[1], y.shape[1], y.numel() // y.shape[1], norm_mean is not None)
     config = _config(chosen(OP, case, x.device))
-    multiplier = offset = None
+    folded = None
     if norm_mean is not None and norm_rstd is not None:
         norm = (norm_mean, norm_rstd, norm_weight, norm_bias, norm_scale, norm_shift)
         if config.fused_norm:
-            multiplier, offset = _affine(x, *norm)
+            folded = _affine(x, *norm)
         else:
             h = torch.empty_like(x.permute(0, 2, 3, 4, 1), memory_format=torch.contiguous_format).permute(0, 4, 1, 2, 3)
             normalize(x, *norm, "silu", out=h)
             x = h
-    weight, plan = _plan(x, weight, residual, y, config, multiplier is not None)
+    weight, plan = _plan(x, weight, residual, y, config, folded is not None)
+    B, _, T, H, W = map(int, x.shape)
+    partials = None
+    if stats_groups is not None:
+        tiles = (2, B, T, triton.cdiv(H * W, plan.rows), int(y.shape[1]))
+        partials = torch.empty(tiles, dtype=torch.float32, device=y.device)
+    _convolve(plan, x, weight, bias, padding_mode, act, residual, folded, y, mean if partials is None else partials)
+    if stats_groups is not None and partials is not None:
+        means, squares = partials
+        finish_stats(means, squares, plan.rows, H * W, stats_groups, EPS, True, out=(mean, rstd))
+
+
+def _convolve(
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding_mode: str,
+    act: str | None,
+    residual: Tensor | None,
+    folded: tuple[Tensor, Tensor] | None,
+    y: Tensor,
+    statistics: Tensor,
+) -> None:
+    """Launch what is planned. `statistics`: where both partials go; a tensor of another rank if there are none."""
     B, C_in, T, H, W = map(int, x.shape)
     C_out = int(y.shape[1])
-    means, squares = mean, mean  # of no use without statistics, but of the right kind
-    if stats_groups is not None:
-        tiles = (2, B, T, triton.cdiv(H * W, plan.rows), C_out)
-        means, squares = torch.empty(tiles, dtype=torch.float32, device=y.device)
-    partials = None
-    if plan.second:
-        partials = torch.empty((plan.splits, B * T * H * W, C_out), dtype=torch.float32, device=y.device)
+    means, squares = statistics if statistics.dim() == 5 else (statistics, statistics)
     if bias is not None and bias.stride(-1) != 1:
         bias = bias.clone(memory_format=torch.contiguous_format)
     kind = 0 if bias is None else 1 if bias.dtype == x.dtype else 2
-    added = y if residual is None else residual
-    flags = (int(act == "silu"), kind, int(residual is not None), int(stats_groups is not None))
+    added = y if residual is None else residual  # for what there is not, a tensor of the right dtype stands in
+    tensors = (bias if kind == 1 else y, bias if kind == 2 else means, added, y, means, squares)
+    flags = (int(act == "silu"), kind, int(residual is not None), int(statistics.dim() == 5))
     steps = (*_frame_strides(bias)[:2], *plan.steps(_pixel_strides(added)), *plan.steps(_pixel_strides(y)))
     scalars = (T, H * W, W, C_out, plan.splits, *flags, *steps)
-    kernel, handed = (_walk_kernel, ()) if plan.walk else (_conv_kernel, (partials,))
-    tensors = (bias if kind == 1 else y, bias if kind == 2 else means, added, y, means, squares)
-    sources = (x, weight, multiplier, offset, *handed)
+    sums = None
+    if plan.second:
+        sums = torch.empty((plan.splits, B * T * H * W, C_out), dtype=torch.float32, device=y.device)
+    kernel, handed = (_walk_kernel, ()) if plan.walk else (_conv_kernel, (sums,))
+    sources = (x, weight, *(folded or (None, None)), *handed)
     sides = (*plan.steps(_pixel_strides(x)), *plan.steps(_weight_strides(weight)))
     shape = (B, C_in, int(weight.shape[2]), int(padding_mode == "zeros"))
     launch(kernel, plan.programs, y, *sources, *tensors, *shape, *sides, *scalars, **plan.constants, **plan.options)
-    if partials is not None:
+    if sums is not None:
         constants = _reduce_constants(plan.constants["VECTOR"])
-        launch(_reduce_kernel, plan.reducers, y, partials, *tensors, B, *scalars, **constants, **PASS_OPTIONS)
-    if stats_groups is not None:
-        finish_stats(means, squares, plan.rows, H * W, stats_groups, EPS, True, out=(mean, rstd))
+        launch(_reduce_kernel, plan.reducers, y, sums, *tensors, B, *scalars, **constants, **PASS_OPTIONS)
 
 
 def case_of(dtype: torch.dtype, c_in: int, c_out: int, rows: int, normed: bool) -> str:
@@ -605,7 +626,7 @@ def _plan(
         config = _spanning(config)
     if dense:
         weight, layout = _dense_weight(weight, vector, recording, only_in=only_in)
-    if config.walk and dense and not span and weight.shape[2] == 3:
+    if config.walk and dense and not span and weight.shape[2] == 3 and weight.shape[1] <= 2 * WALK_K:
         return weight, _walk_plan(B, int(weight.shape[1]), C_out, T, pixels, vector)
     blocks = triton.cdiv(C_out, config.block_n)
     plan = Plan(
@@ -678,12 +699,12 @@ def _dense_weight(weight: Tensor, vector: int, recording: bool, only_in: bool) -
 def _pixel_strides(clip: Tensor) -> tuple[int, int, int, int, int]:
     """(b, c, t, h, w) of a clip; w is the step from pixel to pixel also where rows have one. 0 if there is no step."""
     b, c, t, h, w = (int(step) if n > 1 else 0 for n, step in zip(clip.shape, clip.stride(), strict=True))
-    return b, c or 1, t, h, w or h
+    return b, c if clip.shape[1] > 1 else 1, t, h, w if clip.shape[4] > 1 else h
 
 
 def _weight_strides(weight: Tensor) -> tuple[int, int, int]:
     w_out, w_in, w_tap = (int(step) if n > 1 else 0 for n, step in zip(weight.shape, weight.stride(), strict=True))
-    return w_out, w_in or 1, w_tap
+    return w_out, w_in if weight.shape[1] > 1 else 1, w_tap
 
 
 def _frame_strides(values: Tensor | None) -> tuple[int, int, int]:

@@ -83,9 +83,12 @@ def build_report() -> dict[str, Any] | None:
     return report
 
 
+_LIVES_WITH = {"group_norm_stats": "group_norm"}  # the op whose files another op is in
+
+
 def source_hash(op: str) -> str | None:
     """A hash of the sources of `op` that the core was built from; None where it has no such op or is not there."""
-    return build_info().get("sources", {}).get(op)
+    return build_info().get("sources", {}).get(_LIVES_WITH.get(op, op))
 
 
 def hash_of_sources(op: str, csrc: Path = _CSRC) -> str:
@@ -93,6 +96,7 @@ def hash_of_sources(op: str, csrc: Path = _CSRC) -> str:
 
     Over the files of the op, csrc/<op>.* and csrc/<op>_*, and those that all share, csrc/common/*.
     """
+    op = _LIVES_WITH.get(op, op)
     files = [path for pattern in ("common/*", f"{op}.*", f"{op}_*") for path in csrc.glob(pattern)]
     hashes = {path.relative_to(csrc).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     listing = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
@@ -176,6 +180,9 @@ class _Operand(NamedTuple):
     dtype: str
     device: int | None  # number of the CUDA device, None for the CPU
     owner: object  # keeps the memory
+
+
+_View = tuple[int, Sequence[int], Sequence[int], str]  # address, shape, strides in elements, dtype
 
 
 def _operand(op: str, name: str, x: Any, write: bool) -> _Operand:
@@ -268,6 +275,24 @@ def _operands(op: str, name_of: Callable[[int], str], tensors: Sequence[Any]) ->
         if kind != kinds[0]:
             raise ValueError(f"{op}: {name_of(i)} must be {kinds[0]} like {name_of(0)}, got {kind}")
     return operands[0].dtype, operands[0].device, [x.view for x in operands], operands
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # types whose instances are told by their attributes alone
+
+
+def _on_cpu(op: str, name: str, x: Any, held: list[Any], write: bool = False) -> _View:
+    """Where a tensor on the CPU lies. Goes into `held`: what to hold while it is used."""
+    if type(x) in _PLAIN and x.is_cpu and x.dtype in _TORCH_NAMES and not x.is_neg():
+        try:  # the usual case, told at a fraction of the cost
+            return x.data_ptr(), x.shape, x.stride(), _TORCH_NAMES[x.dtype]
+        except RuntimeError:  # of one without strides or memory, which _operand refuses
+            pass
+    operand = _operand(op, name, x, write)
+    held.append(operand)
+    if operand.device is not None:
+        raise ValueError(f"{op}: {name} must be on the CPU, got cuda:{operand.device}")
+    address, shape, strides = operand.view
+    return address, tuple(shape), strides, operand.dtype
 
 
 def _out_or_window(index: int) -> str:
@@ -387,3 +412,185 @@ def _crowds(windows: Sequence[Tensor], starts: Sequence[int], axes: int) -> set[
         over = {sum(1 << i for i, (low, high) in enumerate(spans) if low <= place < high) for place in set(lows)}
         crowds = {crowd & there for crowd in crowds for there in over}
     return crowds
+
+
+def group_norm(
+    x: Any,
+    num_groups: int,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    shift: Any,
+    act: str | None,
+    eps: float,
+    per_frame: bool,
+    *,
+    out: Any,
+) -> None:
+    """`lumiere_fast.ops.group_norm` into `out`, on the CPU.
+
+        y = act(n * (1 + scale) + shift) with n = (x - mean) * rstd * weight + bias
+
+    Args:
+        x: (B, C, T, H, W), a tensor, numpy array or DLPack object of any strides; float32, float64, float16 or
+            bfloat16.
+        num_groups: divides C.
+        weight, bias: (C,), or None for 1 and 0; of x's dtype, or float32 (float64 where x is that).
+        scale, shift: (B, C) or (B, T, C), or None for 0; dtypes likewise.
+        act: None or "silu".
+        eps: added to the variance, > 0.
+        per_frame: statistics of each frame, or of all of a clip's.
+        out: of x's shape and dtype, written; any strides.
+
+    Takes at most `torch.get_num_threads()` threads, whose number changes no result.
+
+    Raises:
+        ValueError: what does not fit: shapes, dtypes, devices, an `out` whose elements may lie on top of one another or
+            that lies between the first and the last byte of x.
+        NativeUnavailable: the native core is not there.
+    """
+    module, held = load(), list[Any]()
+    source = _group_norm_input("group_norm", x, num_groups, held)
+    values = _modulation("group_norm", source, weight, bias, scale, shift, held)
+    target = _like("group_norm", "out", out, source, held, write=True)
+    silu = _is_silu("group_norm", act)
+    status = module.group_norm_cpu(
+        _coded(source), num_groups, *values, silu, eps, per_frame, _coded(target), torch.get_num_threads()
+    )
+    del held
+    if status != module.OK:
+        _raise("group_norm", status)
+
+
+def group_norm_stats(x: Any, num_groups: int, eps: float, per_frame: bool, *, out: tuple[Any, Any]) -> None:
+    """`lumiere_fast.ops.group_norm_stats` into `out`, on the CPU: mean and rstd = 1 / sqrt(variance + eps).
+
+    Args:
+        x, num_groups, eps, per_frame: as for `group_norm`.
+        out: two of (B, T, num_groups), or (B, num_groups) where `per_frame` is False; float32, or float64 where x is
+            that; written, any strides.
+
+    Raises: as `group_norm`.
+    """
+    module, held = load(), list[Any]()
+    source = _group_norm_input("group_norm_stats", x, num_groups, held)
+    B, _, T, *_ = source[1]
+    shape = (B, T, num_groups) if per_frame else (B, num_groups)
+    targets = []
+    for name, value in zip(("mean", "rstd"), out, strict=True):
+        address, found, strides, dtype = _on_cpu("group_norm_stats", name, value, held, write=True)
+        if tuple(found) != shape or dtype != _arithmetic(source):
+            raise ValueError(
+                f"group_norm_stats: {name} must be {_arithmetic(source)} {shape}, got {dtype} {tuple(found)}"
+            )
+        of_frames = strides if per_frame else (strides[0], 0, strides[1])
+        targets.append(_coded((address, shape, of_frames, dtype)))
+    status = module.group_norm_stats_cpu(_coded(source), num_groups, eps, per_frame, *targets, torch.get_num_threads())
+    del held
+    if status != module.OK:
+        _raise("group_norm_stats", status)
+
+
+def group_norm_backward(
+    gradient: Any,
+    x: Any,
+    num_groups: int,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    shift: Any,
+    act: str | None,
+    eps: float,
+    per_frame: bool,
+    *,
+    out: Any,
+    sums: Tensor,
+) -> None:
+    """What the gradients of `group_norm`'s arguments are, or are made of, from that of its result; on the CPU.
+
+    Args:
+        gradient: of the result; of x's shape and dtype.
+        x, num_groups, weight, bias, scale, shift, act, eps, per_frame: as they were.
+        out: the gradient of x, written; or None where it is not wanted.
+        sums: (2, B, T, C), contiguous, float32, or float64 where x is that; written. Over the pixels of a frame the
+            sums of the gradient of z, what `act` was applied to, and of the same times (x - mean) * rstd.
+
+    Raises: as `group_norm`.
+    """
+    module, held = load(), list[Any]()
+    op = "group_norm_backward"
+    source = _group_norm_input(op, x, num_groups, held)
+    values = _modulation(op, source, weight, bias, scale, shift, held)
+    above = _like(op, "gradient", gradient, source, held)
+    target = None if out is None else _coded(_like(op, "out", out, source, held, write=True))
+    B, C, T, *_ = source[1]
+    address, shape, _, dtype = _on_cpu(op, "sums", sums, held, write=True)
+    if tuple(shape) != (2, B, T, C) or dtype != _arithmetic(source) or not sums.is_contiguous():
+        raise ValueError(f"{op}: sums must be contiguous {_arithmetic(source)} {(2, B, T, C)}")
+    behind = address + sums[0].numel() * sums.element_size()
+    status = module.group_norm_backward_cpu(
+        _coded(above), _coded(source), num_groups, *values, _is_silu(op, act), eps, per_frame, target, address, behind,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    del held
+    if status != module.OK:
+        _raise(op, status)
+
+
+def _coded(view: _View) -> tuple[int, Sequence[int], Sequence[int], int]:
+    """The view as the module takes it."""
+    address, shape, strides, dtype = view
+    return address, shape, strides, load().DTYPES[dtype]
+
+
+def _arithmetic(x: _View) -> str:
+    return "float64" if x[3] == "float64" else "float32"
+
+
+def _group_norm_input(op: str, x: Any, num_groups: int, held: list[Any]) -> _View:
+    view = _on_cpu(op, "x", x, held)
+    if len(view[1]) != 5:
+        raise ValueError(f"{op}: x must be (B, C, T, H, W), got {tuple(view[1])}")
+    if num_groups < 1 or view[1][1] % num_groups:
+        raise ValueError(f"{op}: num_groups must divide the {view[1][1]} channels, got {num_groups}")
+    return view
+
+
+def _like(op: str, name: str, y: Any, x: _View, held: list[Any], write: bool = False) -> _View:
+    view = _on_cpu(op, name, y, held, write)
+    if tuple(view[1]) != tuple(x[1]) or view[3] != x[3]:
+        raise ValueError(f"{op}: {name} must be {x[3]} {tuple(x[1])} like x, got {view[3]} {tuple(view[1])}")
+    return view
+
+
+def _is_silu(op: str, act: str | None) -> bool:
+    if act not in (None, "silu"):
+        raise ValueError(f"{op}: act must be None or 'silu', got {act!r}")
+    return act == "silu"
+
+
+_PerChannel = tuple[int, tuple[int, ...], int]  # address, strides of (B, T, C), code of the dtype
+
+
+def _modulation(
+    op: str, x: _View, weight: Any, bias: Any, scale: Any, shift: Any, held: list[Any]
+) -> list[_PerChannel | None]:
+    """The four as the module takes them."""
+    B, C, T, *_ = x[1]
+    affine, film = ((C,),), ((B, C), (B, T, C))
+    given = (("weight", weight, affine), ("bias", bias, affine), ("scale", scale, film), ("shift", shift, film))
+    return [None if value is None else _per_channel(op, name, value, shapes, x, held) for name, value, shapes in given]
+
+
+def _per_channel(
+    op: str, name: str, value: Any, shapes: tuple[tuple[int, ...], ...], x: _View, held: list[Any]
+) -> _PerChannel:
+    address, shape, strides, dtype = _on_cpu(op, name, value, held)
+    if shape not in shapes:
+        raise ValueError(f"{op}: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(shape)}")
+    if dtype not in (x[3], _arithmetic(x)):
+        raise ValueError(f"{op}: {name} must be {x[3]} like x or {_arithmetic(x)}, got {dtype}")
+    code = load().DTYPES[dtype]
+    if len(shapes) == 1:
+        return address, (0, 0, strides[0]), code
+    return address, (strides[0], 0, strides[1]) if len(shape) == 2 else tuple(strides), code

@@ -290,7 +290,7 @@ class TestBlendWindows:
         whole = torch.empty(1, 2, 27, 4, 4)
         for start in (0, 6, 12):  # the last frame of out is the first of a window
             inside = [whole[:, :, 19:] if s == start else window for s, window in zip(STARTS, windows, strict=True)]
-            refused("the output lies in the memory of a window", windows=inside, out=whole[:, :, :20])
+            refused("the output lies in the memory of an input", windows=inside, out=whole[:, :, :20])
         apart = torch.empty(2, 2, 20, 4, 4)
         native.blend_windows([apart[:1, :, :8], *windows[1:]], STARTS, (20,), None, out=apart[1:])
         locked = out.numpy().copy()

@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <numeric>
+
+#include "common/memory.h"
 
 namespace lf {
 namespace {
@@ -11,9 +12,6 @@ namespace {
 int64_t offset(const Shape& strides, const std::array<int64_t, kBlended>& position) {
   return position[0] * strides[kTime] + position[1] * strides[kHeight] + position[2] * strides[kWidth];
 }
-
-// Also of INT64_MIN.
-uint64_t magnitude(int64_t stride) { return stride < 0 ? -static_cast<uint64_t>(stride) : stride; }
 
 Shape shape_at(const int64_t* values) {
   Shape shape;
@@ -38,16 +36,7 @@ lf_status check_out(const Shape& shape, const Shape& strides) {
   for (int axis = kChannel; axis < kAxes; ++axis) {
     if (shape[axis] < 1) return LF_INVALID_SHAPE;
   }
-  // Elements do not meet where each stride steps over all that the smaller ones reach.
-  uint64_t reach = 0;
-  const std::array<int, kAxes> outer_first = by_memory(strides);
-  for (auto axis = outer_first.rbegin(); axis != outer_first.rend(); ++axis) {
-    if (shape[*axis] <= 1) continue;
-    const uint64_t step = magnitude(strides[*axis]), steps = shape[*axis] - 1;
-    if (step <= reach || steps > (INT64_MAX - reach) / step) return LF_INVALID_STRIDES;
-    reach += steps * step;
-  }
-  return LF_OK;
+  return elements_apart(shape.data(), strides.data(), kAxes) ? LF_OK : LF_INVALID_STRIDES;
 }
 
 lf_status check_window(const Cover& cover, const Window& window) {
@@ -112,21 +101,14 @@ lf_status read_weights(const double* weights, Cover& cover) {
   return LF_OK;
 }
 
-// Where the memory of a tensor starts and ends, in bytes.
-std::array<const char*, 2> span_of(const char* data, const Shape& shape, const Shape& strides, int64_t element_size) {
-  int64_t below = 0, above = 1;
-  for (int axis = 0; axis < kAxes; ++axis) (strides[axis] < 0 ? below : above) += (shape[axis] - 1) * strides[axis];
-  return {data + below * element_size, data + above * element_size};
-}
-
 // Told by where they start and end: tensors that interleave count as meeting.
 lf_status check_memory(const Cover& cover) {
   if (cover.empty()) return LF_OK;
-  const auto [out, out_end] = span_of(cover.out, cover.out_shape, cover.out_strides, cover.element_size);
-  const std::less<const char*> before;
+  const Span out =
+      span_of(cover.out, cover.out_shape.data(), cover.out_strides.data(), kAxes, cover.element_size);
   for (const Window& window : cover.windows) {
-    const auto [low, high] = span_of(window.data, window.shape, window.strides, cover.element_size);
-    if (before(low, out_end) && before(out, high)) return LF_SHARED_MEMORY;
+    const Span part = span_of(window.data, window.shape.data(), window.strides.data(), kAxes, cover.element_size);
+    if (meet(part, out)) return LF_SHARED_MEMORY;
   }
   return LF_OK;
 }

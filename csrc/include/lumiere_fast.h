@@ -126,6 +126,68 @@ LF_API lf_status lf_blend_windows_cuda(lf_dtype dtype, int64_t num_windows, cons
                                        const int64_t* out_shape, const int64_t* out_strides, int32_t device,
                                        void* stream) LF_NOEXCEPT;
 
+/* What group_norm does after the norm. */
+typedef int32_t lf_activation;
+enum {
+  LF_NO_ACTIVATION = 0,
+  LF_SILU = 1 /* z / (1 + exp(-z)) */
+};
+
+/* One number for each clip, frame and channel. Element (b, t, c) is at data[b * strides[0] + t * strides[1] +
+ * c * strides[2]]; a stride is 0 along an axis on which nothing changes. */
+typedef struct {
+  const void* data;
+  int64_t strides[3]; /* in elements, of any sign */
+  lf_dtype dtype;     /* x's, or that of the arithmetic: LF_FLOAT32, and LF_FLOAT64 where x is that */
+} lf_per_channel;
+
+/* group_norm: y = act(z) with z = (n * weight + bias) * (1 + scale) + shift and n = (x - mean) / sqrt(variance + eps).
+ * mean and the biased variance are those of a group's channels and all pixels of a frame, or of a clip. Arithmetic is in
+ * fp32 at least, and rounded once at the end. Results do not depend on the number of threads; on another processor they
+ * may differ in the last bits.
+ *
+ * dtype        of x and of what is written in its place
+ * shape        5 sizes (B, C, T, H, W); nothing may be 0 but B
+ * x_strides    5, in elements, of any sign; fastest where channels lie behind one another, next where pixels do
+ * num_groups   divides C
+ * weight, bias, scale, shift   null for 1, 0, 0 and 0
+ * eps          > 0
+ * per_frame    0: statistics of a whole clip; any other: of each frame
+ * out          of x's shape. May not share memory with x: from its first byte to its last, no byte may be between the
+ *              first and the last of x. Strides as of blend_windows' out
+ * num_threads  at most so many >= 1, the caller's among them; little work takes only that one
+ *
+ * LF_INVALID_STRIDES, LF_SHARED_MEMORY: of whatever is written; else as above. */
+LF_API lf_status lf_group_norm_cpu(lf_dtype dtype, const void* x, const int64_t* shape, const int64_t* x_strides,
+                                   int64_t num_groups, const lf_per_channel* weight, const lf_per_channel* bias,
+                                   const lf_per_channel* scale, const lf_per_channel* shift, lf_activation act,
+                                   double eps, int32_t per_frame, void* out, const int64_t* out_strides,
+                                   int32_t num_threads) LF_NOEXCEPT;
+
+/* The statistics alone: mean and rstd = 1 / sqrt(variance + eps), each (B, T, num_groups) with 3 strides, in fp32, or
+ * fp64 where x is that. Of a whole clip T is 1. */
+LF_API lf_status lf_group_norm_stats_cpu(lf_dtype dtype, const void* x, const int64_t* shape, const int64_t* x_strides,
+                                         int64_t num_groups, double eps, int32_t per_frame, void* mean,
+                                         const int64_t* mean_strides, void* rstd, const int64_t* rstd_strides,
+                                         int32_t num_threads) LF_NOEXCEPT;
+
+/* Backward: from the gradient of y that of x, and what those of the other arguments are made of: the sums over a frame's
+ * pixels of the gradient of z, and of the same times n. With them (sums over what an argument does not depend on)
+ *
+ *   of weight: n_sums * (1 + scale)           of scale: n_sums * weight + sums * bias
+ *   of bias:   sums * (1 + scale)             of shift: sums
+ *
+ * gy           gradient of y, of x's shape and dtype; strides of any sign
+ * gx           null where it is not wanted
+ * sums, n_sums (B, T, C), behind one another, in fp32, or fp64 where x is that */
+LF_API lf_status lf_group_norm_backward_cpu(lf_dtype dtype, const void* gy, const int64_t* gy_strides, const void* x,
+                                            const int64_t* shape, const int64_t* x_strides, int64_t num_groups,
+                                            const lf_per_channel* weight, const lf_per_channel* bias,
+                                            const lf_per_channel* scale, const lf_per_channel* shift,
+                                            lf_activation act, double eps, int32_t per_frame, void* gx,
+                                            const int64_t* gx_strides, void* sums, void* n_sums,
+                                            int32_t num_threads) LF_NOEXCEPT;
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif

@@ -7,12 +7,15 @@ FiLM is the scale-shift norm of Imagen's Efficient U-Net, by which the noise lev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lumiere_fast import native
+from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout
 from lumiere_fast.ops._checks import (
     ACTIVATIONS,
@@ -23,7 +26,7 @@ from lumiere_fast.ops._checks import (
     check_parameter,
     under_autocast,
 )
-from lumiere_fast.ops._registry import Result, register
+from lumiere_fast.ops._registry import Result, register, traced
 from lumiere_fast.ops._spec import LEVELS, Draw, OpSpec, Scenario, at_levels
 
 EPS = 1e-5
@@ -200,8 +203,138 @@ def describe_stats(x: Tensor, num_groups: int, eps: float = EPS, per_frame: bool
     return stats, stats
 
 
-_GROUP_NORM = register(group_norm, group_norm_reference, _flatten, _describe)
-_GROUP_NORM_STATS = register(group_norm_stats, group_norm_stats_reference, _flatten_stats, describe_stats)
+def gradients_from_sums(
+    sums: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients of weight, bias, scale and shift; None where none is wanted.
+
+    Args:
+        sums: (2, B, T, C), over the pixels of a frame: of the gradient of z, what `act` is applied to, and of the same
+            times the normalised x before its affine.
+    """
+    plain, times_n = sums
+
+    def over(total: Tensor, wanted: Tensor | None) -> Tensor | None:
+        if wanted is None or not wanted.requires_grad:
+            return None
+        axes = {1: (0, 1), 2: (1,), 3: ()}[wanted.dim()]
+        return (total.sum(axes) if axes else total).to(wanted.dtype)
+
+    gain: Tensor | float = 1.0 if scale is None else 1 + _layout.each_frame(scale.detach().to(sums.dtype))
+    of_scale = times_n if weight is None else times_n * weight.detach().to(sums.dtype)
+    of_scale = of_scale if bias is None else of_scale + plain * bias.detach().to(sums.dtype)
+    return [over(times_n * gain, weight), over(plain * gain, bias), over(of_scale, scale), over(plain, shift)]
+
+
+def group_norm_backward_cpu(
+    gradients: Sequence[Tensor],
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str | None,
+    eps: float,
+    per_frame: bool,
+) -> tuple[Any, ...]:
+    """By the native core, in two passes over x and the gradient besides that for the statistics."""
+    constants = [None if each is None else each.detach() for each in (weight, bias, scale, shift)]
+    arguments: tuple[Any, ...] = (
+        gradients[0],
+        x.detach(),
+        num_groups,
+        *constants,
+        act,
+        eps,
+        per_frame,
+        x.requires_grad,
+    )
+    of_x, sums = (_NATIVE_BACKWARD if traced() else _native_backward)(*arguments)
+    rest = gradients_from_sums(sums, weight, bias, scale, shift)
+    return (of_x if x.requires_grad else None, None, *rest, None, None, None)
+
+
+def _native_backward(
+    gradient: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: str | None,
+    eps: float,
+    per_frame: bool,
+    of_x: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, empty where `of_x` is False, and what `gradients_from_sums` takes."""
+    found, sums = _backward_results(gradient, x, of_x)
+    call = (gradient, x, num_groups, weight, bias, scale, shift, act, eps, per_frame)
+    if x.numel() > 0:
+        native.group_norm_backward(*call, out=found if of_x else None, sums=sums)
+    return found, sums
+
+
+def _backward_results(gradient: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    B, C, T = x.shape[:3]
+    found = torch.empty_like(x, memory_format=_layout.video_format(x)) if rest[-1] else x.new_empty(0)
+    return found, x.new_empty((2, B, T, C), dtype=_layout.accumulation_dtype(x.dtype))
+
+
+# Only traces, which cannot see a call into the native core, take this way round.
+_NATIVE_BACKWARD = torch.library.custom_op(
+    "lumiere_fast::group_norm_backward_cpu",
+    _native_backward,
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
+    "str? act, float eps, bool per_frame, bool of_x) -> (Tensor, Tensor)",
+)
+_NATIVE_BACKWARD.register_fake(_backward_results)
+
+
+def group_norm_stats_backward(
+    gradients: Sequence[Tensor | None], x: Tensor, num_groups: int, eps: float, per_frame: bool
+) -> tuple[Any, ...]:
+    """Of any backend: mean moves by `1 / n` with each of n numbers, and rstd by `-rstd^3 * (x - mean) / n`."""
+    mean, rstd = _GROUP_NORM_STATS((x.detach(), num_groups, eps, per_frame), None)
+    of_mean, of_rstd = gradients
+    count = x.numel() // mean.numel()
+    slope = torch.zeros_like(mean) if of_rstd is None else -of_rstd * rstd.pow(3) / count
+    constant = torch.zeros_like(mean) if of_mean is None else of_mean / count
+
+    def of_channels(each: Tensor) -> Tensor:
+        return _layout.each_frame(each.repeat_interleave(x.shape[1] // num_groups, dim=-1))
+
+    centred = x.detach().to(mean.dtype) - _layout.over_pixels(of_channels(mean))
+    found = scale_and_shift(centred, of_channels(slope), of_channels(constant)).to(x.dtype)
+    return found.contiguous(memory_format=_layout.video_format(x)), None, None, None
+
+
+_KERNELS = "lumiere_fast.kernels.group_norm"
+_TRITON = Needs(devices=("cuda",), capability=(8, 0), gradient=True, modules=("triton",))
+_CPU = Needs(devices=("cpu",), gradient=True, native="cpu")
+
+_GROUP_NORM = register(
+    group_norm,
+    group_norm_reference,
+    _flatten,
+    _describe,
+    backends=(
+        Backend("triton", f"{_KERNELS}:group_norm", _TRITON, backward=f"{_KERNELS}:group_norm_backward"),
+        Backend("cpu", "lumiere_fast.native:group_norm", _CPU, backward=f"{__name__}:group_norm_backward_cpu"),
+    ),
+)
+_GROUP_NORM_STATS = register(
+    group_norm_stats,
+    group_norm_stats_reference,
+    _flatten_stats,
+    describe_stats,
+    backends=(
+        Backend("triton", f"{_KERNELS}:group_norm_stats", _TRITON, backward=f"{_KERNELS}:group_norm_stats_backward"),
+        Backend("cpu", "lumiere_fast.native:group_norm_stats", _CPU, backward=f"{__name__}:group_norm_stats_backward"),
+    ),
+)
 
 
 def _levels(name: str, T: int, *levels: tuple[int, int, int]) -> tuple[tuple[str, dict[str, int], bool], ...]:

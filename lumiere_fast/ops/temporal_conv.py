@@ -106,9 +106,9 @@ def temporal_conv(
 
     `h = silu(((x - mean) * rstd * w + b) * (1 + scale) + shift)` where `norm` is given, else `x`. Padding comes after
     the norm: frames outside the clip are zero, or with "replicate" the clip's first and last `h`. The result has T
-    frames. The arithmetic is fp32 (fp64 for fp64), rounded once at the end; a normalised `h` may be rounded to the dtype
-    of `x` too, as tensor cores take it. Differentiable in every tensor, those of `norm` included. (On CUDA the reference is cuDNN's convolution, whose fp32 follows
-    `torch.backends.cudnn.allow_tf32`.)
+    frames. The arithmetic is fp32 (fp64 for fp64), rounded once at the end; a normalised `h` may be rounded to the
+    dtype of `x` too, as tensor cores take it. Differentiable in every tensor, those of `norm` included. (On CUDA the
+    reference is cuDNN's convolution, whose fp32 follows `torch.backends.cudnn.allow_tf32`.)
 
     Args:
         x: (B, C_in, T, H, W), floating, any strides; channels_last_3d costs no copy. B may be 0.

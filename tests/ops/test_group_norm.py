@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+from itertools import product
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lumiere_fast import native
 from lumiere_fast.ops import group_norm, group_norm_stats
 from lumiere_fast.ops.group_norm import SPEC, group_norm_reference
 from tests.ops.common import (
@@ -190,16 +195,25 @@ def test_strided_slices_keep_the_format(name: str, memory_format: torch.memory_f
 
 FROZEN_INPUT = """
 import torch
-from lumiere_fast import ops
+from lumiere_fast import native, ops
 draw = torch.Generator().manual_seed(0)
 for input_needs_gradient in (False, True):
     x = torch.randn(8, 4, 16, 16, 64, generator=draw).permute(0, 4, 1, 2, 3).requires_grad_(input_needs_gradient)
     weight, bias = torch.ones(64, requires_grad=True), torch.zeros(64, requires_grad=True)
-    y = ops.group_norm(x, 8, weight, bias, act="silu")
-    gradients = torch.autograd.grad(y.square().sum(), (weight, bias))
-    flat = torch.ops.lumiere_fast.group_norm(x, 8, weight, bias, None, None, "silu", 1e-5, True, "reference")
-    for ours, theirs in zip(torch.autograd.grad(flat.square().sum(), (weight, bias)), gradients):
-        torch.testing.assert_close(ours, theirs)
+    def gradients(y):
+        return torch.autograd.grad(y.square().sum(), (weight, bias))
+    def flat(backend):
+        return torch.ops.lumiere_fast.group_norm(x, 8, weight, bias, None, None, "silu", 1e-5, True, backend)
+    def run(x, weight, bias):
+        return ops.group_norm(x, 8, weight, bias, act="silu")
+    found = [gradients(run(x, weight, bias)), gradients(flat("reference"))]
+    found.append(gradients(torch.compile(run, fullgraph=True, backend="aot_eager")(x, weight, bias)))
+    if not native.why_not("cpu"):
+        found.append(gradients(flat("cpu")))
+    expected = gradients(ops.group_norm(x, 8, weight, bias, act="silu", backend="reference"))
+    for path in found:
+        for ours, theirs in zip(path, expected):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 print("lived")
 """
 
@@ -318,3 +332,269 @@ def test_spec_inputs_are_what_the_op_takes() -> None:
             torch.testing.assert_close(group_norm(**inputs), group_norm_reference(**inputs))
     base = next(s for s in SPEC.scenarios if s.name == "base0")
     assert SPEC.bytes(base, torch.bfloat16) == 2 * 80 * 128 * 128 * 256 * 2
+
+
+# --- the native core's backend ----------------------------------------------------------------------------------------
+
+needs_core = pytest.mark.skipif(bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu")))
+DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
+
+# B, C, T, H, W, groups
+NATIVE_SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 8, 2, 1, 13, 8),
+    (1, 10, 1, 7, 1, 1),
+    (1, 24, 2, 11, 7, 3),
+    (1, 30, 3, 4, 4, 10),
+    (1, 320, 1, 3, 5, 32),
+    (2, 64, 3, 12, 12, 16),
+    (0, 8, 2, 3, 3, 4),
+]
+FILMS = {
+    "no film": lambda draw, B, C, T: (None, None),
+    "per clip": lambda draw, B, C, T: draw(B, 2 * C).chunk(2, dim=1),
+    "per frame": lambda draw, B, C, T: (draw(B, 2 * C, T)[:, C:].transpose(1, 2), draw(B, 1, C).expand(B, T, C)),
+}
+
+
+def in_double(*values: object) -> list[object]:
+    return [value.detach().double() if isinstance(value, Tensor) else value for value in values]
+
+
+def poisoned(like: Tensor) -> Tensor:
+    return torch.full_like(like, torch.nan)
+
+
+def check_native(x: Tensor, groups: int, *rest: object) -> Tensor:
+    """Against the fp64 reference, with torch's own error at that dtype as the measure; returns the result."""
+    y = group_norm_reference(x, groups, *rest)
+    ours = poisoned(y)
+    native.group_norm(x, groups, *rest, out=ours)
+    assert_no_worse_than_torch(ours, y, group_norm_reference(*in_double(x, groups, *rest)))
+    return ours
+
+
+def gradients(
+    backend: str,
+    dtype: torch.dtype,
+    call: dict[str, Tensor | None],
+    wanted: tuple[str, ...],
+    options: dict[str, object],
+    upstream: Tensor,
+) -> tuple[Tensor, ...]:
+    """Of the arguments that are wanted and given, in `dtype`."""
+    given = {
+        name: None if value is None else value.detach().to(dtype).requires_grad_(name in wanted)
+        for name, value in call.items()
+    }
+    leaves = [value for value in given.values() if value is not None and value.requires_grad]
+    return torch.autograd.grad(group_norm(**given, **options, backend=backend), leaves, upstream.to(dtype))
+
+
+@needs_core
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["channels_last", "contiguous"])
+class TestNative:
+    @pytest.mark.parametrize("per_frame", [True, False], ids=["per frame", "per clip"])
+    @pytest.mark.parametrize("film", FILMS)
+    def test_forward(self, dtype: torch.dtype, memory_format: torch.memory_format, film: str, per_frame: bool) -> None:
+        draw = Draw(20, dtype)
+        for B, C, T, H, W, groups in NATIVE_SHAPES:
+            x = draw.clip(B, C, T, H, W, memory_format=memory_format)
+            weight, bias = draw(C), draw(2 * C)[::2].to(torch.promote_types(dtype, torch.float32))
+            scale, shift = FILMS[film](draw, B, C, T)
+            for act in (None, "silu"):
+                if B > 0:
+                    check_native(x, groups, weight, bias, scale, shift, act, 1e-5, per_frame)
+                y = group_norm(x, groups, weight, None, scale=scale, act=act, per_frame=per_frame, backend="cpu")
+                assert y.shape == x.shape and y.dtype == dtype and in_format(y, memory_format)
+
+    def test_statistics(self, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+        draw = Draw(21, dtype)
+        for B, C, T, H, W, groups in NATIVE_SHAPES:
+            x = draw.clip(B, C, T, H, W, memory_format=memory_format)
+            for per_frame in (True, False):
+                ours = group_norm_stats(x, groups, per_frame=per_frame, backend="cpu")
+                theirs = group_norm_stats(x, groups, per_frame=per_frame, backend="reference")
+                exact = group_norm_stats(x.double(), groups, per_frame=per_frame, backend="reference")
+                for mine, other, truth in zip(ours, theirs, exact, strict=True):
+                    assert mine.shape == truth.shape
+                    assert_no_worse_than_torch(mine, other, truth)
+
+    @pytest.mark.parametrize("name", SLICES)
+    def test_slices(self, dtype: torch.dtype, memory_format: torch.memory_format, name: str) -> None:
+        """Inputs and results of any strides; what lies between a result's elements is not written."""
+        draw = Draw(22, dtype)
+        x = SLICES[name](draw.clip(3, 16, 5, 4, 6, memory_format=memory_format))
+        rest = (4, draw(x.shape[1]), None, None, None, "silu", 1e-5, True)
+        expected = check_native(x, *rest)
+        whole = poisoned(draw.clip(3, 16, 5, 4, 6, memory_format=memory_format))
+        for out in (
+            SLICES[name](whole),
+            torch.empty_like(expected).flip(3).transpose(2, 4).contiguous().transpose(2, 4),
+        ):
+            native.group_norm(x, *rest, out=out)
+            assert torch.equal(out, expected)
+        assert whole.isnan().sum() == whole.numel() - expected.numel()
+
+    @pytest.mark.parametrize("wanted", [("x",), ("weight", "bias"), ("scale", "x"), ("x", "weight", "bias", "shift")])
+    def test_gradients(self, dtype: torch.dtype, memory_format: torch.memory_format, wanted: tuple[str, ...]) -> None:
+        draw = Draw(23, dtype)
+        for (B, C, T, H, W, groups), film in product(NATIVE_SHAPES[1:-1], FILMS):
+            x = draw.clip(B, C, T, H, W, memory_format=memory_format)
+            scale, shift = FILMS[film](draw, B, C, T)
+            call = {"x": x, "weight": draw(C), "bias": draw(C), "scale": scale, "shift": shift}
+            options = {"num_groups": groups, "act": "silu", "per_frame": film != "per clip"}
+            upstream = draw(*x.shape).transpose(3, 4).contiguous().transpose(3, 4)
+            exact = gradients("reference", torch.float64, call, wanted, options, upstream)
+            ours, theirs = (gradients(name, dtype, call, wanted, options, upstream) for name in ("cpu", "reference"))
+            for mine, other, truth in zip(ours, theirs, exact, strict=True):
+                assert mine.dtype == dtype
+                assert_no_worse_than_torch(mine, other, truth, factor=3.0)
+
+
+@needs_core
+class TestNativeNumbers:
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=["channels_last", "contiguous"])
+    def test_a_large_mean(self, memory_format: torch.memory_format) -> None:
+        """x - mean is taken before anything is multiplied: no worse than rounding x itself allows."""
+        x = Draw(24, torch.float32).clip(1, 16, 2, 24, 24, memory_format=memory_format) + 1e4
+        ours, exact = (group_norm(each, 4, None, None, backend="cpu") for each in (x, x.double()))
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=["channels_last", "contiguous"])
+    def test_a_first_tile_unlike_the_rest(self, memory_format: torch.memory_format) -> None:
+        """The pivot is far from the mean; the sums of squares do not cancel."""
+        x = Draw(25, torch.float32).clip(1, 2, 1, 160, 400, memory_format=memory_format)
+        x[:, :, :, :20] += 1e4
+        ours, exact = (group_norm_stats(each, 1, backend="cpu") for each in (x, x.double()))
+        for mine, truth in zip(ours, exact, strict=True):
+            torch.testing.assert_close(mine.double(), truth, rtol=2e-6, atol=0)
+
+    @pytest.mark.parametrize("memory_format", FORMATS, ids=["channels_last", "contiguous"])
+    @pytest.mark.parametrize("per_frame", [True, False])
+    def test_threads_change_nothing(self, memory_format: torch.memory_format, per_frame: bool) -> None:
+        draw, before = Draw(26, torch.float32), torch.get_num_threads()
+        x = draw.clip(1, 6, 3, 211, 307, memory_format=memory_format)
+        weight = draw(6).requires_grad_()
+        results = []
+        try:
+            for count in (1, 2, 3, 4):
+                torch.set_num_threads(count)
+                leaf = x.clone().requires_grad_()
+                y = group_norm(leaf, 3, weight, None, act="silu", per_frame=per_frame, backend="cpu")
+                results.append((y.detach(), torch.autograd.grad(y.square().sum(), leaf)[0]))
+        finally:
+            torch.set_num_threads(before)
+        for others in results[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
+
+    def test_silu_over_its_whole_range(self) -> None:
+        """A shift puts z anywhere; the norm itself is 0 where a group is constant."""
+        z = torch.cat([torch.linspace(-120, 120, 4801), torch.tensor([-2e38, 2e38, torch.inf, -torch.inf, torch.nan])])
+        x = torch.zeros(1, z.numel(), 1, 1, 1)
+        for dtype in (torch.float32, torch.float64):
+            ours = group_norm(x.to(dtype), 1, None, z.to(dtype), act="silu", backend="cpu").flatten()
+            exact = nn.functional.silu(z.double())
+            finite = z.isfinite()
+            error = (ours[finite].double() - exact[finite]).abs() / exact[finite].abs().clamp(min=1e-30)
+            epsilon = torch.finfo(dtype).eps
+            assert (error <= epsilon * (2 + z[finite].abs().clamp(max=120)))[z[finite] > -80].all()
+            assert (error <= 2 * epsilon)[z[finite] > -1].all()
+            torch.testing.assert_close(ours[~finite], nn.functional.silu(z[~finite]).to(dtype), equal_nan=True)
+            assert ours[-5] == 0 and ours[-4] > 1e38
+
+
+OTHER_PROCESSORS = """
+import sys, torch
+from lumiere_fast.ops import group_norm
+calls = torch.load(sys.argv[1])
+torch.save([group_norm(*call, act="silu", backend="cpu") for call in calls], sys.argv[1])
+"""
+
+
+@needs_core
+@pytest.mark.parametrize("switch", ["LUMIERE_FAST_NO_AVX512", "LUMIERE_FAST_PORTABLE"])
+def test_code_for_other_processors(switch: str, tmp_path: Path) -> None:
+    calls = []
+    for dtype, memory_format in product(DTYPES, FORMATS):
+        draw = Draw(27, dtype)
+        calls += [
+            (draw.clip(2, C, 2, 9, 7, memory_format=memory_format), groups, draw(C), draw(C))
+            for C, groups in ((3, 1), (30, 10), (64, 16))
+        ]
+    torch.save(calls, tmp_path / "calls.pt")
+    environment = {**os.environ, switch: "1"}
+    subprocess.run([sys.executable, "-c", OTHER_PROCESSORS, str(tmp_path / "calls.pt")], env=environment, check=True)
+    for call, ours in zip(calls, torch.load(tmp_path / "calls.pt"), strict=True):
+        theirs, exact = (group_norm(*args, act="silu", backend="reference") for args in (call, in_double(*call)))
+        assert_no_worse_than_torch(ours, theirs, exact)
+
+
+@needs_core
+@pytest.mark.parametrize("needs", [(), ("x",), ("weight",), ("x", "bias", "scale")], ids=str)
+def test_operator_of_the_native_core(needs: tuple[str, ...]) -> None:
+    draw = Draw(28)
+    x = draw.clip(2, 4, 3, 2, 2, grad="x" in needs)
+    affine = {name: draw(4, grad=name in needs) for name in ("weight", "bias")}
+    film = {name: draw(2, 4, grad=name in needs) for name in ("scale", "shift")}
+    check_operator(group_norm, x, 2, *affine.values(), **film, act="silu", backend="cpu")
+    if needs:
+        check_operator_gradient(group_norm, x, 2, *affine.values(), **film, act="silu", backend="cpu")
+    check_operator(group_norm_stats, x, 2, backend="cpu")
+    if "x" in needs:
+        check_operator_gradient(group_norm_stats, x, 2, backend="cpu")
+
+
+@needs_core
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["channels_last", "contiguous"])
+def test_compiled_training(memory_format: torch.memory_format) -> None:
+    """One graph forward and backward, through the native core; strides are kept."""
+    draw = Draw(29, torch.float32)
+    x = draw.clip(2, 8, 3, 4, 4, memory_format=memory_format, grad=True)
+    weight = draw(8, grad=True)
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        return group_norm(x, 4, weight, None, act="silu", backend="cpu")
+
+    y, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x, weight), run(x, weight)
+    assert y.stride() == expected.stride()
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    upstream = draw(*y.shape)
+    for ours, eager in zip(*(torch.autograd.grad(each, (x, weight), upstream) for each in (y, expected)), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=0, atol=0)
+        assert ours.stride() == eager.stride()
+
+
+@needs_core
+def test_the_native_core_takes_numpy_and_tells_what_does_not_fit() -> None:
+    draw = Draw(30, torch.float32)
+    x, weight, scale = draw(1, 4, 2, 3, 3), draw(4), draw(1, 4)
+    out = np.full(x.shape, np.nan, dtype=np.float32)
+    native.group_norm(x.numpy(), 2, weight.numpy(), None, scale.numpy(), None, "silu", 1e-5, True, out=out)
+    expected = group_norm_reference(x, 2, weight, None, scale, None, "silu")
+    torch.testing.assert_close(torch.from_numpy(out), expected)
+
+    def refused(match: str, **changes: object) -> None:
+        given = {"x": x, "num_groups": 2, "weight": weight, "bias": None, "scale": scale, "shift": None, "act": "silu"}
+        given |= {"eps": 1e-5, "per_frame": True, "out": torch.empty_like(x)} | changes
+        result = given.pop("out")
+        with pytest.raises(ValueError, match=match):
+            native.group_norm(*given.values(), out=result)
+
+    refused(r"x must be \(B, C, T, H, W\), got \(4, 2, 3, 3\)", x=x[0])
+    refused("num_groups must divide the 4 channels, got 3", num_groups=3)
+    refused(r"weight must have shape \(4,\), got \(1, 4\)", weight=scale)
+    refused(r"scale must have shape \(1, 4\) or \(1, 2, 4\), got \(4,\)", scale=weight)
+    refused("bias must be float32 like x or float32, got float64", bias=weight.double())
+    refused("act must be None or 'silu', got 'gelu'", act="gelu")
+    refused("invalid argument", eps=0.0)
+    refused("out must be float32", out=torch.empty_like(x).double())
+    refused("out must be float32", out=torch.empty(1, 4, 2, 3, 4))
+    refused("elements of the output may lie on top of one another", out=torch.empty(1, 4, 2, 3, 1).expand_as(x))
+    refused("the output lies in the memory of an input", out=x)
+    refused("x must be float32, float64, float16 or bfloat16", x=x.int())
+    refused("x must be a tensor", x=None)
+    refused("out must be on the CPU", out=x.to("meta"))
+    with pytest.raises(ValueError, match=r"rstd must be float32 \(1, 2, 2\), got float32 \(1, 2\)"):
+        native.group_norm_stats(x, 2, 1e-5, True, out=(torch.empty(1, 2, 2), torch.empty(1, 2)))
