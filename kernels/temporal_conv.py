@@ -268,7 +268,7 @@ def _finish(  # type: ignore[no-untyped-def]
             rest = tl.sum(spread, 0) / count  # what rounding left of a large sum
             at = ((b * num_frames + t) * tiles + tile) * c_out + from_n
             tl.store(mean + at + lane, center + rest, mask=column_in)
-            tl.store(m2 + at + lane, tl.sum(spread * spread, 0) - rest * rest * count, mask=column_in)
+            tl.store(m2 + at + lane, tl.sum(spread * spread, 0), mask=column_in)
         at = _starts(b, t, p, width, y_b, y_t, y_h, y_w, DENSE, VECTOR)
         rounded = z.to(y.dtype.element_ty)
         if DENSE:

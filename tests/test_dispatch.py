@@ -179,9 +179,8 @@ def test_pending_kernels_say_so(name: str) -> None:
     assert dispatch.reasons_against(op, "reference", ()) == []
 
 
-def test_an_op_without_a_kernel_of_that_kind_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "PENDING_KERNELS", ())
-    assert dispatch.reasons_against(dispatch._OPS["group_norm"], "triton", ()) == ["group_norm has no triton kernel"]
+def test_an_op_without_a_kernel_of_that_kind_says_so() -> None:
+    assert dispatch.reasons_against(dispatch._OPS["group_norm"], "cuda", ()) == ["group_norm has no cuda kernel"]
 
 
 def test_auto_takes_the_first_that_can() -> None:

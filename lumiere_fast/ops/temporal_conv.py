@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout
 from lumiere_fast.ops._checks import (
     ACTIVATIONS,
@@ -280,7 +281,22 @@ def _describe(
     return y, *describe_stats(x, stats_groups)
 
 
-_TEMPORAL_CONV = register(temporal_conv, temporal_conv_reference, _flatten, _describe)
+_NARROW = {name: (torch.float32, torch.float16, torch.bfloat16) for name in ("x", "weight", "residual")}
+
+_TEMPORAL_CONV = register(
+    temporal_conv,
+    temporal_conv_reference,
+    _flatten,
+    _describe,
+    backends=(
+        Backend(
+            "triton",
+            "lumiere_fast.kernels.temporal_conv:temporal_conv",
+            Needs(devices=("cuda",), dtypes=_NARROW, capability=(8, 0), gradient=True, modules=("triton",)),
+            backward="lumiere_fast.kernels.temporal_conv_backward:temporal_conv_backward",
+        ),
+    ),
+)
 
 
 SCENARIOS = (

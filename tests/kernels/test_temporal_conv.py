@@ -45,6 +45,9 @@ class Launches(list[tuple[str, dict[str, Any]]]):
         name = kernel.__name__
         types = {key: kind for key, kind in zip(kernel.arg_names, map(type_of, arguments), strict=False) if kind}
         assert self.overridden or (name, frozen(types), frozen(options)) in SHIPPED, (name, types, options)
+        if options.get("LAYOUT", "any") != "any" or name == "_walk_kernel":
+            for tensor in (*arguments[:2], out):  # x and the weight
+                assert tensor.data_ptr() % 16 == 0, "what was promised to the compiler"
         self.append((name, options))
         kernels_launch(kernel, programs, out, *arguments, **options)
 
@@ -348,6 +351,15 @@ def test_weights_and_biases_of_any_strides() -> None:
     case.check()
     case.arguments["x"] = case.arguments["x"].contiguous()
     case.check()
+
+
+def test_rows_with_gaps(launches: Launches) -> None:
+    """A window of a wider clip, on whole vectors."""
+    case = Case(1, 8, 8, 2, 3, 4)
+    held = torch.full((1, 2, 3, 9, 8), NAN, device=DEVICE)
+    case.arguments["x"] = held[:, :, :, 2:6].permute(0, 4, 1, 2, 3).copy_(case.arguments["x"])
+    case.check()
+    assert launches.forms("_conv_kernel") == [(False, "any")]
 
 
 def test_expanded_film_chunks() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 import textwrap
@@ -12,14 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from lumiere_fast import InflationConfig, STUNet, UNet2D, inflate
+from lumiere_fast import InflationConfig, STUNet, UNet2D, inflate, native
 from lumiere_fast.models.blocks import (
     AttentionInflationBlock,
+    Conditioning,
     ConvInflationBlock,
+    ResnetBlock2D,
     TemporalDownsample,
     TemporalSelfAttention,
     TemporalUpsample,
+    channels_last_weights,
     identity_kernel_,
     sinusoidal_embedding,
 )
@@ -193,6 +198,24 @@ def test_attention_knows_the_order_of_frames() -> None:
     block = randomise(AttentionInflationBlock(16, 8, 4, 1, None).double())
     s = draw(1, 16, 6, 3, 3)
     assert (block(s.flip(2), None).flip(2) - block(s, None)).abs().mean() > 1e-3
+
+
+@pytest.mark.skipif(bool(native.why_not("cpu")), reason="of the native core")
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_no_activation_is_copied_on_the_way_through_a_block(conditioned: bool) -> None:
+    """Inside the ops too, which a dispatch mode does not see into: of all that torch runs, nothing copies one."""
+    block = randomise(ConvInflationBlock(16, 3, 4, 12 if conditioned else None))
+    resnet = channels_last_weights(randomise(ResnetBlock2D(16, 16, 12, 4)))
+    s, embedding = draw(2, 3, 9, 7, 16).float().permute(0, 4, 1, 2, 3), draw(2, 12).float()
+    text = Conditioning(embedding, torch.empty(0), torch.empty(0))
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        y = block(resnet(s, text), embedding)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    sizes = {math.prod(event.input_shapes[0]): event.name for event in seen.events() if event.name in COPIES}
+    assert s.numel() not in sizes and any(event.name == "aten::conv2d" for event in seen.events()), sizes
+
+
+COPIES = ("aten::copy_", "aten::clone")
 
 
 # What may see what over time -----------------------------------------------------------------------------------------
