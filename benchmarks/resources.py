@@ -173,9 +173,9 @@ def _cached(job: Job) -> list[Row]:
         return [Row(job.op, job.backend, "-", "-", job.arch, missing=missing)]
     compiler = _triton_version() if job.backend == "triton" else _nvcc_version()
     source = kernels.source_hash(job.op) if job.backend == "triton" else _csrc_hash(job.op)
-    key = hashlib.sha256("\n".join((source, str(compiler), Path(__file__).read_text("utf-8"))).encode()).hexdigest()[
-        :16
-    ]
+    tables = [path.read_text("utf-8") for path in sorted(KERNELS.glob("configs/*.json"))]
+    parts = (source, str(compiler), Path(__file__).read_text("utf-8"), *tables)
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     path = evidence.cache_folder() / "resources" / f"{job.source}-{job.backend}-sm_{job.arch}-{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         return _rows(path.read_text("utf-8"))
@@ -240,6 +240,8 @@ def triton_rows(op: str, module: str, arch: int, path: Path | None = None) -> li
 def _compile_variants(op: str, name: str, arch: int) -> Iterator[Row]:
     module = importlib.import_module(name)
     for variant in module.VARIANTS:
+        if arch < variant.least_arch:
+            continue
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             compiled = _compile(getattr(module, variant.kernel), variant, arch)

@@ -32,6 +32,8 @@ def modules_of(op: str) -> tuple[str, ...]:
 def source_hash(op: str) -> str:
     """Of everything the op's Triton kernels are made of: its modules, those they import, and what all kernels share.
 
+    That has the default configurations in it, not those of single GPUs, which were held against the reference there.
+
     Raises:
         FileNotFoundError: the op has no Triton kernel.
     """
@@ -42,6 +44,7 @@ def source_hash(op: str) -> str:
         text = (_FOLDER / f"{name}.py").read_text("utf-8")
         names += [found for found in _IMPORT.findall(text) if found not in names]
     digest = hashlib.sha256()
-    for path in (*(_FOLDER / f"{name}.py" for name in sorted(names)), *sorted(_FOLDER.glob("_[!_]*.py"))):
+    shared = (*sorted(_FOLDER.glob("_[!_]*.py")), _FOLDER / "configs" / "default.json")
+    for path in (*(_FOLDER / f"{name}.py" for name in sorted(names)), *shared):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

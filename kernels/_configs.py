@@ -73,7 +73,7 @@ def cases(op: str) -> tuple[str, ...]:
 
 def shipped(op: str) -> dict[str, list[Config]]:
     """By case, the configurations of all tables that ship: what has to be compiled ahead of time."""
-    tables = [_defaults(), *(_read(path) for path in sorted(FOLDER.glob("*.json")) if path.stem != DEFAULT)]
+    tables = [_defaults(), *(read(path) for path in sorted(FOLDER.glob("*.json")) if path.stem != DEFAULT)]
     return {case: [table[op][case] for table in tables if case in table.get(op, {})] for case in cases(op)}
 
 
@@ -85,7 +85,7 @@ def save(path: Path, gpu: str, table: Table) -> None:
         OSError: the file cannot be written.
     """
     _check_table(table, "the new table")
-    merged = {op: dict(held) for op, held in (_read(path, gpu) if path.exists() else {}).items()}
+    merged = {op: dict(held) for op, held in (read(path, gpu) if path.exists() else {}).items()}
     for op, configs in table.items():
         merged.setdefault(op, {}).update({case: dict(config) for case, config in configs.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,11 +121,11 @@ def cache_folder() -> Path:
 def _chosen(op: str, case: str, gpu: str | None) -> Config:
     _check_case(op, case, "the call")
     files = [] if gpu is None else [user_file(gpu), FOLDER / file_name(gpu)]
-    tables = [_read(path, gpu) for path in files if path.exists()]
+    tables = [read(path, gpu) for path in files if path.exists()]
     return next(table[op][case] for table in (*tables, _defaults()) if case in table.get(op, {}))
 
 
-def _read(path: Path, gpu: str | None = None) -> Table:
+def read(path: Path, gpu: str | None = None) -> Table:
     """The table in a file, which must be that of `gpu` if one is given.
 
     Raises:

@@ -25,6 +25,7 @@ class Variant(NamedTuple):
         constexprs: their values.
         wide_loads: how many 16-byte global loads its machine code is promised to have at least.
         wgmma: whether its matrix products are promised to be warpgroup instructions on sm_90.
+        least_arch: the oldest architecture that it is launched on, 80 or 90.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Variant(NamedTuple):
     num_stages: int
     wide_loads: int = 0
     wgmma: bool = False
+    least_arch: int = 80
 
 
 def launch(kernel: Any, programs: int, out: Tensor, *arguments: Any, **options: Any) -> None:

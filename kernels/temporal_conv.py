@@ -44,7 +44,7 @@ class Config(NamedTuple):
     Args:
         block_m, block_n, block_k: the tile: rows, output channels, input channels at a time.
         split_k: among how many programs a tile's sum is shared out.
-        walk: whether three taps of narrow clips are run by `_walk_kernel`, whose tiles are its own.
+        walk: whether three taps of narrow clips are run by `_walk_kernel`, whose tiles are its own; from sm_90 on.
         fused_norm: whether a norm is applied to the tiles as they are read; else in a pass of its own before.
     """
 
@@ -70,6 +70,7 @@ def _config(fields: Mapping[str, int]) -> Config:
 STRIDED = {2: Config(64, 32, 32, 1, 4, 2, fused_norm=True), 4: Config(64, 32, 16, 1, 4, 2, fused_norm=True)}
 WALK_M, WALK_N, WALK_K = 128, 64, 64
 WALK_OPTIONS = {"num_warps": 8, "num_stages": 3}
+WALK_CAPABILITY = (9, 0)
 WALK_FRAMES = 4  # that a part has at least, where there are as many
 REDUCE_M, REDUCE_N = 32, 64
 FINISH_COLUMNS: tl.constexpr = tl.constexpr(64)  # of a tile that are finished at once, after the loop
@@ -620,13 +621,14 @@ def _plan(
     tiles = triton.cdiv(pixels, config.block_m)
     # Tiles that go on from frame to frame need the second pass. A fused norm is one frame's, in all of a tile.
     span = dense and not normed and tiles * config.block_m > (SHARED_WASTE if splits > 1 else WASTE) * pixels
-    only_in = normed or span or config.walk or config.block_n > SMALL_N
+    walk = config.walk and _can_walk(y.device)
+    only_in = normed or span or walk or config.block_n > SMALL_N
     layout = "any"
     if span:
         config = _spanning(config)
     if dense:
         weight, layout = _dense_weight(weight, vector, recording, only_in=only_in)
-    if config.walk and dense and not span and weight.shape[2] == 3 and weight.shape[1] <= 2 * WALK_K:
+    if walk and dense and not span and weight.shape[2] == 3 and weight.shape[1] <= 2 * WALK_K:
         return weight, _walk_plan(B, int(weight.shape[1]), C_out, T, pixels, vector)
     blocks = triton.cdiv(C_out, config.block_n)
     plan = Plan(
@@ -640,6 +642,13 @@ def _plan(
         options=config.launch_options,
     )
     return weight, plan
+
+
+def _can_walk(device: torch.device) -> bool:
+    """Older cards have too few registers for it: it spills."""
+    if device.type != "cuda" or not torch.cuda.is_available():  # interpreted, or traced
+        return True
+    return torch.cuda.get_device_capability(device) >= WALK_CAPABILITY
 
 
 def _walk_plan(clips: int, c_in: int, c_out: int, num_frames: int, pixels: int, vector: int) -> Plan:
@@ -806,6 +815,7 @@ def _walk_variant(dtype: str, wide: bool, normed: bool) -> Variant:
         **WALK_OPTIONS,
         wide_loads=2,
         wgmma=True,
+        least_arch=WALK_CAPABILITY[0] * 10,
     )
 
 

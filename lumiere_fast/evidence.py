@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from lumiere_fast import kernels, native
+from lumiere_fast.kernels._configs import cache_folder as cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -133,12 +134,6 @@ def remember(op: str, backend: str, device: torch.device, failures: Sequence[str
     else:
         checks[key] = {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")}
     write_cache(cache_folder() / SELF_CHECKS, json.dumps(checks, indent=1) + "\n")
-
-
-def cache_folder() -> Path:
-    if given := os.environ.get("LUMIERE_FAST_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumiere_fast"
 
 
 def write_cache(path: Path, text: str) -> None:

@@ -140,7 +140,7 @@ def read(path: Path, gpu: str) -> _configs.Table:
     Raises:
         ValueError: it is damaged, or another GPU's.
     """
-    return _configs._read(path, gpu) if path.exists() else {}
+    return _configs.read(path, gpu) if path.exists() else {}
 
 
 class Tuner:
