@@ -387,3 +387,91 @@ def _crowds(windows: Sequence[Tensor], starts: Sequence[int], axes: int) -> set[
         over = {sum(1 << i for i, (low, high) in enumerate(spans) if low <= place < high) for place in set(lows)}
         crowds = {crowd & there for crowd in crowds for there in over}
     return crowds
+
+
+def temporal_conv(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    padding_mode: str,
+    act: str | None,
+    residual: Any,
+    stats_groups: int | None,
+    norm_mean: Any = None,
+    norm_rstd: Any = None,
+    norm_weight: Any = None,
+    norm_bias: Any = None,
+    norm_scale: Any = None,
+    norm_shift: Any = None,
+    *,
+    out: tuple[Any, Any, Any],
+) -> None:
+    """`lumiere_fast.ops.temporal_conv` on the CPU, into `out`; the arguments are those of its reference.
+
+    Args:
+        x: (B, C_in, T, H, W); weight: (C_out, C_in, k), k odd; residual: None or (B, C_out, T, H, W). Any strides;
+            float32, float16 or bfloat16, all of one. The arithmetic is fp32.
+        bias: None, (C_out,) or (B, T, C_out).
+        norm_mean, norm_rstd: (B, T, num_groups) of the norm before, or None; norm_weight, norm_bias: None or (C_in,);
+            norm_scale, norm_shift: None, (B, C_in) or (B, T, C_in). Floating, each of its own dtype, as is bias.
+        out: y (B, C_out, T, H, W), of any strides, and with `stats_groups` the statistics mean and rstd
+            (B, T, stats_groups), float32 and contiguous; without, the second and third are left alone.
+
+    It takes at most `torch.get_num_threads()` threads; their number changes no result. Three taps are done by minimal
+    filtering, F(2, 3), where there are at least 4 frames and 24 channels: two thirds of the multiplications, and errors
+    up to twice a plain sum's.
+
+    Raises:
+        ValueError: what does not fit: shapes, dtypes, devices, a y whose elements may lie on top of one another or that
+            lies between the first and the last byte of x or the residual.
+        NativeUnavailable: the native core is not there.
+    """
+    module, op = load(), "temporal_conv"
+    named = {"y": out[0], "x": x, "weight": weight} | ({} if residual is None else {"residual": residual})
+    names = list(named)
+    dtype, device, (y, inputs, taps, *added), held = _operands(op, names.__getitem__, list(named.values()))
+    if device is not None:
+        raise ValueError(f"{op}: x must be on the CPU, got cuda:{device}")
+    norm, stats, groups = None, (None, None), 0 if stats_groups is None else stats_groups
+    if norm_mean is not None:
+        factors = (norm_mean, norm_rstd, norm_weight, norm_bias, norm_scale, norm_shift)
+        norm = [norm_mean.shape[-1], *(_factor(op, "norm", value) for value in factors)]
+    if groups > 0:
+        kind, _, stats, _ = _operands(op, ("mean", "rstd").__getitem__, out[1:])
+        if kind != "float32":
+            raise ValueError(f"{op}: mean and rstd must be float32, got {kind}")
+    status = module.temporal_conv_cpu(
+        module.DTYPES[dtype],
+        inputs,
+        taps,
+        _factor(op, "bias", bias),
+        padding_mode == "replicate",
+        act == "silu",
+        added[0] if added else None,
+        groups,
+        norm,
+        y,
+        *stats,
+        torch.get_num_threads(),
+    )
+    del held
+    if status != module.OK:
+        _raise(op, status)
+
+
+def _factor(op: str, name: str, value: Any) -> tuple[Any, int] | None:
+    """View and dtype code of a small operand of its own dtype on the CPU."""
+    if value is None:
+        return None
+    dtype, device, (view,), _ = _operands(op, lambda _: name, [value])
+    if device is not None:
+        raise ValueError(f"{op}: {name} must be on the CPU, got cuda:{device}")
+    return view, load().DTYPES[dtype]
+
+
+def temporal_conv_limits(*arguments: object) -> list[str]:
+    """Why the reference is to be preferred to the native `temporal_conv` on this processor; empty where it is not."""
+    module, _ = _loaded()
+    if module is None or module.temporal_conv_lanes() > 4:
+        return []
+    return ["this processor has no AVX2, or may not use it: without, torch's convolution is faster"]

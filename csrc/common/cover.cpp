@@ -38,16 +38,7 @@ lf_status check_out(const Shape& shape, const Shape& strides) {
   for (int axis = kChannel; axis < kAxes; ++axis) {
     if (shape[axis] < 1) return LF_INVALID_SHAPE;
   }
-  // Elements do not meet where each stride steps over all that the smaller ones reach.
-  uint64_t reach = 0;
-  const std::array<int, kAxes> outer_first = by_memory(strides);
-  for (auto axis = outer_first.rbegin(); axis != outer_first.rend(); ++axis) {
-    if (shape[*axis] <= 1) continue;
-    const uint64_t step = magnitude(strides[*axis]), steps = shape[*axis] - 1;
-    if (step <= reach || steps > (INT64_MAX - reach) / step) return LF_INVALID_STRIDES;
-    reach += steps * step;
-  }
-  return LF_OK;
+  return is_injective(shape, strides) ? LF_OK : LF_INVALID_STRIDES;
 }
 
 lf_status check_window(const Cover& cover, const Window& window) {
@@ -110,13 +101,6 @@ lf_status read_weights(const double* weights, Cover& cover) {
     if (status != LF_OK) return status;
   }
   return LF_OK;
-}
-
-// Where the memory of a tensor starts and ends, in bytes.
-std::array<const char*, 2> span_of(const char* data, const Shape& shape, const Shape& strides, int64_t element_size) {
-  int64_t below = 0, above = 1;
-  for (int axis = 0; axis < kAxes; ++axis) (strides[axis] < 0 ? below : above) += (shape[axis] - 1) * strides[axis];
-  return {data + below * element_size, data + above * element_size};
 }
 
 // Told by where they start and end: tensors that interleave count as meeting.
@@ -215,6 +199,24 @@ std::array<int, kAxes> by_memory(const Shape& strides) {
   std::stable_sort(order.begin(), order.end(),
                    [&](int a, int b) { return magnitude(strides[a]) > magnitude(strides[b]); });
   return order;
+}
+
+bool is_injective(const Shape& shape, const Shape& strides) {
+  uint64_t reach = 0;
+  const std::array<int, kAxes> outer_first = by_memory(strides);
+  for (auto axis = outer_first.rbegin(); axis != outer_first.rend(); ++axis) {
+    if (shape[*axis] <= 1) continue;
+    const uint64_t step = magnitude(strides[*axis]), steps = shape[*axis] - 1;
+    if (step <= reach || steps > (INT64_MAX - reach) / step) return false;
+    reach += steps * step;
+  }
+  return true;
+}
+
+std::array<const char*, 2> span_of(const char* data, const Shape& shape, const Shape& strides, int64_t element_size) {
+  int64_t below = 0, above = 1;
+  for (int axis = 0; axis < kAxes; ++axis) (strides[axis] < 0 ? below : above) += (shape[axis] - 1) * strides[axis];
+  return {data + below * element_size, data + above * element_size};
 }
 
 lf_status plan_cover(const WindowArguments& arguments, Cover& cover) {

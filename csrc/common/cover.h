@@ -75,6 +75,12 @@ struct Cover {
 // The axes from the outermost to the innermost in memory of these strides.
 std::array<int, kAxes> by_memory(const Shape& strides);
 
+// Whether no two elements meet: each stride steps over all that the smaller ones reach.
+bool is_injective(const Shape& shape, const Shape& strides);
+
+// Where the memory of a tensor starts and ends, in bytes.
+std::array<const char*, 2> span_of(const char* data, const Shape& shape, const Shape& strides, int64_t element_size);
+
 // Checks the arguments and cuts the video into cells. Throws std::bad_alloc, which the C functions catch.
 lf_status plan_cover(const WindowArguments& arguments, Cover& cover);
 

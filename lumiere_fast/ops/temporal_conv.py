@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout
 from lumiere_fast.ops._checks import (
     ACTIVATIONS,
@@ -256,7 +257,25 @@ def _describe(
     return y, *describe_stats(x, stats_groups)
 
 
-_TEMPORAL_CONV = register(temporal_conv, temporal_conv_reference, _flatten, _describe)
+_TEMPORAL_CONV = register(
+    temporal_conv,
+    temporal_conv_reference,
+    _flatten,
+    _describe,
+    backends=(
+        Backend(
+            "cpu",
+            "lumiere_fast.native:temporal_conv",
+            Needs(
+                devices=("cpu",),
+                dtypes={"x": (torch.float32, torch.float16, torch.bfloat16)},
+                gradient=True,
+                native="cpu",
+                limits="lumiere_fast.native:temporal_conv_limits",
+            ),
+        ),
+    ),
+)
 
 
 SCENARIOS = (
