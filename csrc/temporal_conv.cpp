@@ -21,7 +21,7 @@ namespace {
 
 constexpr double kEps = 1e-5;
 constexpr int64_t kCacheFloats = 80 << 10;    // packed frames of one piece: they share half a megabyte of cache with weights
-constexpr int64_t kLeastPixels = 14, kMostPixels = 56;  // of a piece, where its frames allow
+constexpr int64_t kLeastPixels = 12, kMostPixels = 48;  // of a piece, where its frames allow
 constexpr int64_t kMinimalChannels = 24, kMinimalFrames = 4;  // from where minimal filtering is worth its sums
 constexpr int64_t kSumsWorthAThread = 32;     // multiply-adds that cost as much as an element of an op bound by memory
 
@@ -221,7 +221,7 @@ class Convolution {
   void choose_blocks() {
     const int64_t step = plan_.minimal ? 2 : 1;
     const auto frames_of = [&](int64_t group) {  // in packed memory at once
-      return std::min(group + 2 * plan_.radius, plan_.frames) + (plan_.minimal ? 1 + kMinimalProducts * (group / 2) : 0);
+      return std::min(group + 2 * plan_.radius, plan_.frames) + (plan_.minimal ? kMinimalProducts * (group / 2) : 0);
     };
     const int64_t fitting = kCacheFloats / (frames_of(step) * plan_.depth);
     const int64_t most = std::clamp(fitting, kLeastPixels, kMostPixels);

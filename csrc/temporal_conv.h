@@ -24,7 +24,7 @@ namespace lf {
 
 constexpr int64_t kDepth = 16;            // channels that lie together in a packed frame: a cache line of them
 constexpr int64_t kMinimalProducts = 4;   // of F(2, 3)
-constexpr int64_t kMostRows = 14;         // pixels of one kernel call, at most
+constexpr int64_t kMostRows = 12;         // pixels of one kernel call, at most
 constexpr int64_t kMostWidth = 32;        // output channels of one
 constexpr int64_t kPackedAtOnce = 64;     // input channels whose weights are turned round together
 

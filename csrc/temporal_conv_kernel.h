@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kVectors = 2;                                        // of a panel's width
 constexpr int64_t kPanelWidth = kVectors * kLanes;                      // output channels of one kernel call
-constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;     // as many sums as there are registers for
+constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;     // with what they are of, the sums leave no register over
 static_assert(kRows <= kMostRows && kPanelWidth <= kMostWidth && kDepth % kLanes == 0, "the plan's memory is for this much");
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -310,11 +310,12 @@ template <class T> class Piece {
   template <bool normed> void read_rows(float* to, const T* from, int64_t t) {
     const float* multiplier = plan_.multiplier + (clip_ * plan_.frames + t) * plan_.depth;
     const float* offset = plan_.offset + (clip_ * plan_.frames + t) * plan_.depth;
-    for (int64_t p = 0; p < pixels_; ++p, from += plan_.x.pixel) {
-      for_lanes(plan_.in, [&](int64_t c, auto n) {
+    const int64_t in = plan_.in, step = plan_.x.pixel, chunk = chunk_;
+    for (int64_t p = 0; p < pixels_; ++p, from += step, to += kDepth) {
+      for_lanes(in, [=](int64_t c, auto n) {
         Lanes h = load(from + c, n);
         if (normed) h = silu(multiply_add(h, load(multiplier + c), load(offset + c)));
-        store(to + c / kDepth * chunk_ + p * kDepth + c % kDepth, h);
+        store(to + c / kDepth * chunk + c % kDepth, h);
       });
     }
   }
@@ -332,48 +333,72 @@ template <class T> class Piece {
 
   // What the products of frames t and t + 1 are of.
   void filter(int64_t t, float* to) {
-    const float* zeros = scratch_ + plan_.zeros_at;
     const float* d[4];
     for (int i = 0; i < 4; ++i) {
       d[i] = frame(t - 1 + i);
-      if (d[i] == nullptr) d[i] = zeros;
+      if (d[i] == nullptr) d[i] = scratch_ + plan_.zeros_at;
     }
-    for (int64_t i = 0; i < plan_.slot_size; i += kLanes) {
+    const int64_t size = plan_.slot_size;
+    for (int64_t i = 0; i < size; i += kLanes) {
       const Lanes d0 = load(d[0] + i), d1 = load(d[1] + i), d2 = load(d[2] + i), d3 = load(d[3] + i);
       store(to + i, d2 - d1);
-      store(to + i + plan_.slot_size, d1 + d2);
-      store(to + i + 2 * plan_.slot_size, d0 - d2);
-      store(to + i + 3 * plan_.slot_size, d3 - d1);
+      store(to + i + size, d1 + d2);
+      store(to + i + 2 * size, d0 - d2);
+      store(to + i + 3 * size, d3 - d1);
     }
   }
 
   // Frames [t, end) of the output channels of one panel.
   void convolve(int64_t t, int64_t end, int64_t column) {
-    const int64_t strips = (pixels_ + kRows - 1) / kRows;
-    for (const int64_t start = t; t < end; t += plan_.minimal ? 2 : 1) {
+    const int64_t strips = (pixels_ + kRows - 1) / kRows, step = plan_.minimal ? 2 : 1;
+    for (const int64_t start = t; t < end; t += step) {
+      const int64_t outputs = smaller(step, end - t);
       for (int64_t i = 0; i < strips; ++i) {
         const int64_t pixel = pixels_ * i / strips, rows = pixels_ * (i + 1) / strips - pixel;
-        const int64_t count = plan_.minimal ? plan_steps(t, end, filtered(t - start), pixel, column)
-                                            : plan_steps(t, pixel, column);
-        run_tile(t, plan_.minimal ? smaller(2, end - t) : 1, pixel, rows, column, count);
+        const int64_t count = plan_.minimal ? minimal_steps(outputs, filtered(t - start) + pixel * kDepth, column)
+                                            : direct_steps(t, pixel, column);
+        fetch(t, outputs, pixel, rows, column);
+        run_tile(t, outputs, pixel, rows, column, count);
       }
+    }
+  }
+
+  // Asks for the memory that is used when the sums are done, and for the same part of the frames that are read next.
+  void fetch(int64_t t, int64_t outputs, int64_t pixel, int64_t rows, int64_t column) const {
+    const int64_t width = smaller(kPanelWidth, plan_.out - column);
+    for (int64_t i = 0; i < outputs; ++i) {
+      if (plan_.residual.data) fetch_rows(plan_.residual, t + i, pixel, rows, column, width);
+      fetch_rows(plan_.y, t + i, pixel, rows, column, width);
+      const int64_t next = t + i + plan_.group + plan_.radius;
+      if (next < plan_.frames && column < plan_.in) {
+        fetch_rows(plan_.x, next, pixel, rows, column, smaller(kPanelWidth, plan_.in - column));
+      }
+    }
+  }
+
+  void fetch_rows(const Place& place, int64_t t, int64_t pixel, int64_t rows, int64_t column, int64_t width) const {
+    if (place.channel != 1) return;
+    const char* row = reinterpret_cast<const char*>(at<T>(place, t, pixel) + column);
+    const int64_t step = place.pixel * static_cast<int64_t>(sizeof(T)), bytes = width * static_cast<int64_t>(sizeof(T));
+    for (int64_t r = 0; r < rows; ++r, row += step) {
+      for (int64_t i = 0; i < bytes; i += 64) prefetch(row + i);
     }
   }
 
   Step* steps() const { return reinterpret_cast<Step*>(scratch_ + plan_.steps_at); }
   int64_t width_at(int64_t column) const { return smaller(kPanelWidth, plan_.padded_out - column); }
 
-  int64_t plan_steps(int64_t t, int64_t end, const float* filtered, int64_t pixel, int64_t column) {
+  int64_t minimal_steps(int64_t outputs, const float* filtered, int64_t column) {
     constexpr Then then[] = {Then::kPark, Then::kSplit, Then::kFinish, Then::kFinish};
-    const int64_t count = t + 1 < end ? kMinimalProducts : kMinimalProducts - 1;
+    const int64_t count = outputs == 2 ? kMinimalProducts : kMinimalProducts - 1;
     const float* weights = plan_.weights + column * plan_.products * plan_.in;
     for (int64_t i = 0; i < count; ++i, weights += plan_.in * width_at(column)) {
-      steps()[i] = {filtered + i * plan_.slot_size + pixel * kDepth, weights, then[i]};
+      steps()[i] = {filtered + i * plan_.slot_size, weights, then[i]};
     }
     return count;
   }
 
-  int64_t plan_steps(int64_t t, int64_t pixel, int64_t column) {
+  int64_t direct_steps(int64_t t, int64_t pixel, int64_t column) {
     int64_t count = 0;
     const float* weights = plan_.weights + column * plan_.products * plan_.in;
     for (int64_t j = 0; j < plan_.taps; ++j, weights += plan_.in * width_at(column)) {
@@ -410,28 +435,38 @@ template <class T> class Piece {
 
   void finish(const Output& output, int64_t t, int64_t pixel, int64_t rows, int64_t column, int64_t columns) {
     if (plan_.residual.data) {
-      const T* from = at<const T>(plan_.residual, t, pixel) + column * plan_.residual.channel;
-      const Box box{rows, columns, plan_.residual.pixel, plan_.residual.channel};
-      float* residual = scratch_ + plan_.residual_at;
-      read_box(residual, kPanelWidth, from, box);
-      if (plan_.silu) add_residual<true>(output, residual, rows, columns);
-      else add_residual<false>(output, residual, rows, columns);
-    } else if (plan_.silu) {
-      for (int64_t r = 0; r < rows; ++r) {
-        float* y = output.to + r * output.stride;
-        for_lanes(columns, [&](int64_t c, auto n) { store(y + c, silu(load(y + c, n)), n); });
+      const T* residual = at<const T>(plan_.residual, t, pixel) + column * plan_.residual.channel;
+      if (plan_.residual.channel == 1) {
+        add_residual(output, residual, plan_.residual.pixel, rows, columns);
+      } else {
+        float* read = scratch_ + plan_.residual_at;
+        read_box(read, kPanelWidth, residual, {rows, columns, plan_.residual.pixel, plan_.residual.channel});
+        add_residual(output, read, kPanelWidth, rows, columns);
       }
+    } else if (plan_.silu) {
+      each_vector(output, rows, columns, [](Lanes y, int64_t, int64_t, auto) { return silu(y); });
     }
     if (plan_.stats_groups > 0) add_to_stats(output, t, pixel, rows, column, columns);
   }
 
-  template <bool act> void add_residual(const Output& output, const float* residual, int64_t rows, int64_t columns) {
-    for (int64_t r = 0; r < rows; ++r, residual += kPanelWidth) {
-      float* y = output.to + r * output.stride;
-      for_lanes(columns, [&](int64_t c, auto n) {
-        const Lanes sum = load(y + c, n);
-        store(y + c, (act ? silu(sum) : sum) + load(residual + c), n);
+  template <class E>
+  void add_residual(const Output& output, const E* residual, int64_t stride, int64_t rows, int64_t columns) {
+    if (plan_.silu) {
+      each_vector(output, rows, columns, [=](Lanes y, int64_t r, int64_t c, auto n) {
+        return silu(y) + load(residual + r * stride + c, n);
       });
+    } else {
+      each_vector(output, rows, columns, [=](Lanes y, int64_t r, int64_t c, auto n) {
+        return y + load(residual + r * stride + c, n);
+      });
+    }
+  }
+
+  template <class Change>
+  static void each_vector(const Output& output, int64_t rows, int64_t columns, const Change& change) {
+    for (int64_t r = 0; r < rows; ++r) {
+      float* y = output.to + r * output.stride;
+      for_lanes(columns, [=](int64_t c, auto n) { store(y + c, change(load(y + c, n), r, c, n), n); });
     }
   }
 
@@ -485,7 +520,7 @@ template <class T> class Piece {
 
   const ConvPlan& plan_;
   const int64_t index_, clip_, row_, first_, pixels_;  // of which clip, row of it and pixels of that
-  const int64_t chunk_;
+  const int64_t chunk_;  // floats from kDepth channels of a packed frame to the next
   float* const scratch_;
   int64_t read_ = 0;  // frames
 };

@@ -152,6 +152,15 @@ inline Lanes scale(Lanes x, Lanes exponents) {
 
 #endif
 
+// Asks for a line of memory.
+inline void prefetch(const char* line) {
+#if defined(__GNUC__)
+  __builtin_prefetch(line);
+#else
+  (void)line;
+#endif
+}
+
 // e^x to within 1 ulp for -87 <= x <= 88: 2^n e^r with |r| <= ln(2)/2, and a polynomial for (e^r - 1 - r) / r^2.
 inline Lanes exponential(Lanes x) {
   const Lanes round = broadcast(0x1.8p23f);  // added and taken off again, it leaves a whole number
