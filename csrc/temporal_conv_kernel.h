@@ -3,6 +3,7 @@
 #ifndef LF_TEMPORAL_CONV_KERNEL_H
 #define LF_TEMPORAL_CONV_KERNEL_H
 
+#include <type_traits>
 #include <utility>
 
 #include "temporal_conv.h"
@@ -357,31 +358,8 @@ template <class T> class Piece {
         const int64_t pixel = pixels_ * i / strips, rows = pixels_ * (i + 1) / strips - pixel;
         const int64_t count = plan_.minimal ? minimal_steps(outputs, filtered(t - start) + pixel * kDepth, column)
                                             : direct_steps(t, pixel, column);
-        fetch(t, outputs, pixel, rows, column);
         run_tile(t, outputs, pixel, rows, column, count);
       }
-    }
-  }
-
-  // Asks for the memory that is used when the sums are done, and for the same part of the frames that are read next.
-  void fetch(int64_t t, int64_t outputs, int64_t pixel, int64_t rows, int64_t column) const {
-    const int64_t width = smaller(kPanelWidth, plan_.out - column);
-    for (int64_t i = 0; i < outputs; ++i) {
-      if (plan_.residual.data) fetch_rows(plan_.residual, t + i, pixel, rows, column, width);
-      fetch_rows(plan_.y, t + i, pixel, rows, column, width);
-      const int64_t next = t + i + plan_.group + plan_.radius;
-      if (next < plan_.frames && column < plan_.in) {
-        fetch_rows(plan_.x, next, pixel, rows, column, smaller(kPanelWidth, plan_.in - column));
-      }
-    }
-  }
-
-  void fetch_rows(const Place& place, int64_t t, int64_t pixel, int64_t rows, int64_t column, int64_t width) const {
-    if (place.channel != 1) return;
-    const char* row = reinterpret_cast<const char*>(at<T>(place, t, pixel) + column);
-    const int64_t step = place.pixel * static_cast<int64_t>(sizeof(T)), bytes = width * static_cast<int64_t>(sizeof(T));
-    for (int64_t r = 0; r < rows; ++r, row += step) {
-      for (int64_t i = 0; i < bytes; i += 64) prefetch(row + i);
     }
   }
 

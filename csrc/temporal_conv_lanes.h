@@ -7,7 +7,8 @@
 
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of the intrinsics' own operands that do not matter
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of the intrinsics' own operands that do not matter
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
 #endif
@@ -151,15 +152,6 @@ inline Lanes scale(Lanes x, Lanes exponents) {
 }
 
 #endif
-
-// Asks for a line of memory.
-inline void prefetch(const char* line) {
-#if defined(__GNUC__)
-  __builtin_prefetch(line);
-#else
-  (void)line;
-#endif
-}
 
 // e^x to within 1 ulp for -87 <= x <= 88: 2^n e^r with |r| <= ln(2)/2, and a polynomial for (e^r - 1 - r) / r^2.
 inline Lanes exponential(Lanes x) {

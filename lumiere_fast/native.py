@@ -165,6 +165,7 @@ def _reported(half: str) -> str | None:
 # --- operands ---------------------------------------------------------------------------------------------------------
 
 _TORCH_NAMES = {getattr(torch, name): name for name in ("float32", "float64", "float16", "bfloat16")}
+_PLAIN = (Tensor, torch.nn.Parameter)  # no subclass that may compute otherwise
 _DLPACK_NAMES = {(2, 32): "float32", (2, 64): "float64", (2, 16): "float16", (4, 16): "bfloat16"}  # (code, bits)
 _DLPACK_CPU, _DLPACK_CUDA = (1, 3), (2, 13)  # plain and pinned memory; device and managed memory
 
@@ -258,7 +259,7 @@ def _operands(op: str, name_of: Callable[[int], str], tensors: Sequence[Any]) ->
     if type(first) is Tensor and (first.is_cpu or first.is_cuda) and first.dtype in _TORCH_NAMES:
         dtype, device = first.dtype, first.get_device()
         # The usual case, told at a fraction of the cost.
-        if all(type(x) is Tensor and x.dtype is dtype and x.get_device() == device and not x.is_neg() for x in tensors):
+        if all(type(x) in _PLAIN and x.dtype is dtype and x.get_device() == device and not x.is_neg() for x in tensors):
             with contextlib.suppress(RuntimeError):  # of one without strides or memory, which _operand refuses
                 views = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
                 return _TORCH_NAMES[dtype], None if device < 0 else device, views, tensors
@@ -412,7 +413,7 @@ def temporal_conv(
         x: (B, C_in, T, H, W); weight: (C_out, C_in, k), k odd; residual: None or (B, C_out, T, H, W). Any strides;
             float32, float16 or bfloat16, all of one. The arithmetic is fp32.
         bias: None, (C_out,) or (B, T, C_out).
-        norm_mean, norm_rstd: (B, T, num_groups) of the norm before, or None; norm_weight, norm_bias: None or (C_in,);
+        norm_mean, norm_rstd: (B, T, num_groups) of the norm before, or None. norm_weight, norm_bias: None or (C_in,).
             norm_scale, norm_shift: None, (B, C_in) or (B, T, C_in). Floating, each of its own dtype, as is bias.
         out: y (B, C_out, T, H, W), of any strides, and with `stats_groups` the statistics mean and rstd
             (B, T, stats_groups), float32 and contiguous; without, the second and third are left alone.
@@ -428,27 +429,27 @@ def temporal_conv(
     """
     module, op = load(), "temporal_conv"
     named = {"y": out[0], "x": x, "weight": weight} | ({} if residual is None else {"residual": residual})
-    names = list(named)
-    dtype, device, (y, inputs, taps, *added), held = _operands(op, names.__getitem__, list(named.values()))
-    if device is not None:
-        raise ValueError(f"{op}: x must be on the CPU, got cuda:{device}")
-    norm, stats, groups = None, (None, None), 0 if stats_groups is None else stats_groups
+    dtype, device, (y, clip, taps, *added), held = _operands(op, list(named).__getitem__, list(named.values()))
+    _require_cpu(op, "x", device)
+    norm, stats = None, [None, None]
+    held = [held]
     if norm_mean is not None:
         factors = (norm_mean, norm_rstd, norm_weight, norm_bias, norm_scale, norm_shift)
-        norm = [norm_mean.shape[-1], *(_factor(op, "norm", value) for value in factors)]
-    if groups > 0:
-        kind, _, stats, _ = _operands(op, ("mean", "rstd").__getitem__, out[1:])
+        norm = [norm_mean.shape[-1], *(_factor(op, "an operand of the norm", value, held) for value in factors)]
+    if stats_groups is not None:
+        kind, device, stats, _ = _operands(op, ("mean", "rstd").__getitem__, out[1:])
+        _require_cpu(op, "mean", device)
         if kind != "float32":
             raise ValueError(f"{op}: mean and rstd must be float32, got {kind}")
     status = module.temporal_conv_cpu(
         module.DTYPES[dtype],
-        inputs,
+        clip,
         taps,
-        _factor(op, "bias", bias),
+        _factor(op, "bias", bias, held),
         padding_mode == "replicate",
         act == "silu",
         added[0] if added else None,
-        groups,
+        stats_groups or 0,
         norm,
         y,
         *stats,
@@ -459,14 +460,19 @@ def temporal_conv(
         _raise(op, status)
 
 
-def _factor(op: str, name: str, value: Any) -> tuple[Any, int] | None:
-    """View and dtype code of a small operand of its own dtype on the CPU."""
+def _factor(op: str, name: str, value: Any, held: list[Any]) -> tuple[Any, int] | None:
+    """View and dtype code of a small operand, which has a dtype of its own; `held` keeps its memory."""
     if value is None:
         return None
-    dtype, device, (view,), _ = _operands(op, lambda _: name, [value])
+    dtype, device, (view,), memory = _operands(op, lambda _: name, [value])
+    _require_cpu(op, name, device)
+    held.append(memory)
+    return view, load().DTYPES[dtype]
+
+
+def _require_cpu(op: str, name: str, device: int | None) -> None:
     if device is not None:
         raise ValueError(f"{op}: {name} must be on the CPU, got cuda:{device}")
-    return view, load().DTYPES[dtype]
 
 
 def temporal_conv_limits(*arguments: object) -> list[str]:
