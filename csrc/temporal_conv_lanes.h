@@ -48,7 +48,6 @@ inline void store(BFloat16* p, Lanes x) {
 inline Lanes broadcast(float x) { return _mm512_set1_ps(x); }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
 inline Lanes largest(Lanes a, Lanes or_nan) { return _mm512_max_ps(a, or_nan); }
-inline Lanes least(Lanes a, Lanes or_nan) { return _mm512_min_ps(a, or_nan); }
 // x * 2^n, where n is in the low bits of `exponents`.
 inline Lanes scale(Lanes x, Lanes exponents) {
   const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(exponents), 23);
@@ -90,7 +89,6 @@ inline void store(BFloat16* p, Lanes x) {
 inline Lanes broadcast(float x) { return _mm256_set1_ps(x); }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
 inline Lanes largest(Lanes a, Lanes or_nan) { return _mm256_max_ps(a, or_nan); }
-inline Lanes least(Lanes a, Lanes or_nan) { return _mm256_min_ps(a, or_nan); }
 inline Lanes scale(Lanes x, Lanes exponents) {
   const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(exponents), 23);
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), n));
@@ -144,9 +142,6 @@ inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
 inline Lanes largest(Lanes a, Lanes or_nan) {
   return each([&](int i) { return a.of[i] > or_nan.of[i] ? a.of[i] : or_nan.of[i]; });
 }
-inline Lanes least(Lanes a, Lanes or_nan) {
-  return each([&](int i) { return a.of[i] < or_nan.of[i] ? a.of[i] : or_nan.of[i]; });
-}
 inline Lanes scale(Lanes x, Lanes exponents) {
   return each([&](int i) { return float_of(bits_of(x.of[i]) + (bits_of(exponents.of[i]) << 23)); });
 }
@@ -167,10 +162,10 @@ inline Lanes exponential(Lanes x) {
   return scale(p, shifted);
 }
 
-// x / (1 + e^-x). Where e^-x would be out of range the result is nearly x, or nearly 0.
+// x / (1 + e^-x). Below -88 and above 87 it is 0 and x to within fp32, and e^-x would not be within reach.
 inline Lanes silu(Lanes x) {
-  const Lanes exponent = least(broadcast(88.0f), largest(broadcast(-87.0f), broadcast(0.0f) - x));
-  return x / (broadcast(1.0f) + exponential(exponent));
+  const Lanes above = largest(broadcast(-88.0f), x);
+  return above / (broadcast(1.0f) + exponential(largest(broadcast(-87.0f), broadcast(0.0f) - above)));
 }
 
 // Turns rows into columns: lane j of row i becomes lane i of row j.

@@ -52,15 +52,19 @@ def load() -> ModuleType:
 def why_not(half: str) -> list[str]:
     """Every reason why that half of the native core cannot be used; empty where it can be.
 
+    "avx2" is the CPU half on a processor that has AVX2, for an op that torch is faster at without.
+
     Whether there is a device, and whether it is one that the CUDA half was built for, is not asked here.
     """
-    if half not in HALVES:
-        raise ValueError(f"half must be one of {', '.join(HALVES)}, got {half!r}")
+    if half not in (*HALVES, "avx2"):
+        raise ValueError(f"half must be one of {', '.join(HALVES)}, avx2, got {half!r}")
     module, reasons = _loaded()
     if module is None:
         return list(reasons)
     if half == "cuda" and _build_info()["cuda"] is None:
         return [f"the native core was built without its CUDA half: {_reported('cuda') or 'the build left no reason'}"]
+    if half == "avx2" and module.temporal_conv_lanes() < 8:
+        return ["this processor has no AVX2, or may not use it, and without it torch is faster"]
     return []
 
 
@@ -473,11 +477,3 @@ def _factor(op: str, name: str, value: Any, held: list[Any]) -> tuple[Any, int] 
 def _require_cpu(op: str, name: str, device: int | None) -> None:
     if device is not None:
         raise ValueError(f"{op}: {name} must be on the CPU, got cuda:{device}")
-
-
-def temporal_conv_limits(*arguments: object) -> list[str]:
-    """Why the reference is to be preferred to the native `temporal_conv` on this processor; empty where it is not."""
-    module, _ = _loaded()
-    if module is None or module.temporal_conv_lanes() > 4:
-        return []
-    return ["this processor has no AVX2, or may not use it: without, torch's convolution is faster"]

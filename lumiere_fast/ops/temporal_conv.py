@@ -269,8 +269,7 @@ _TEMPORAL_CONV = register(
             Needs(
                 devices=("cpu",),
                 dtypes={"x": (torch.float32, torch.float16, torch.bfloat16)},
-                native="cpu",  # no gradient: torch's own autograd does not run the reference's forward twice
-                limits="lumiere_fast.native:temporal_conv_limits",
+                native="avx2",  # no gradient: torch's own autograd does not run the reference's forward twice
             ),
         ),
     ),
