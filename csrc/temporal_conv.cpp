@@ -23,6 +23,7 @@ constexpr double kEps = 1e-5;
 constexpr int64_t kCacheFloats = 80 << 10;    // packed frames of one piece: they share half a megabyte of cache with weights
 constexpr int64_t kLeastPixels = 12, kMostPixels = 48;  // of a piece, where its frames allow
 constexpr int64_t kMinimalChannels = 24, kMinimalFrames = 4;  // from where minimal filtering is worth its sums
+constexpr int64_t kStreamedFloats = 1 << 19;  // from where y is written past the caches
 constexpr int64_t kSumsWorthAThread = 32;     // multiply-adds that cost as much as an element of an op bound by memory
 
 // Memory that is not filled, from a multiple of 64 bytes.
@@ -162,6 +163,7 @@ class Convolution {
  public:
   Convolution(const lf_temporal_conv& a, int64_t num_threads) : a_(a), kernels_(conv_kernels(a.dtype)) {
     place();
+    plan_.stream = can_stream();
     choose_blocks();
     lay_out_scratch();
     const double sums = static_cast<double>(plan_.in) * plan_.out * plan_.taps * plan_.batch * plan_.frames *
@@ -215,6 +217,16 @@ class Convolution {
     plan_.products = plan_.minimal ? kMinimalProducts : plan_.taps;
     plan_.depth = (plan_.in + kDepth - 1) / kDepth * kDepth;
     plan_.padded_out = (plan_.out + kernels_.lanes - 1) / kernels_.lanes * kernels_.lanes;
+  }
+
+  // Where y is more than a core's caches hold, reading its lines before they are overwritten would cost as much as writing.
+  bool can_stream() const {
+    constexpr int64_t line = kDepth;
+    const Place& y = plan_.y;
+    const int64_t floats = plan_.batch * plan_.out * plan_.frames * plan_.rows * plan_.pixels;
+    bool whole = plan_.out % line == 0 && reinterpret_cast<uintptr_t>(y.data) % (line * sizeof(float)) == 0;
+    for (const int64_t stride : {y.batch, y.frame, y.row, y.pixel}) whole = whole && stride % line == 0;
+    return whole && a_.dtype == LF_FLOAT32 && y.channel == 1 && floats >= kStreamedFloats;
   }
 
   // Pieces as large as the cache takes, for each has to go through all weights; and of few pixels several frames at once.

@@ -40,6 +40,7 @@ struct ConvPlan {
   int64_t rows, pixels;  // H and W, or 1 and H*W where rows lie behind one another everywhere
   int64_t stats_groups;  // 0 for none
   bool replicate, silu, minimal;
+  bool stream;  // y past the caches: floats, whole vectors at multiples of their size
   Place x, residual, y;
   Place weight;  // batch: the step to the next output channel, frame: to the next tap
 

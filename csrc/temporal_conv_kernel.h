@@ -138,6 +138,7 @@ struct Call {
   float* parked;
   const Output* outputs;
   int64_t columns;  // to be stored
+  bool stream;      // past the caches
 };
 
 // Sums for M pixels by V vectors of output channels stay in registers from the first step to the last.
@@ -188,7 +189,8 @@ template <int M, int V> void run_steps(const Call& call) noexcept {
           for (int m = 0; m < M; ++m) {
             float* to = output->to + m * output->stride + v * kLanes;
             const Lanes sum = sums[m][v] + bias;
-            if (n >= kLanes) store(to, sum);
+            if (call.stream) stream(to, sum);
+            else if (n >= kLanes) store(to, sum);
             else store(to, sum, n);
             sums[m][v] = load(call.parked + (m * V + v) * kLanes);
           }
@@ -279,6 +281,7 @@ template <class T> class Piece {
       for (int64_t column = 0; column < plan_.padded_out; column += kPanelWidth) convolve(t, end, column);
     }
     if (plan_.stats_groups > 0) summarise();
+    if (plan_.stream) end_streams();
   }
 
  private:
@@ -388,10 +391,12 @@ template <class T> class Piece {
     return count;
   }
 
-  // Into y itself where it is floats that lie together, else by way of scratch memory.
+  // Into y itself where it is floats that lie together, else by way of scratch memory; so too where y is to be streamed,
+  // which is done once, and the sums are not all of it.
   void run_tile(int64_t t, int64_t outputs, int64_t pixel, int64_t rows, int64_t column, int64_t count) {
     constexpr bool same = std::is_same<T, float>::value;
-    const bool straight = same && plan_.y.channel == 1;
+    const bool finished = !plan_.silu && !plan_.residual.data && plan_.stats_groups == 0;
+    const bool straight = same && plan_.y.channel == 1 && (finished || !plan_.stream);
     const int64_t columns = smaller(kPanelWidth, plan_.out - column);
     Output output[2];
     for (int64_t i = 0; i < outputs; ++i) {
@@ -401,13 +406,21 @@ template <class T> class Piece {
       if (straight) output[i] = {at<float>(plan_.y, t + i, pixel) + column, plan_.y.pixel, bias};
     }
     float* parked = scratch_ + plan_.parked_at;
-    const Call call{steps(), count, plan_.in, chunk_, parked, output, straight ? columns : kPanelWidth};
+    const Call call{steps(), count, plan_.in, chunk_, parked, output, straight ? columns : kPanelWidth,
+                    straight && plan_.stream};
     kernel_of(rows, width_at(column) / kLanes)(call);
     for (int64_t i = 0; i < outputs; ++i) {
       finish(output[i], t + i, pixel, rows, column, columns);
       if (straight) continue;
       T* to = at<T>(plan_.y, t + i, pixel) + column * plan_.y.channel;
-      write_box(to, {rows, columns, plan_.y.pixel, plan_.y.channel}, output[i].to, output[i].stride);
+      if (plan_.stream) stream_rows(at<float>(plan_.y, t + i, pixel) + column, output[i], rows, columns);
+      else write_box(to, {rows, columns, plan_.y.pixel, plan_.y.channel}, output[i].to, output[i].stride);
+    }
+  }
+
+  void stream_rows(float* to, const Output& from, int64_t rows, int64_t columns) const {
+    for (int64_t r = 0; r < rows; ++r, to += plan_.y.pixel) {
+      for (int64_t c = 0; c < columns; c += kLanes) stream(to + c, load(from.to + r * from.stride + c));
     }
   }
 

@@ -45,6 +45,9 @@ inline void store(BFloat16* p, Lanes x) {
   const __m512i upper = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, quiet), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(upper));
 }
+// Past the caches, to a multiple of the vector's size; others see it after `end_streams`.
+inline void stream(float* p, Lanes x) { _mm512_stream_ps(p, x); }
+inline void end_streams() { _mm_sfence(); }
 inline Lanes broadcast(float x) { return _mm512_set1_ps(x); }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
 inline Lanes largest(Lanes a, Lanes or_nan) { return _mm512_max_ps(a, or_nan); }
@@ -86,6 +89,8 @@ inline void store(BFloat16* p, Lanes x) {
   const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
+inline void stream(float* p, Lanes x) { _mm256_stream_ps(p, x); }
+inline void end_streams() { _mm_sfence(); }
 inline Lanes broadcast(float x) { return _mm256_set1_ps(x); }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
 inline Lanes largest(Lanes a, Lanes or_nan) { return _mm256_max_ps(a, or_nan); }
@@ -121,6 +126,8 @@ inline void store(float* p, Lanes x, int64_t n) {
     if (i < n) p[i] = x.of[i];
   }
 }
+inline void stream(float* p, Lanes x) { store(p, x); }
+inline void end_streams() {}
 inline Lanes broadcast(float x) {
   return each([=](int) { return x; });
 }

@@ -437,6 +437,13 @@ def test_cpu_threads_change_nothing(threads: None) -> None:
 
 
 @needs_core
+@pytest.mark.parametrize("name", OPTIONS)
+def test_cpu_writes_large_results_past_the_caches(name: str) -> None:
+    inputs, options = drawn_call(Draw(57, torch.float32), (1, 8, 64, 4, 47, 47, 3), name, "zeros", CHANNELS_LAST)
+    assert_cpu_is_no_worse_than_torch(inputs, options)
+
+
+@needs_core
 def test_cpu_statistics_do_not_cancel() -> None:
     draw = Draw(55, torch.float32)
     x, weight = draw.clip(1, 8, 3, 7, 7), draw(8, 8, 3)
