@@ -2,7 +2,9 @@
 // of Python objects and hands them to the C functions; lumiere_fast/native.py gives it tensors' and explains statuses.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -196,6 +198,100 @@ lf_status group_norm_backward_cpu(py::handle gy_, py::handle x_, int64_t num_gro
                                     reinterpret_cast<void*>(sums), reinterpret_cast<void*>(n_sums), num_threads);
 }
 
+// (address, shape, strides) of one tensor of temporal_conv, whose axes are few.
+struct ConvView {
+  void* data = nullptr;
+  int64_t axes = 0;
+  std::array<int64_t, kAxes> shape{}, strides{};
+
+  ConvView(PyObject* object, const char* name) {
+    if (object == Py_None) return;
+    const Items items(object, name);
+    items.require(3, "temporal_conv: an operand is (address, shape, strides)");
+    data = PyLong_AsVoidPtr(items[0]);
+    if (data == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    const Items sizes(items[1], "a shape"), steps(items[2], "strides");
+    axes = sizes.size();
+    if (axes > kAxes || steps.size() != axes) throw py::value_error(std::string("temporal_conv: the axes of ") + name);
+    for (int64_t i = 0; i < axes; ++i) {
+      shape[i] = integer(sizes[i], "sizes");
+      strides[i] = integer(steps[i], "strides");
+    }
+  }
+
+  bool is(std::initializer_list<int64_t> sizes) const {
+    return axes == static_cast<int64_t>(sizes.size()) && std::equal(sizes.begin(), sizes.end(), shape.begin());
+  }
+  void require(std::initializer_list<int64_t> sizes, const char* name) const {
+    if (!is(sizes)) throw py::value_error(std::string("temporal_conv: ") + name + " does not have the shape it must have");
+  }
+};
+
+lf_clip clip_of(const ConvView& view) {
+  lf_clip clip{view.data, {}};
+  std::copy(view.strides.begin(), view.strides.end(), clip.strides);
+  return clip;
+}
+
+// ((address, shape, strides), dtype) of (C,), (B, C) or (B, T, C), or None.
+lf_per_channel factors_of(py::handle object, const char* name, int64_t batch, int64_t frames, int64_t channels) {
+  lf_per_channel factors{};
+  if (object.is_none()) return factors;
+  const Items items(object.ptr(), name);
+  items.require(2, "temporal_conv: a factor is ((address, shape, strides), dtype)");
+  const ConvView view(items[0], name);
+  factors.data = view.data;
+  factors.dtype = static_cast<lf_dtype>(integer(items[1], "dtypes"));
+  if (view.axes < 3 && !view.is({channels})) view.require({batch, channels}, name);
+  if (view.axes >= 3) view.require({batch, frames, channels}, name);
+  factors.strides[0] = view.axes > 1 ? view.strides[0] : 0;
+  factors.strides[1] = view.axes > 2 ? view.strides[1] : 0;
+  factors.strides[2] = view.strides[view.axes - 1];
+  return factors;
+}
+
+lf_status temporal_conv_cpu(lf_dtype dtype, py::handle x_, py::handle weight_, py::handle bias, bool replicate, bool silu,
+                            py::handle residual_, int64_t stats_groups, py::handle norm_, py::handle y_, py::handle mean_,
+                            py::handle rstd_, int32_t num_threads) {
+  const ConvView x(x_.ptr(), "x"), weight(weight_.ptr(), "weight"), residual(residual_.ptr(), "residual");
+  const ConvView y(y_.ptr(), "y"), mean(mean_.ptr(), "mean"), rstd(rstd_.ptr(), "rstd");
+  lf_temporal_conv a{};
+  a.dtype = dtype;
+  a.batch = x.shape[0], a.channels_in = x.shape[1], a.channels_out = weight.shape[0], a.frames = x.shape[2];
+  a.height = x.shape[3], a.width = x.shape[4], a.taps = weight.shape[2];
+  a.replicate = replicate, a.silu = silu, a.stats_groups = stats_groups;
+  x.require({a.batch, a.channels_in, a.frames, a.height, a.width}, "x");
+  weight.require({a.channels_out, a.channels_in, a.taps}, "weight");
+  y.require({a.batch, a.channels_out, a.frames, a.height, a.width}, "y");
+  if (residual.axes > 0) residual.require({a.batch, a.channels_out, a.frames, a.height, a.width}, "residual");
+  a.x = clip_of(x), a.residual = clip_of(residual), a.y = clip_of(y);
+  a.weight = weight.data;
+  std::copy(weight.strides.begin(), weight.strides.begin() + 3, a.weight_strides);
+  a.bias = factors_of(bias, "bias", a.batch, a.frames, a.channels_out);
+  if (stats_groups > 0) {
+    for (const ConvView* stat : {&mean, &rstd}) {
+      stat->require({a.batch, a.frames, stats_groups}, "the statistics");
+      const bool rows = stat->strides[2] == 1 && stat->strides[1] == stats_groups &&
+                        (a.batch == 1 || stat->strides[0] == a.frames * stats_groups);
+      if (!rows && a.batch > 0) throw py::value_error("temporal_conv: the statistics must be contiguous");
+    }
+    a.mean = static_cast<float*>(mean.data), a.rstd = static_cast<float*>(rstd.data);
+  }
+  if (!norm_.is_none()) {
+    const Items norm(norm_.ptr(), "the norm");
+    norm.require(7, "temporal_conv: a norm is (groups, mean, rstd, weight, bias, scale, shift)");
+    a.norm_groups = integer(norm[0], "groups");
+    a.norm_mean = factors_of(norm[1], "norm_mean", a.batch, a.frames, a.norm_groups);
+    a.norm_rstd = factors_of(norm[2], "norm_rstd", a.batch, a.frames, a.norm_groups);
+    a.norm_weight = factors_of(norm[3], "norm_weight", a.batch, a.frames, a.channels_in);
+    a.norm_bias = factors_of(norm[4], "norm_bias", a.batch, a.frames, a.channels_in);
+    a.norm_scale = factors_of(norm[5], "norm_scale", a.batch, a.frames, a.channels_in);
+    a.norm_shift = factors_of(norm[6], "norm_shift", a.batch, a.frames, a.channels_in);
+  }
+  const py::gil_scoped_release release;
+  return lf_temporal_conv_cpu(&a, num_threads);
+}
+
 // DLPack's tensor, as its specification lays it out; the unversioned capsule holds one at its start.
 struct DLTensor {
   void* data;
@@ -250,4 +346,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("group_norm_cpu", &group_norm_cpu);
   module.def("group_norm_stats_cpu", &group_norm_stats_cpu);
   module.def("group_norm_backward_cpu", &group_norm_backward_cpu);
+  module.def("temporal_conv_cpu", &temporal_conv_cpu);
+  module.def("temporal_conv_lanes", [] { return lf_temporal_conv_lanes(); });
 }

@@ -76,7 +76,7 @@ class Needs:
         capability: least CUDA compute capability of the device the tensors are on.
         gradient: whether the call may need a gradient.
         modules: Python modules that must be installed.
-        native: the half of the native core that must be built, "cpu" or "cuda".
+        native: the half of the native core that must be built, "cpu", "cuda", or "avx2": see `native.why_not`.
         limits: "module:function" of what no field can say: takes the arguments by position, returns reasons.
     """
 
@@ -244,8 +244,9 @@ _OPS: dict[str, Op] = {}
 
 
 def register(op: Op) -> None:
-    for backend in op.backends:
-        _check_backend(backend, BACKENDS)
+    for name, backend in op.backends.items():
+        _check_backend(name, BACKENDS)
+        _ = backend.needs._checks  # found now: until Python 3.11 that takes a lock, which Dynamo cannot trace
     _OPS[op.name] = op
 
 

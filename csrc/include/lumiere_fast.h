@@ -188,6 +188,49 @@ LF_API lf_status lf_group_norm_backward_cpu(lf_dtype dtype, const void* gy, cons
                                             const int64_t* gx_strides, void* sums, void* n_sums,
                                             int32_t num_threads) LF_NOEXCEPT;
 
+/* temporal_conv: at each pixel, with r = k / 2 and h = silu(x * multiplier + offset) where there is a norm, h = x elsewhere,
+ *
+ *   y[t, o] = act(sum_j sum_c weight[o, c, j] h[t + j - r, c] + bias[t, o]) + residual[t, o]
+ *
+ * Frames outside the clip are zeros, or copies of its first and last h. The norm's factors are, of the group g that c is in,
+ *
+ *   multiplier = rstd[t, g] * weight[c] * (1 + scale[t, c])
+ *   offset = (bias[c] - mean[t, g] * rstd[t, g] * weight[c]) * (1 + scale[t, c]) + shift[t, c]
+ *
+ * Sums are in fp32, y is rounded once. The statistics of y are taken in each frame over the pixels and the channels of a
+ * group, before y is rounded: the mean, and 1 / sqrt(variance + 1e-5). They, and y, do not depend on the number of threads.
+ *
+ * A tensor is a pointer to its first element, the code of its dtype, and its strides in elements. Where `data` is null
+ * there is no such tensor. */
+typedef struct lf_clip { /* (B, C, T, H, W) */
+  void* data;
+  int64_t strides[5];
+} lf_clip;
+
+typedef struct lf_temporal_conv {
+  lf_dtype dtype; /* of x, weight, residual and y: LF_FLOAT32, LF_FLOAT16 or LF_BFLOAT16 */
+  int64_t batch, channels_in, channels_out, frames, height, width; /* nothing may be 0 but the batch */
+  int64_t taps;                                                    /* k, odd */
+  int32_t replicate, silu;   /* padding by copies, not zeros; act is SiLU, not the identity */
+  int64_t norm_groups;       /* of the norm of x, 0 for none; divides channels_in */
+  int64_t stats_groups;      /* of y's statistics, 0 for none; divides channels_out */
+  lf_clip x, residual, y;    /* residual is optional. y may not share memory with another: as for blend_windows' out */
+  const void* weight;        /* (channels_out, channels_in, k) */
+  int64_t weight_strides[3];
+  lf_per_channel bias;           /* (B, T, channels_out), optional, as all below but norm_mean and norm_rstd of a norm */
+  lf_per_channel norm_mean, norm_rstd; /* (B, T, norm_groups) */
+  lf_per_channel norm_weight, norm_bias, norm_scale, norm_shift; /* (B, T, channels_in) */
+  float* mean;               /* (B, T, stats_groups), one row behind the other, written */
+  float* rstd;
+} lf_temporal_conv;
+
+/* With at most `num_threads` >= 1 threads, the caller's among them; little work takes only that one. */
+LF_API lf_status lf_temporal_conv_cpu(const lf_temporal_conv* arguments, int32_t num_threads) LF_NOEXCEPT;
+
+/* Lanes of the vectors that the function above computes with on this processor: 16 or 8, or 4 where it has neither
+ * AVX-512 nor AVX2 (or may not use them), which is no faster than a plain loop. */
+LF_API int32_t lf_temporal_conv_lanes(void) LF_NOEXCEPT;
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif

@@ -295,6 +295,12 @@ _TEMPORAL_CONV = register(
             Needs(devices=("cuda",), dtypes=_NARROW, capability=(8, 0), gradient=True, modules=("triton",)),
             backward="lumiere_fast.kernels.temporal_conv_backward:temporal_conv_backward",
         ),
+        Backend(
+            "cpu",
+            "lumiere_fast.native:temporal_conv",
+            # no gradient: torch's own autograd does not run the reference's forward twice
+            Needs(devices=("cpu",), dtypes=_NARROW, native="avx2"),
+        ),
     ),
 )
 

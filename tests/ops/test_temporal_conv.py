@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lumiere_fast import dispatch, native
 from lumiere_fast.ops import NormArgs, group_norm, group_norm_stats, temporal_conv
 from lumiere_fast.ops.temporal_conv import SPEC, temporal_conv_reference
 from tests.ops.common import (
     CHANNELS_LAST,
+    CONTIGUOUS,
     FORMATS,
     HALF_DTYPES,
     Draw,
@@ -334,3 +340,184 @@ def test_autocast_leaves_the_definition_in_full_precision() -> None:
     plain = temporal_conv(x, weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(temporal_conv(x, weight), plain)
+
+
+# --- the CPU backend --------------------------------------------------------------------------------------------------
+
+needs_core = pytest.mark.skipif(bool(native.why_not("avx2")), reason="; ".join(native.why_not("avx2")))
+
+CPU_SHAPES = [
+    *SHAPES,
+    (1, 8, 24, 2, 3, 5, 3),  # two frames
+    (1, 24, 320, 5, 1, 7, 3),  # minimal filtering, of an odd number of frames
+    (1, 320, 8, 4, 1, 3, 3),
+    (2, 40, 48, 4, 1, 53, 3),  # pieces of unequal size
+    (1, 64, 64, 3, 4, 4, 1),
+]
+OPTIONS = {
+    "plain": {},
+    "bias of frames, silu": {"bias": 3, "act": "silu"},
+    "norm, residual": {"bias": 1, "norm": True, "residual": True},
+    "all": {"bias": 3, "act": "silu", "norm": True, "film": True, "residual": True, "stats": True},
+}
+
+
+def drawn_call(
+    draw: Draw, shape: tuple[int, ...], name: str, padding_mode: str, memory_format: torch.memory_format
+) -> tuple[tuple[Tensor, ...], dict[str, object]]:
+    """Arguments of a call with some options; what may have a dtype of its own is fp32."""
+    B, C_in, C_out, T, H, W, k = shape
+    chosen = OPTIONS[name]
+    single = Draw(1, torch.float32)
+    x = draw.clip(B, C_in, T, H, W, memory_format=memory_format)
+    weight = (draw(C_out, C_in, k) / math.sqrt(C_in * k)).to(x.dtype)
+    bias = {None: None, 1: draw(C_out), 3: single(B, T, C_out)}[chosen.get("bias")]
+    options: dict[str, object] = {"padding_mode": padding_mode, "act": chosen.get("act")}
+    if chosen.get("norm"):
+        groups = 1 if C_in % 2 else 2
+        film = (draw(B, C_in), single(B, T, C_in)) if chosen.get("film") else (None, None)
+        mean, rstd = single(B, T, groups), single(B, T, groups).square() + 0.5
+        options["norm"] = NormArgs(mean, rstd, draw(C_in), single(C_in), groups, *film)
+    if chosen.get("residual"):
+        options["residual"] = draw.clip(B, C_out, T, H, W, memory_format=memory_format)
+    if chosen.get("stats"):
+        options["stats_groups"] = 1 if C_out % 2 else 2
+    return (x, weight, *([] if bias is None else [bias])), options
+
+
+def in_double(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.double()
+    return NormArgs(*map(in_double, value)) if isinstance(value, NormArgs) else value
+
+
+def results_on(backend: str, inputs: tuple[object, ...], options: dict[str, object]) -> list[Tensor]:
+    result = temporal_conv(*inputs, **options, backend=backend)
+    return [result] if isinstance(result, Tensor) else [result[0], *result[1]]
+
+
+def assert_cpu_is_no_worse_than_torch(inputs: tuple[Tensor, ...], options: dict[str, object]) -> None:
+    double = tuple(map(in_double, inputs)), {name: in_double(value) for name, value in options.items()}
+    x, weight = inputs[:2]
+    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    out = torch.full(shape, math.nan, dtype=x.dtype)
+    out = out.contiguous(memory_format=CHANNELS_LAST if in_format(x, CHANNELS_LAST) else CONTIGUOUS)
+    ours = results_on("cpu", inputs, {**options, "out": out})
+    theirs, exact = results_on("reference", inputs, options), results_on("reference", *double)
+    for mine, other, truth in zip(ours, theirs, exact, strict=True):
+        assert_no_worse_than_torch(mine, other, truth)
+
+
+@needs_core
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_cpu_is_no_worse_than_torch(name: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    for seed, shape in enumerate(CPU_SHAPES):
+        for padding_mode in PADDING:
+            assert_cpu_is_no_worse_than_torch(*drawn_call(Draw(seed, dtype), shape, name, padding_mode, memory_format))
+
+
+@needs_core
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("name", SLICES)
+def test_cpu_takes_slices(name: str, memory_format: torch.memory_format) -> None:
+    """Of x and the residual, into a strided `out`; nothing beside it is written."""
+    draw = Draw(51, torch.float32)
+    x, residual = (SLICES[name](draw.clip(3, 32, 5, 4, 6, memory_format=memory_format)) for _ in range(2))
+    weight = draw(residual.shape[1], x.shape[1], 3)
+    held = torch.full((*x.shape[:-1], 2 * x.shape[-1]), math.nan).contiguous(memory_format=memory_format)
+    out = held[..., 1::2]
+    y = temporal_conv(x, weight, residual=residual, backend="cpu", out=out)
+    expected = temporal_conv(x, weight, residual=residual, backend="reference")
+    torch.testing.assert_close(y, expected)
+    assert held.isnan().sum() == held.numel() - out.numel()
+
+
+@needs_core
+@pytest.mark.parametrize("padding_mode", PADDING)
+def test_minimal_filtering_keeps_the_identity(padding_mode: str) -> None:
+    """It adds frames and takes them off again: exact where their sum is, and within a rounding elsewhere."""
+    weight = torch.zeros(32, 32, 3)
+    weight[:, :, 1] = torch.eye(32)
+    whole = Draw(52).clip(1, 32, 6, 3, 3).mul(64).round().float()
+    assert torch.equal(temporal_conv(whole, weight, padding_mode=padding_mode, backend="cpu"), whole)
+    x = Draw(53, torch.float32).clip(1, 32, 6, 3, 3)
+    y = temporal_conv(x, weight, padding_mode=padding_mode, backend="cpu")
+    torch.testing.assert_close(y, x, rtol=0, atol=float(x.abs().max()) * 2**-23)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_core
+def test_cpu_threads_change_nothing(threads: None) -> None:
+    inputs, options = drawn_call(Draw(54, torch.float32), (2, 64, 96, 5, 17, 19, 3), "all", "zeros", CHANNELS_LAST)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(results_on("cpu", inputs, options))
+    for others in found[1:]:
+        assert all(torch.equal(ours, other) for ours, other in zip(found[0], others, strict=True))
+
+
+@needs_core
+@pytest.mark.parametrize("name", OPTIONS)
+def test_cpu_writes_large_results_past_the_caches(name: str) -> None:
+    inputs, options = drawn_call(Draw(57, torch.float32), (1, 8, 64, 4, 47, 47, 3), name, "zeros", CHANNELS_LAST)
+    assert_cpu_is_no_worse_than_torch(inputs, options)
+
+
+@needs_core
+def test_cpu_statistics_do_not_cancel() -> None:
+    draw = Draw(55, torch.float32)
+    x, weight = draw.clip(1, 8, 3, 7, 7), draw(8, 8, 3)
+    y, (mean, rstd) = temporal_conv(x, weight, torch.full((8,), 3e3), stats_groups=2, backend="cpu")
+    exact = group_norm_stats(y.double(), 2)
+    torch.testing.assert_close(mean.double(), exact[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(rstd.double(), exact[1], rtol=1e-3, atol=0)
+
+
+@needs_core
+def test_cpu_silu_of_extreme_sums() -> None:
+    x = torch.tensor([-math.inf, -1e30, -100.0, -88.5, -20.0, -1e-30, 0.0, 1e-30, 20.0, 88.5, 1e30, math.nan])
+    expected = F.silu(x.double()).float()
+    for backend in ("cpu", "reference"):
+        y = temporal_conv(x.reshape(1, 1, 1, 1, -1), torch.ones(1, 1, 1), act="silu", backend=backend).flatten()
+        torch.testing.assert_close(y[1:], expected[1:], rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+@needs_core
+def test_cpu_is_chosen_and_captured() -> None:
+    draw = Draw(56, torch.float32)
+    x, residual = draw.clip(2, 32, 4, 2, 2), draw.clip(2, 6, 4, 2, 2)
+    inputs, norm = (x, draw(6, 32, 3), draw(6)), NormArgs(draw(2, 4, 2), draw(2, 4, 2), draw(32), None, 2, draw(2, 32))
+    with dispatch.record_backends() as used:
+        check_compiled(temporal_conv, *inputs, norm=norm, residual=residual, stats_groups=2)
+    assert used == {"cpu"}
+    check_operator(temporal_conv, *inputs, backend="cpu", norm=norm, residual=residual, stats_groups=2)
+    check_out(temporal_conv, *inputs, norm=norm, residual=residual, backend="cpu")
+    with dispatch.record_backends() as used:
+        temporal_conv(x.double(), inputs[1].double())
+        temporal_conv(x, inputs[1].clone().requires_grad_())
+    assert used == {"reference"}
+
+
+@needs_core
+@pytest.mark.parametrize("switch", ["LUMIERE_FAST_NO_AVX512", "LUMIERE_FAST_PORTABLE"])
+def test_cpu_code_for_older_processors(switch: str) -> None:
+    """The tests above where newer instructions may not be used; without AVX2 the reference is chosen instead."""
+    if switch == "LUMIERE_FAST_PORTABLE":
+        probe = "import torch; from lumiere_fast import dispatch, ops; " + (
+            "print(dispatch.why_not('temporal_conv', 'cpu', torch.ones(1, 2, 3, 1, 1), torch.ones(2, 2, 3)))"
+        )
+        command = [sys.executable, "-c", probe]
+    else:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "no_worse"]
+    done = subprocess.run(command, env={**os.environ, switch: "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("has no AVX2" if switch == "LUMIERE_FAST_PORTABLE" else "passed") in done.stdout
