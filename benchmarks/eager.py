@@ -61,11 +61,12 @@ def temporal_conv(
     weight: Tensor,
     bias: Tensor,
     *,
-    norm: ops.NormArgs,
+    norm: ops.NormArgs | None = None,
     residual: Tensor | None = None,
     stats_groups: int | None = None,
 ) -> Any:
-    x = group_norm(x, norm.num_groups, norm.weight, norm.bias, scale=norm.scale, shift=norm.shift, act="silu")
+    if norm is not None:
+        x = group_norm(x, norm.num_groups, norm.weight, norm.bias, scale=norm.scale, shift=norm.shift, act="silu")
     y = rearrange_conv1d(x, weight, bias)
     y = y if residual is None else y + residual
     return y if stats_groups is None else (y, no_stats(y, stats_groups))

@@ -228,9 +228,12 @@ class TemporalKernel(nn.Module):
 
 
 class TemporalConv(TemporalKernel):
-    """A convolution over time between two norms."""
+    """A convolution over time."""
 
-    def forward(self, x: Tensor, norm: ops.NormArgs, stats_groups: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.temporal_conv(x, self.weight, self.bias)
+
+    def between(self, x: Tensor, norm: ops.NormArgs, stats_groups: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The convolution of the normalised `x`, and its statistics for the norm that follows."""
         return ops.temporal_conv(x, self.weight, self.bias, norm=norm, stats_groups=stats_groups)
 
@@ -275,7 +278,8 @@ class ConvInflationBlock(nn.Module):
     """`s + Linear(act(norm(Conv1D_t(act(norm(Conv2D_hw(s)))))))` (paper, figure 4b); the identity at initialisation.
 
     Behind the Conv2D it is three passes: the first norm's statistics; the Conv1D, which normalises what it reads and
-    takes the second norm's statistics of what it writes; the Linear, which normalises too and adds `s`.
+    takes the second norm's statistics of what it writes; the Linear, which normalises too and adds `s`. In training
+    the norms are ops of their own, whose backward takes fewer passes than that of their parts.
     """
 
     def __init__(self, channels: int, kernel_size: int, num_groups: int, embed_dim: int | None) -> None:
@@ -288,9 +292,14 @@ class ConvInflationBlock(nn.Module):
         self.proj = zero_init(nn.Linear(channels, channels))
 
     def forward(self, s: Tensor, embedding: Tensor | None) -> Tensor:
+        scale, shift = self.film(embedding)
         h = self.conv2d(s)
-        h, stats = self.conv1d(h, self.norm1.applied(self.norm1.stats(h)), self.norm2.num_groups)
-        norm2 = self.norm2.applied(stats, *self.film(embedding))
+        if torch.is_grad_enabled():
+            h = self.conv1d(self.norm1(h, act="silu"))
+            h, norm2 = self.norm2(h, scale=scale, shift=shift, act="silu"), None
+        else:
+            h, stats = self.conv1d.between(h, self.norm1.applied(self.norm1.stats(h)), self.norm2.num_groups)
+            norm2 = self.norm2.applied(stats, scale, shift)
         # a Linear over channels is a temporal convolution of one tap
         return ops.temporal_conv(h, self.proj.weight[:, :, None], self.proj.bias, norm=norm2, residual=s)
 

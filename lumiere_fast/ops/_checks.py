@@ -74,6 +74,8 @@ def under_autocast(x: Tensor, *tensors: Tensor | None) -> Sequence[Tensor | None
 
 def check_integer(op: str, name: str, value: Any) -> int:
     """An integer, numpy's too; no bool, and no float however whole."""
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):  # a symbol, in a trace, has no __index__
+        return value  # type: ignore[return-value]
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{op}: {name} takes integers, got {value!r}")
     return operator.index(value)

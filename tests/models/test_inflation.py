@@ -167,7 +167,9 @@ def test_convolution_inflation_block_in_plain_torch(taps: int, conditioned: bool
         scale, shift = block.film.scale_shift.proj(F.silu(embedding)).chunk(2, dim=1)
         h = h * (1 + scale[..., None, None, None]) + shift[..., None, None, None]
     wanted = s + torch.einsum("oc,bcthw->bothw", block.proj.weight, F.silu(h)) + block.proj.bias[:, None, None, None]
-    torch.testing.assert_close(block(s, embedding if conditioned else None), wanted, **EXACT)
+    for training in (True, False):  # layer by layer, and fused
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(block(s, embedding if conditioned else None), wanted, **EXACT)
 
 
 def test_attention_inflation_block_in_plain_torch() -> None:
