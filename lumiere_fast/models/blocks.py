@@ -43,8 +43,11 @@ def unfold_frames(x: Tensor, num_frames: int) -> Tensor:
 
 
 def channels_last_weights(model: Model) -> Model:
-    """The same model, its convolution weights in channels_last memory like the activations they meet."""
+    """The same model, the input channels of its convolution weights dense in memory like those of the activations."""
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave this form out
+    for module in model.modules():
+        if isinstance(module, TemporalKernel):
+            module.weight.data = module.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
     return model
 
 

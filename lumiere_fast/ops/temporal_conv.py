@@ -198,7 +198,8 @@ def convolve(h: Tensor, weight: Tensor, bias: Tensor | None, padding_mode: str =
         first, last = h[:, :, :1], h[:, :, -1:]
         h = torch.cat([*[first] * pad, h, *[last] * pad], dim=2)
         pad = 0
-    y = F.conv2d(_layout.fold_pixels(h), weight[..., None], bias, (stride, 1), (pad, 0))
+    # contiguous: of other strides some of torch's convolutions have no backward
+    y = F.conv2d(_layout.fold_pixels(h), weight.contiguous()[..., None], bias, (stride, 1), (pad, 0))
     return _layout.from_rows(y.permute(0, 2, 3, 1).unflatten(2, h.shape[3:]))
 
 

@@ -97,4 +97,6 @@ def as_matrix(tensor: Tensor, *, like: Tensor) -> Tensor:
     """(out, everything else) in the memory order of the weight `like`; of the weight itself a view."""
     if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
         tensor = tensor.permute(0, 2, 3, 1)
+    if like.ndim == 3 and like.transpose(1, 2).is_contiguous():
+        tensor = tensor.transpose(1, 2)
     return tensor.flatten(1)

@@ -22,6 +22,7 @@ from lumiere_fast.models.blocks import (
     ConvInflationBlock,
     ResnetBlock2D,
     TemporalDownsample,
+    TemporalKernel,
     TemporalSelfAttention,
     TemporalUpsample,
     channels_last_weights,
@@ -218,6 +219,18 @@ def test_no_activation_is_copied_on_the_way_through_a_block(conditioned: bool) -
 
 
 COPIES = ("aten::copy_", "aten::clone")
+
+
+def test_weights_in_channels_last_are_the_same_weights() -> None:
+    stunet = randomise(inflate(tiny_unet(3), temporal_factors=(2, 2)))
+    inputs = draw_inputs(stunet, 1, 8, 16, 16)
+    with torch.no_grad():
+        wanted, state = stunet(**inputs), {name: each.clone() for name, each in stunet.state_dict().items()}
+        channels_last_weights(stunet)
+        torch.testing.assert_close(stunet(**inputs), wanted, **EXACT)
+    assert all(torch.equal(each, state[name]) for name, each in stunet.state_dict().items())
+    kernels = [m.weight for m in stunet.modules() if isinstance(m, TemporalKernel) and m.weight.shape[2] > 1]
+    assert kernels and all(weight.stride(1) == 1 for weight in kernels)
 
 
 # What may see what over time -----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -37,12 +38,50 @@ def in_format(x: Tensor, memory_format: torch.memory_format) -> bool:
     return x.is_contiguous(memory_format=memory_format)
 
 
-def assert_no_worse_than_torch(ours: Tensor, theirs: Tensor, exact: Tensor, factor: float = 2.0) -> None:
-    """`error(ours) <= factor * error(torch) + floor`, both against the fp64 result."""
+def assert_no_worse_than_torch(
+    ours: Tensor,
+    theirs: Tensor,
+    exact: Tensor,
+    factor: float = 2.0,
+    rounded: torch.dtype | None = None,
+    roundings: int = 1,
+) -> None:
+    """`error(ours) <= factor * error(torch) + floor`, both against the fp64 result.
+
+    The floor is that of the result's dtype, or of `roundings` on the way to it to the less precise `rounded`.
+    """
     exact = exact.detach()
     error = relative_error(ours.detach(), exact)
-    bound = factor * relative_error(theirs.detach(), exact) + FLOORS[ours.dtype]
+    bound = factor * relative_error(theirs.detach(), exact) + roundings * FLOORS[rounded or ours.dtype]
     assert error <= bound, f"relative error {error:.2e}, torch's own allows {bound:.2e}"
+
+
+def steps(x: Tensor) -> list[int]:
+    """The strides of axes that are walked along."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
+def device_of(backend: str) -> str:
+    """Where a backend runs; without that, the test is skipped."""
+    if backend == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip(f"the {backend} backend needs a GPU")
+    return "cuda"
+
+
+def in_layout(x: Tensor, kind: int) -> Tensor:
+    """`x` in channels last, contiguous, in a slice of something larger, or with rows apart."""
+    if kind == 0:
+        return x.contiguous(memory_format=CHANNELS_LAST)
+    if kind == 1:
+        return x.contiguous()
+    shape = list(x.shape)
+    axis = 2 if kind == 2 else 3
+    shape[axis] = 2 * shape[axis] + 1
+    inside = [slice(None)] * 5
+    inside[axis] = slice(1, None, 2)
+    return torch.zeros(shape, dtype=x.dtype, device=x.device)[tuple(inside)].copy_(x)
 
 
 def arguments_of(public: Callable[..., Any], *inputs: Any, **options: Any) -> tuple[Any, ...]:

@@ -18,6 +18,8 @@ from tests.ops.common import (
     check_operator,
     check_operator_gradient,
     check_out,
+    device_of,
+    in_layout,
 )
 
 PAPER_STARTS = [0, 6, 12]  # windows of 8 frames, overlap 2, over 20 frames
@@ -251,19 +253,11 @@ def test_only_ratios_of_weights_count_and_none_is_lost(draw: Draw) -> None:
         blend_windows(eight, starts, 5, weights=[far**2] * 3)
 
 
-def on_gpu_only(backend: str) -> str:
-    if backend == "cpu":
-        return "cpu"
-    if not torch.cuda.is_available():
-        pytest.skip(f"the {backend} backend needs a GPU")
-    return "cuda"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 def test_every_backend_is_the_reference_on_its_device(backend: str, dtype: torch.dtype, draw: Draw) -> None:
     """Random windows: of several strides and layouts, crowded or not, weighted or not, in time and in space."""
-    device, random = on_gpu_only(backend), np.random.default_rng(5)
+    device, random = device_of(backend), np.random.default_rng(5)
     for case in range(24):
         in_space, crowded = case % 3 == 2, case % 4 == 3
         T, H, W = (int(n) for n in random.integers((6, 3, 2), (30, 9, 20)))
@@ -272,7 +266,7 @@ def test_every_backend_is_the_reference_on_its_device(backend: str, dtype: torch
         frames = sorted({*range(0, T - window, step), T - window})
         corners = [(t, h, w) for t in frames for h in (0, 2) for w in (0, 1)] if in_space else frames
         size = (int(random.integers(1, 3)), int(random.integers(1, 5)), window, H, W)
-        windows = [strided(draw(*size).to(device, dtype), kind) for kind in random.integers(0, 4, len(corners))]
+        windows = [in_layout(draw(*size).to(device, dtype), kind) for kind in random.integers(0, 4, len(corners))]
         weights = None
         if case % 2:
             vectors = [draw(n).abs() + 0.1 for n in (window, H, W)]
@@ -282,17 +276,3 @@ def test_every_backend_is_the_reference_on_its_device(backend: str, dtype: torch
         ours = blend_windows(windows, corners, T, weights=weights, backend=backend)
         assert ours.stride() == expected.stride()
         assert_no_worse_than_torch(ours, expected, exact)
-
-
-def strided(x: Tensor, kind: int) -> Tensor:
-    """`x` in channels last, contiguous, in a slice of something larger, or with rows apart."""
-    if kind == 0:
-        return x.contiguous(memory_format=CHANNELS_LAST)
-    if kind == 1:
-        return x.contiguous()
-    shape = list(x.shape)
-    axis = 2 if kind == 2 else 3
-    shape[axis] = 2 * shape[axis] + 1
-    inside = [slice(None)] * 5
-    inside[axis] = slice(1, None, 2)
-    return torch.zeros(shape, dtype=x.dtype, device=x.device)[tuple(inside)].copy_(x)

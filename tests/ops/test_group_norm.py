@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,10 @@ from tests.ops.common import (
     check_operator,
     check_operator_gradient,
     check_out,
+    device_of,
     in_format,
+    in_layout,
+    steps,
 )
 
 SHAPES = [
@@ -598,3 +602,67 @@ def test_the_native_core_takes_numpy_and_tells_what_does_not_fit() -> None:
     refused("out must be on the CPU", out=x.to("meta"))
     with pytest.raises(ValueError, match=r"rstd must be float32 \(1, 2, 2\), got float32 \(1, 2\)"):
         native.group_norm_stats(x, 2, 1e-5, True, out=(torch.empty(1, 2, 2), torch.empty(1, 2)))
+
+
+# Every backend, on its device ----------------------------------------------------------------------------------------
+
+NORM_DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
+
+
+def random_call(case: int, dtype: torch.dtype, device: str, grad: bool = False) -> dict[str, Any]:
+    """A call of `group_norm`, its options drawn by `case`: sizes, layouts, affine, FiLM, SiLU, per frame or clip."""
+    random, draw = np.random.default_rng(case), Draw(case)
+    B, T, H, W, groups = (int(n) for n in random.integers((1, 1, 2, 2, 1), (3, 7, 24, 24, 9)))
+    C = groups * int(random.choice([1, 3, 8, 10]))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def tensor(*shape: int) -> Tensor:
+        return draw(*shape).to(device, wide if random.integers(2) else dtype).requires_grad_(grad)
+
+    x = in_layout(draw(B, C, T, H, W).to(device, dtype), int(random.integers(4))).requires_grad_(grad)
+    call: dict[str, Any] = {"x": x, "num_groups": groups, "per_frame": bool(random.integers(2))}
+    call["weight"], call["bias"] = (tensor(C) if random.integers(4) else None for _ in range(2))
+    film = (B, C) if random.integers(2) else (B, T, C)
+    call["scale"], call["shift"] = (tensor(*film) if random.integers(2) else None for _ in range(2))
+    return {**call, "act": "silu" if random.integers(2) else None}
+
+
+def doubled(call: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.detach().double().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+        for name, value in call.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", NORM_DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_every_backend_is_the_reference_on_its_device(backend: str, dtype: torch.dtype) -> None:
+    device = device_of(backend)
+    for case in range(24):
+        call = random_call(case, dtype, device)
+        ours, theirs = (group_norm(**call, backend=each) for each in (backend, "reference"))
+        assert steps(ours) == steps(theirs)
+        assert_no_worse_than_torch(ours, theirs, group_norm(**doubled(call), backend="reference"))
+        plain = (call["num_groups"],), {"per_frame": call["per_frame"]}
+        stats, others = (group_norm_stats(call["x"], *plain[0], **plain[1], backend=b) for b in (backend, "reference"))
+        exact = group_norm_stats(call["x"].double(), *plain[0], **plain[1], backend="reference")
+        for mine, other, truth in zip(stats, others, exact, strict=True):
+            assert_no_worse_than_torch(mine, other, truth)
+
+
+@pytest.mark.parametrize("dtype", NORM_DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_gradients_of_every_backend_are_the_reference_s(backend: str, dtype: torch.dtype) -> None:
+    device = device_of(backend)
+    for case in range(12):
+        call = random_call(case, dtype, device, grad=True)
+        seed = Draw(100 + case)(*call["x"].shape)
+
+        def found(call: dict[str, Any], backend: str, seed: Tensor = seed) -> list[Tensor]:
+            y = group_norm(**call, backend=backend)
+            leaves = [value for value in call.values() if isinstance(value, Tensor)]
+            return list(torch.autograd.grad(y, leaves, seed.to(y)))
+
+        ours, theirs, exact = found(call, backend), found(call, "reference"), found(doubled(call), "reference")
+        for mine, other, truth in zip(ours, theirs, exact, strict=True):
+            assert_no_worse_than_torch(mine, other, truth, factor=3.0, rounded=dtype)

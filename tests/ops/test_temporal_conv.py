@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from lumiere_fast import dispatch, native
 from lumiere_fast.ops import NormArgs, group_norm, group_norm_stats, temporal_conv
+from lumiere_fast.ops._layout import accumulation_dtype
 from lumiere_fast.ops.temporal_conv import SPEC, temporal_conv_reference
 from tests.ops.common import (
     CHANNELS_LAST,
@@ -27,7 +30,11 @@ from tests.ops.common import (
     check_operator,
     check_operator_gradient,
     check_out,
+    device_of,
+    flatten,
     in_format,
+    in_layout,
+    steps,
 )
 
 SHAPES = [
@@ -521,3 +528,87 @@ def test_cpu_code_for_older_processors(switch: str) -> None:
     done = subprocess.run(command, env={**os.environ, switch: "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ("has no AVX2" if switch == "LUMIERE_FAST_PORTABLE" else "passed") in done.stdout
+
+
+# Every backend, on its device ----------------------------------------------------------------------------------------
+
+
+def random_call(case: int, dtype: torch.dtype, device: str, grad: bool = False) -> dict[str, Any]:
+    """A call of `temporal_conv`, its options drawn by `case`: sizes, layouts, padding, norm, bias, residual."""
+    random, draw = np.random.default_rng(case), Draw(case)
+    B, T, H, W, groups = (int(n) for n in random.integers((1, 1, 1, 1, 1), (3, 9, 8, 12, 4)))
+    c_in, c_out = (groups * int(random.choice([1, 3, 8, 24])) for _ in range(2))
+    taps = int(random.choice([1, 3, 5]))
+
+    def tensor(*shape: int, wide: bool = False) -> Tensor:
+        kind = accumulation_dtype(dtype) if wide else dtype
+        return draw(*shape).to(device, kind).requires_grad_(grad)
+
+    def clip(channels: int) -> Tensor:
+        return in_layout(draw(B, channels, T, H, W).to(device, dtype), int(random.integers(4))).requires_grad_(grad)
+
+    call: dict[str, Any] = {"x": clip(c_in), "weight": tensor(c_out, c_in, taps)}
+    call["padding_mode"] = str(random.choice(["zeros", "replicate"]))
+    call["act"] = "silu" if random.integers(2) else None
+    if random.integers(3):
+        call["bias"] = tensor(c_out) if random.integers(2) else tensor(B, T, c_out, wide=True)
+    if random.integers(2):
+        call["residual"] = clip(c_out)
+    if random.integers(2):
+        call["stats_groups"] = groups
+    if random.integers(2):
+        film = (B, c_in) if random.integers(2) else (B, T, c_in)
+        mean, rstd = tensor(B, T, groups, wide=True), tensor(B, T, groups, wide=True)
+        call["norm"] = NormArgs(mean, rstd, tensor(c_in), tensor(c_in), groups, tensor(*film), tensor(*film))
+    return call
+
+
+def doubled(call: dict[str, Any]) -> dict[str, Any]:
+    def double(value: Any) -> Any:
+        if isinstance(value, NormArgs):
+            return NormArgs(*map(double, value))
+        return value.detach().double().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    return {name: double(value) for name, value in call.items()}
+
+
+def leaves_of(call: dict[str, Any]) -> list[Tensor]:
+    values = [each for value in call.values() for each in (value if isinstance(value, NormArgs) else (value,))]
+    return [each for each in values if isinstance(each, Tensor)]
+
+
+KERNELS = ("cpu", "triton")
+KERNEL_DTYPES = (torch.float32, *HALF_DTYPES)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_every_backend_is_the_reference_on_its_device(backend: str, dtype: torch.dtype) -> None:
+    device = device_of(backend)
+    for case in range(24):
+        call = random_call(case, dtype, device)
+        ours, theirs = (flatten(temporal_conv(**call, backend=each)) for each in (backend, "reference"))
+        exact = flatten(temporal_conv(**doubled(call), backend="reference"))
+        for mine, other, truth in zip(ours, theirs, exact, strict=True):
+            assert steps(mine) == steps(other) and mine.dtype == other.dtype
+            assert_no_worse_than_torch(mine, other, truth, rounded=dtype)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_gradients_of_the_gpu_s_backend_are_the_reference_s(dtype: torch.dtype) -> None:
+    backend, device = "triton", device_of("triton")
+    for case in range(12):
+        call = random_call(case, dtype, device, grad=True)
+        if call.get("stats_groups"):  # else the variance of one value may be as good as 0
+            call["x"] = call["x"].detach().mul(3).requires_grad_()
+        seeds = [Draw(100 + case)(*each.shape) for each in flatten(temporal_conv(**doubled(call), backend="reference"))]
+
+        def gradients(call: dict[str, Any], backend: str, seeds: list[Tensor] = seeds) -> list[Tensor]:
+            results = flatten(temporal_conv(**call, backend=backend))
+            given = [seed.to(each) for seed, each in zip(seeds, results, strict=True)]
+            return list(torch.autograd.grad(results, leaves_of(call), given))
+
+        ours, theirs = gradients(call, backend), gradients(call, "reference")
+        exact = gradients(doubled(call), "reference")
+        for mine, other, truth in zip(ours, theirs, exact, strict=True):
+            assert_no_worse_than_torch(mine, other, truth, factor=3.0, rounded=dtype, roundings=4)

@@ -46,6 +46,8 @@ def test_a_matrix_is_a_view_with_a_row_for_each_output(shape: tuple[int, ...]) -
     layouts = [weight]
     if len(shape) == 4:
         layouts.append(weight.contiguous(memory_format=torch.channels_last))
+    if len(shape) == 3:
+        layouts.append(weight.transpose(1, 2).contiguous().transpose(1, 2))
     for given in layouts:
         matrix = as_matrix(given, like=given)
         assert matrix.data_ptr() == given.data_ptr()
