@@ -191,6 +191,7 @@ def _long_sequences(head_dim: int) -> Condition:
 
 
 _fused, _plain = _option("fused", True), _option("fused", False)
+_fused_convolution = _both(_fused, lambda row: row.scenario.sizes.get("k") != 1)  # what layers cost is in the taps
 _learned, _taps = _option("learned", True), _option("learned", False)
 _paper, _demo = _option("preset", "paper"), _option("preset", "demo")
 _of_auto: Condition = lambda row: row.requested == "auto"  # noqa: E731
@@ -206,8 +207,8 @@ def _cuda(op: str, when: Condition, eager: float, over: tuple[str, ...], compile
 CUDA_GOALS = (
     *_cuda("temporal_conv", _both(_plain, _wide), 3, CONV_EAGER, 1.5),
     Goal("temporal_conv", "cuda", TIMES, 0.85, EQUAL_MATMUL, _both(_plain, _wide)),
-    *_cuda("temporal_conv", _both(_fused, _wide), 4, CONV_EAGER, 2),
-    *_cuda("temporal_conv", _both(_fused, _narrow), 5, CONV_EAGER, 2.5),
+    *_cuda("temporal_conv", _both(_fused_convolution, _wide), 4, CONV_EAGER, 2),
+    *_cuda("temporal_conv", _both(_fused_convolution, _narrow), 5, CONV_EAGER, 2.5),
     Goal("temporal_conv", "cuda", BANDWIDTH, 2.4e12, when=_both(_fused, _narrow)),
     Goal("temporal_conv", "cuda", TIMES, 0.97, NORM_EITHER_WAY, _fused),
     *_cuda("group_norm", lambda row: True, 10, NORM_LAYERS, 1.3),
@@ -243,8 +244,8 @@ CUDA_GOALS = (
 
 CPU_GOALS = (
     Goal("temporal_conv", "cpu", TIMES, 0.95, (*EQUAL_MATMUL, "conv3d NDHWC", "conv1d"), _plain),
-    Goal("temporal_conv", "cpu", TIMES, 1.3, CONV_ANY, _both(_fused, lambda row: row.threads == 1)),
-    Goal("temporal_conv", "cpu", TIMES, 1.15, CONV_ANY, _both(_fused, lambda row: row.threads == 2)),
+    Goal("temporal_conv", "cpu", TIMES, 1.3, CONV_ANY, _both(_fused_convolution, lambda row: row.threads == 1)),
+    Goal("temporal_conv", "cpu", TIMES, 1.15, CONV_ANY, _both(_fused_convolution, lambda row: row.threads == 2)),
     Goal("group_norm", "cpu", TIMES, 2, NORM_LAYERS),
     Goal("group_norm", "cpu", TIMES, 0.6, COPY),
     Goal("temporal_attention", "cpu", TIMES, 3, SDPA, _frames(14, 16)),

@@ -47,6 +47,7 @@ class Row:
     """One kernel in one configuration, compiled for one architecture.
 
     Args:
+        threads: of a block; 0 where its launch decides that (CUDA).
         spills: bytes, stores and loads together.
         shared: bytes of static and dynamic shared memory.
         wgmma, mma: warpgroup and warp matrix instructions.
@@ -63,6 +64,7 @@ class Row:
     kernel: str
     variant: str
     arch: int
+    threads: int = 0
     registers: int = 0
     stack: int = 0
     spills: int = 0
@@ -80,6 +82,15 @@ class Row:
     def name(self) -> str:
         return f"{self.op} {self.backend} {self.kernel} ({self.variant}) sm_{self.arch}"
 
+    @property
+    def resident(self) -> int | None:
+        """How many blocks a multiprocessor holds at once; None where their threads are not known."""
+        if not self.threads or not self.registers:
+            return None
+        registers = -(-self.registers // 8) * 8 * self.threads  # a thread's are handed out in eights
+        shared = self.shared + 1024  # the system keeps a kilobyte of each block
+        return min(MOST_BLOCKS, MOST_THREADS // self.threads, REGISTERS // registers, SHARED[self.arch] // shared)
+
 
 class Rule(NamedTuple):
     """What must hold for the rows it binds.
@@ -94,6 +105,8 @@ class Rule(NamedTuple):
     broken: Callable[[Row], str | None]
 
 
+REGISTERS, MOST_THREADS, MOST_BLOCKS = 65536, 2048, 32  # of a multiprocessor
+SHARED = {80: 164 * 1024, 90: 228 * 1024}  # its bytes
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may have
 WIDE = 16
 CUDA_WIDE = {"blend_windows": r"blend_kernel<.*, 1>>"}  # the kernels of csrc/<op>.cu that promise 16-byte loads
@@ -257,6 +270,7 @@ def _compile_variants(op: str, name: str, arch: int) -> Iterator[Row]:
             variant.kernel,
             variant.name,
             arch,
+            variant.num_warps * 32,
             **usage,
             **instructions(compiled.asm["ptx"], PTX),
             spills=sum(spills.values()),
@@ -272,8 +286,8 @@ def _compile(kernel: Any, variant: Any, arch: int) -> Any:
     from triton.compiler import ASTSource
 
     source = ASTSource(kernel, dict(variant.signature), dict(variant.constexprs))
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    options = {name: getattr(variant, name) for name in ("num_warps", "num_stages", "maxnreg")}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, "enable_fp_fusion": True})
 
 
 def narrow_offsets(ttir: str) -> int:
@@ -481,7 +495,8 @@ def _nvcc_version() -> str | None:
     return _run("nvcc", "--version") if shutil.which("nvcc") else None
 
 
-COLUMNS = ("op", "backend", "kernel", "variant", "arch", "regs", "stack", "spills", "shared", "wgmma", "mma")
+FIGURES = ("regs", "stack", "spills", "shared", "blocks an SM", "wgmma", "mma")
+COLUMNS = ("op", "backend", "kernel", "variant", "arch", *FIGURES)
 ACCESSES = ("loads", "stores")
 
 
@@ -493,7 +508,8 @@ def table(rows: Sequence[Row]) -> str:
         if row.missing is not None:
             lines.append([*named, f"not compiled: {row.missing}"])
             continue
-        figures = (row.registers, row.stack, row.spills, row.shared, row.wgmma, row.mma)
+        resident = "?" if row.resident is None else row.resident
+        figures = (row.registers, row.stack, row.spills, row.shared, resident, row.wgmma, row.mma)
         accesses = (" ".join(f"{width}x{number}" for width, number in pairs) for pairs in (row.loads, row.stores))
         lines.append([*named, *map(str, figures), *accesses])
     widths = [max(len(line[i]) for line in lines if len(line) > len(COLUMNS)) for i in range(len(lines[0]))]

@@ -2,7 +2,7 @@
 
 A case names what a configuration depends on, never a length; its op's kernel module makes the name. A table is JSON,
 
-    {"gpu": "NVIDIA H100 80GB HBM3", "temporal_conv": {"half-wide-plain-many": {"block_m": 128, ...}, ...}, ...}
+    {"gpu": "NVIDIA H100 80GB HBM3", "temporal_conv": {"half-wide-kn-plain-many": {"block_m": 128, ...}, ...}, ...}
 
 and the first that has the case wins: the innermost `override`, the user's table for this GPU (in `user_file`), the
 one that ships for it, and configs/default.json, which has every case, names every field and runs on any GPU.
@@ -97,7 +97,15 @@ def save(path: Path, gpu: str, table: Table) -> None:
 
 def gpu_name(device: torch.device) -> str | None:
     """None for what is no GPU, or is one that only fake tensors are on."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return _device_name(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _device_name(index: int) -> str:
+    """Asked for once: it takes longer than the rest of a launch's preparation."""
+    return torch.cuda.get_device_name(index)
 
 
 def file_name(gpu: str) -> str:

@@ -26,6 +26,7 @@ class Variant(NamedTuple):
         wide_loads: how many 16-byte global loads its machine code is promised to have at least.
         wgmma: whether its matrix products are promised to be warpgroup instructions on sm_90.
         least_arch: the oldest architecture that it is launched on, 80 or 90.
+        maxnreg: the most registers a thread may have; None for no cap.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Variant(NamedTuple):
     wide_loads: int = 0
     wgmma: bool = False
     least_arch: int = 80
+    maxnreg: int | None = None
 
 
 def launch(kernel: Any, programs: int, out: Tensor, *arguments: Any, **options: Any) -> None:
@@ -48,6 +50,7 @@ def launch(kernel: Any, programs: int, out: Tensor, *arguments: Any, **options: 
     if programs > MAX_PROGRAMS:
         raise ValueError(f"the result takes {programs} programs, a launch holds {MAX_PROGRAMS}; cut the batch")
     if traced(out):
+        options.pop("maxnreg", None)  # which torch.compile takes for an argument of the kernel
         torch.library.wrap_triton(kernel)[(programs,)](*arguments, **options)
         return
     # The kernel itself: outside a `triton_op` wrap_triton's launch goes through a higher-order operator, 1 ms each.

@@ -184,7 +184,7 @@ def _alike_kernel(  # type: ignore[no-untyped-def]
                 if SPACE:
                     weight *= tl.load(weights + (size_t + row))
                     column = ((left + lane).to(tl.int32) // unit).to(tl.int64)
-                    weight *= tl.load(weights + (size_t.to(tl.int64) + size_h) + column, mask=mask, other=0.0)
+                    weight *= tl.load(weights + (tl.cast(size_t, tl.int64) + size_h) + column, mask=mask, other=0.0)
             first, pull, mass = _take(part, weight, here, first, pull, mass)
     at = b * out_b + c * out_c + t * out_t + h * out_h + x
     target = tl.multiple_of(out + at, 16)

@@ -247,7 +247,7 @@ def _at(  # type: ignore[no-untyped-def]
     row = tl.arange(0, ROWS)
     if VECTOR > 1:  # dense channels, and all pixels one stride apart
         start = tl.multiple_of(frame + first * stride_w, 16)
-        stride = tl.multiple_of(stride_w.to(tl.int64), VECTOR)
+        stride = tl.multiple_of(tl.cast(stride_w, tl.int64), VECTOR)
         return start + (row.to(tl.int64)[:, None] * stride + channel[None, :])
     pixel = first.to(tl.int32) + row
     offset = (pixel // width).to(tl.int64) * stride_h + (pixel % width).to(tl.int64) * stride_w
@@ -291,7 +291,7 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     SUM: tl.constexpr = squares.dtype.element_ty
     b, t, tile, block = _place(tiles, tl.cdiv(channels, CHANNELS), frames, False)
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    exists = (channel < tl.multiple_of(channels.to(tl.int64), VECTOR))[None, :]
+    exists = (channel < tl.multiple_of(tl.cast(channels, tl.int64), VECTOR))[None, :]
     first = tile * rows
     count = tl.minimum(pixels - first, rows).to(tl.int32)
     row = tl.arange(0, ROWS)[:, None]
@@ -359,7 +359,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
     partials = f * tiles * channels + group * per_group
     means += partials
     squares += partials
-    size = (pixels.to(tl.int64) * frames * per_group).to(SUM)
+    size = (tl.cast(pixels, tl.int64) * frames * per_group).to(SUM)
 
     origin = tl.load(means)
     total = tl.zeros((BLOCK,), SUM)
@@ -421,7 +421,7 @@ def _normalize_kernel(  # type: ignore[no-untyped-def]
     SUM: tl.constexpr = mean.dtype.element_ty
     b, t, tile, block = _place(tiles, tl.cdiv(channels, CHANNELS), frames, True)
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    exists = channel < tl.multiple_of(channels.to(tl.int64), VECTOR)
+    exists = channel < tl.multiple_of(tl.cast(channels, tl.int64), VECTOR)
     center, multiplier, offset = _norm_of(
         mean, rstd, weight, bias, scale, shift, b, t, channel, exists, per_group, stat_b, stat_t,
         scale_b, scale_t, scale_c, shift_b, shift_t, shift_c, has_weight, has_bias, has_scale, has_shift,
@@ -459,7 +459,7 @@ def _gradient_sums_kernel(  # type: ignore[no-untyped-def]
     SUM: tl.constexpr = mean.dtype.element_ty
     b, t, tile, block = _place(tiles, tl.cdiv(channels, CHANNELS), frames, True)
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    exists = channel < tl.multiple_of(channels.to(tl.int64), VECTOR)
+    exists = channel < tl.multiple_of(tl.cast(channels, tl.int64), VECTOR)
     center, multiplier, offset = _norm_of(
         mean, rstd, weight, bias, scale, shift, b, t, channel, exists, per_group, stat_b, stat_t,
         scale_b, scale_t, scale_c, shift_b, shift_t, shift_c, has_weight, has_bias, has_scale, has_shift,
@@ -503,7 +503,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     SUM: tl.constexpr = mean.dtype.element_ty
     b, t, tile, block = _place(tiles, tl.cdiv(channels, CHANNELS), frames, False)
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    exists = channel < tl.multiple_of(channels.to(tl.int64), VECTOR)
+    exists = channel < tl.multiple_of(tl.cast(channels, tl.int64), VECTOR)
     center, multiplier, offset = _norm_of(
         mean, rstd, weight, bias, scale, shift, b, t, channel, exists, per_group, stat_b, stat_t,
         scale_b, scale_t, scale_c, shift_b, shift_t, shift_c, has_weight, has_bias, has_scale, has_shift,

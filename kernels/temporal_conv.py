@@ -18,6 +18,7 @@ Statistics leave as mean and squared deviations of each channel over a tile's ro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any, NamedTuple
@@ -35,7 +36,8 @@ OP = "temporal_conv"
 EPS = 1e-5
 VECTOR_BYTES = 16
 FEW_TILES = 264  # of 128 by 128: two for each multiprocessor of the cards aimed at
-CHANNEL_CLASSES = (("c64", 64), ("c128", 128))
+CHANNEL_CLASSES = (("c64", 64), ("c128", 128), ("c256", 256))
+MOST_REGISTERS = 255  # that a thread can have
 
 
 class Config(NamedTuple):
@@ -43,9 +45,10 @@ class Config(NamedTuple):
 
     Args:
         block_m, block_n, block_k: the tile: rows, output channels, input channels at a time.
-        split_k: among how many programs a tile's sum is shared out.
+        split_k: among how many programs a tile's sum is shared out at most, where tiles are few.
         walk: whether three taps of narrow clips are run by `_walk_kernel`, whose tiles are its own; from sm_90 on.
         fused_norm: whether a norm is applied to the tiles as they are read; else in a pass of its own before.
+        maxnreg: the most registers of a thread, in the forms of `_capped`; MOST_REGISTERS for no cap.
     """
 
     block_m: int
@@ -56,10 +59,11 @@ class Config(NamedTuple):
     num_stages: int
     walk: bool = False
     fused_norm: bool = False
+    maxnreg: int = MOST_REGISTERS
 
-    @property
-    def launch_options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+    def launch_options(self, capped: bool) -> dict[str, int]:
+        cap = {"maxnreg": self.maxnreg} if capped and self.maxnreg < MOST_REGISTERS else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **cap}
 
 
 def _config(fields: Mapping[str, int]) -> Config:
@@ -70,11 +74,10 @@ def _config(fields: Mapping[str, int]) -> Config:
 STRIDED = {2: Config(64, 32, 32, 1, 4, 2, fused_norm=True), 4: Config(64, 32, 16, 1, 4, 2, fused_norm=True)}
 WALK_M, WALK_N, WALK_K = 128, 64, 64
 WALK_OPTIONS = {"num_warps": 8, "num_stages": 3}
-WALK_CAPABILITY = (9, 0)
+HOPPER = (9, 0)
 WALK_FRAMES = 4  # that a part has at least, where there are as many
 REDUCE_M, REDUCE_N = 32, 64
-FINISH_COLUMNS: tl.constexpr = tl.constexpr(64)  # of a tile that are finished at once, after the loop
-WALK_COLUMNS: tl.constexpr = tl.constexpr(32)  # and within it
+FINISH_COLUMNS: tl.constexpr = tl.constexpr(32)  # of a tile that are finished at once: more would raise its registers
 SMALL_N = 128  # columns of a tile that leave registers for the addresses of spanning rows, or of weights dense in C_out
 # How many rows of tiles within frames may be computed for each that there is, before tiles go on from frame to frame:
 # where sums are handed on anyway, and where that costs a pass.
@@ -112,7 +115,7 @@ def temporal_conv(
     y, mean, rstd = out
     if y.numel() == 0:
         return
-    case = case_of(x.dtype, x.shape[1], y.shape[1], y.numel() // y.shape[1], norm_mean is not None)
+    case = case_of(x.dtype, y.shape[1], weight.shape[2], y.numel() // y.shape[1], norm_mean is not None)
     config = _config(chosen(OP, case, x.device))
     folded = None
     if norm_mean is not None and norm_rstd is not None:
@@ -127,7 +130,7 @@ def temporal_conv(
     B, _, T, H, W = map(int, x.shape)
     partials = None
     if stats_groups is not None:
-        tiles = (2, B, T, triton.cdiv(H * W, plan.rows), int(y.shape[1]))
+        tiles = (2, B, T, _cdiv(H * W, plan.rows), int(y.shape[1]))
         partials = torch.empty(tiles, dtype=torch.float32, device=y.device)
     _convolve(plan, x, weight, bias, padding_mode, act, residual, folded, y, mean if partials is None else partials)
     if stats_groups is not None and partials is not None:
@@ -157,14 +160,15 @@ def _convolve(
     added = y if residual is None else residual  # for what there is not, a tensor of the right dtype stands in
     tensors = (bias if kind == 1 else y, bias if kind == 2 else means, added, y, means, squares)
     flags = (int(act == "silu"), kind, int(residual is not None), int(statistics.dim() == 5))
-    steps = (*_frame_strides(bias)[:2], *plan.steps(_pixel_strides(added)), *plan.steps(_pixel_strides(y)))
+    of_x, of_added, of_y = map(plan.steps, plan.strides)
+    steps = (*_frame_strides(bias)[:2], *of_added, *of_y)
     scalars = (T, H * W, W, C_out, plan.splits, *flags, *steps)
     sums = None
     if plan.second:
         sums = torch.empty((plan.splits, B * T * H * W, C_out), dtype=torch.float32, device=y.device)
     kernel, handed = (_walk_kernel, ()) if plan.walk else (_conv_kernel, (sums,))
     sources = (x, weight, *(folded or (None, None)), *handed)
-    sides = (*plan.steps(_pixel_strides(x)), *plan.steps(_weight_strides(weight)))
+    sides = (*of_x, *plan.steps(_weight_strides(weight)))
     shape = (B, C_in, int(weight.shape[2]), int(padding_mode == "zeros"))
     launch(kernel, plan.programs, y, *sources, *tensors, *shape, *sides, *scalars, **plan.constants, **plan.options)
     if sums is not None:
@@ -172,15 +176,17 @@ def _convolve(
         launch(_reduce_kernel, plan.reducers, y, sums, *tensors, B, *scalars, **constants, **PASS_OPTIONS)
 
 
-def case_of(dtype: torch.dtype, c_in: int, c_out: int, rows: int, normed: bool) -> str:
+def case_of(dtype: torch.dtype, c_out: int, taps: int, rows: int, normed: bool) -> str:
     """The name under which a call's configuration is found: `rows` is B * T * H * W, `normed` that a norm comes before.
 
-    It has the width of the dtype, the class of the larger number of channels, and whether the tiles are few.
+    It has the width of the dtype, the class of C_out, whether there is one tap, and whether the tiles are few. As
+    often as an element of x is read, once for each tap and block of columns, a fused norm computes its SiLU again.
     """
-    channels = next((name for name, most in CHANNEL_CLASSES if max(c_in, c_out) <= most), "wide")
-    few = triton.cdiv(int(rows), 128) * triton.cdiv(int(c_out), 128) < FEW_TILES
+    channels = next((name for name, most in CHANNEL_CLASSES if c_out <= most), "wide")
     width = "single" if dtype == torch.float32 else "half"
-    return f"{width}-{channels}-{'norm' if normed else 'plain'}-{'few' if few else 'many'}"
+    kind = f"{'k1' if taps == 1 else 'kn'}-{'norm' if normed else 'plain'}"
+    few = _cdiv(int(rows), 128) * _cdiv(int(c_out), 128) < FEW_TILES
+    return f"{width}-{channels}-{kind}-{'few' if few else 'many'}"
 
 
 @triton.jit
@@ -223,24 +229,24 @@ def _finish(  # type: ignore[no-untyped-def]
     z, b, t, p, row_in, from_n, tile, tiles, bias, bias_wide, residual, y, mean, m2,
     num_frames, width, c_out, act, bias_kind, has_residual, has_stats,
     bias_b, bias_t, r_b, r_c, r_t, r_h, r_w, y_b, y_c, y_t, y_h, y_w,
-    DENSE: tl.constexpr, VECTOR: tl.constexpr, AT_ONCE: tl.constexpr,
+    DENSE: tl.constexpr, VECTOR: tl.constexpr,
 ):
     """From sums of pixels `p` of a frame, by columns from `from_n`, to y: bias, SiLU, residual; and their statistics.
 
-    No more than AT_ONCE columns are in hand with their addresses and residual, which would not fit beside them.
+    No more than FINISH_COLUMNS are in hand with their addresses and residual, which would not fit beside them.
     """
     COLUMNS: tl.constexpr = z.shape[1]
-    if COLUMNS > AT_ONCE:
+    if COLUMNS > FINISH_COLUMNS:
         left, right = _halves(z)
         _finish(
             left, b, t, p, row_in, from_n, tile, tiles, bias, bias_wide, residual, y, mean, m2,
             num_frames, width, c_out, act, bias_kind, has_residual, has_stats,
-            bias_b, bias_t, r_b, r_c, r_t, r_h, r_w, y_b, y_c, y_t, y_h, y_w, DENSE, VECTOR, AT_ONCE,
+            bias_b, bias_t, r_b, r_c, r_t, r_h, r_w, y_b, y_c, y_t, y_h, y_w, DENSE, VECTOR,
         )
         _finish(
             right, b, t, p, row_in, from_n + COLUMNS // 2, tile, tiles, bias, bias_wide, residual, y, mean, m2,
             num_frames, width, c_out, act, bias_kind, has_residual, has_stats,
-            bias_b, bias_t, r_b, r_c, r_t, r_h, r_w, y_b, y_c, y_t, y_h, y_w, DENSE, VECTOR, AT_ONCE,
+            bias_b, bias_t, r_b, r_c, r_t, r_h, r_w, y_b, y_c, y_t, y_h, y_w, DENSE, VECTOR,
         )
     else:
         lane = tl.arange(0, COLUMNS)
@@ -248,34 +254,34 @@ def _finish(  # type: ignore[no-untyped-def]
         column_in = lane < tl.multiple_of(c_out - from_n, VECTOR)
         inside = row_in[:, None] & column_in[None, :]
         if bias_kind > 0:
-            at = b * bias_b + t * bias_t + from_n
+            bias_at = b * bias_b + t * bias_t + from_n
             if bias_kind == 1:
-                z += tl.load(bias + at + lane, mask=column_in, other=0.0).to(tl.float32)[None, :]
+                z += tl.load(bias + bias_at + lane, mask=column_in, other=0.0).to(tl.float32)[None, :]
             else:
-                z += tl.load(bias_wide + at + lane, mask=column_in, other=0.0)[None, :]
+                z += tl.load(bias_wide + bias_at + lane, mask=column_in, other=0.0)[None, :]
         if act == 1:
             z = _silu(z)
         if has_residual == 1:
-            at = _starts(b, t, p, width, r_b, r_t, r_h, r_w, DENSE, VECTOR)
+            r_at = _starts(b, t, p, width, r_b, r_t, r_h, r_w, DENSE, VECTOR)
             if DENSE:
-                part = tl.load(tl.multiple_of(residual + from_n, 16) + (at[:, None] + lane[None, :]), inside, 0.0)
+                part = tl.load(tl.multiple_of(residual + from_n, 16) + (r_at[:, None] + lane[None, :]), inside, 0.0)
             else:
-                part = tl.load(residual + (at[:, None] + (n * r_c)[None, :]), inside, 0.0)
+                part = tl.load(residual + (r_at[:, None] + (n * r_c)[None, :]), inside, 0.0)
             z += part.to(tl.float32)
         if has_stats == 1:
             count = tl.sum(row_in.to(tl.float32), 0)
             center = tl.sum(tl.where(inside, z, 0.0), 0) / count
             spread = tl.where(inside, z - center[None, :], 0.0)
             rest = tl.sum(spread, 0) / count  # what rounding left of a large sum
-            at = ((b * num_frames + t) * tiles + tile) * c_out + from_n
-            tl.store(mean + at + lane, center + rest, mask=column_in)
-            tl.store(m2 + at + lane, tl.sum(spread * spread, 0), mask=column_in)
-        at = _starts(b, t, p, width, y_b, y_t, y_h, y_w, DENSE, VECTOR)
+            stats_at = ((b * num_frames + t) * tiles + tile) * c_out + from_n
+            tl.store(mean + stats_at + lane, center + rest, mask=column_in)
+            tl.store(m2 + stats_at + lane, tl.sum(spread * spread, 0), mask=column_in)
+        y_at = _starts(b, t, p, width, y_b, y_t, y_h, y_w, DENSE, VECTOR)
         rounded = z.to(y.dtype.element_ty)
         if DENSE:
-            tl.store(tl.multiple_of(y + from_n, 16) + (at[:, None] + lane[None, :]), rounded, inside)
+            tl.store(tl.multiple_of(y + from_n, 16) + (y_at[:, None] + lane[None, :]), rounded, inside)
         else:
-            tl.store(y + (at[:, None] + (n * y_c)[None, :]), rounded, inside)
+            tl.store(y + (y_at[:, None] + (n * y_c)[None, :]), rounded, inside)
 # fmt: on
 
 
@@ -324,7 +330,7 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
     tile = (program // num_frames % tiles).to(tl.int64)
     if SPAN:
         m = program.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        count = clips.to(tl.int64) * num_frames * pixels
+        count = tl.cast(clips, tl.int64) * num_frames * pixels
         row_in = m < count
         row = tl.minimum(m, count - 1)
         p = row % pixels
@@ -397,7 +403,7 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
             z, b, t, p, row_in, from_n, tile, tiles, bias, bias_wide, residual, y, mean, m2,
             num_frames, width, c_out, act, bias_kind, has_residual, has_stats,
             bias_b, bias_t, r_b, r_c, r_t, r_h, r_w, y_b, y_c, y_t, y_h, y_w,
-            DENSE, VECTOR, FINISH_COLUMNS,
+            DENSE, VECTOR,
         )
 
 
@@ -460,11 +466,11 @@ def _walk_kernel(  # type: ignore[no-untyped-def]
     lane = tl.minimum(tl.arange(0, BLOCK_N), c_out - 1 - from_n)
     b_tile = k[:, None] + (lane * w_out * VECTOR)[None, :]
     b_from = weight + from_n * w_out * VECTOR
-    step_tap = w_tap.to(tl.int64) * VECTOR
-    k_in = k < tl.multiple_of(c_in.to(tl.int64), VECTOR)
+    step_tap = tl.cast(w_tap, tl.int64) * VECTOR
+    k_in = k < tl.multiple_of(tl.cast(c_in, tl.int64), VECTOR)
     before_0, here_0, after_0 = _three_taps(tl.multiple_of(b_from, 16), b_tile, k_in, step_tap)
     if WIDE:
-        more_in = k < tl.multiple_of(c_in.to(tl.int64) - BLOCK_K, VECTOR)
+        more_in = k < tl.multiple_of(tl.cast(c_in, tl.int64) - BLOCK_K, VECTOR)
         before_1, here_1, after_1 = _three_taps(tl.multiple_of(b_from + BLOCK_K, 16), b_tile, more_in, step_tap)
 
     before = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -491,7 +497,7 @@ def _walk_kernel(  # type: ignore[no-untyped-def]
                 before, b, t - 1, p, row_in, from_n, tile, tiles, bias, bias_wide, residual, y, mean, m2,
                 num_frames, width, c_out, act, bias_kind, has_residual, has_stats,
                 bias_b, bias_t, r_b, r_c, r_t, r_h, r_w, y_b, y_c, y_t, y_h, y_w,
-                True, VECTOR, WALK_COLUMNS,
+                True, VECTOR,
             )
         before = here
         here = after
@@ -522,7 +528,7 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
     row_in = p < pixels
     inside = row_in[:, None] & column_in[None, :]
     rows = (b * num_frames + t) * pixels + p
-    size = clips.to(tl.int64) * num_frames * pixels * c_out
+    size = tl.cast(clips, tl.int64) * num_frames * pixels * c_out
     held = tl.multiple_of(rows * c_out, VECTOR)[:, None] + tl.arange(0, BLOCK_N)[None, :]
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for split in tl.range(0, splits):
@@ -532,7 +538,7 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
         z, b, t, p, row_in, from_n, tile, tiles, bias, bias_wide, residual, y, mean, m2,
         num_frames, width, c_out, act, bias_kind, has_residual, has_stats,
         bias_b, bias_t, r_b, r_c, r_t, r_h, r_w, y_b, y_c, y_t, y_h, y_w,
-        True, VECTOR, FINISH_COLUMNS,
+        True, VECTOR,
     )
 
 
@@ -582,6 +588,14 @@ def _affine_kernel(  # type: ignore[no-untyped-def]
 # The host's part: how the tensors lie, and what is launched over them.
 
 
+def _cdiv(a: int, b: int) -> int:
+    """That of Triton takes a microsecond or two on the host."""
+    return -(-a // b)
+
+
+Strides = tuple[int, int, int, int, int]
+
+
 class Plan(NamedTuple):
     """One call's launches.
 
@@ -592,6 +606,7 @@ class Plan(NamedTuple):
         second: whether sums go to a second pass, which has `reducers` programs.
         rows: of the tiles that statistics are taken of.
         constants, options: what the convolution is compiled with.
+        strides: of the pixels of x, of the residual or for want of one y, and of y.
     """
 
     walk: bool
@@ -602,6 +617,7 @@ class Plan(NamedTuple):
     rows: int
     constants: Mapping[str, Any]
     options: Mapping[str, int]
+    strides: tuple[Strides, Strides, Strides]
 
     def steps(self, strides: tuple[int, ...]) -> list[int]:
         """Strides as kernels take them: in vectors, where all but that of 1 are made of whole ones."""
@@ -613,49 +629,77 @@ def _plan(
 ) -> tuple[Tensor, Plan]:
     """The weight as it is to be read, and how the call is run."""
     recording, vector = traced(y), VECTOR_BYTES // x.element_size()
-    dense = all(_is_dense(each, vector, recording) for each in (x, y, *([] if residual is None else [residual])))
+    clips = (x, y) if residual is None else (x, y, residual)
+    strides = tuple(_pixel_strides(clip) for clip in clips)
+    dense = all(_dense(clip, steps, vector, recording) for clip, steps in zip(clips, strides, strict=True))
+    sides = (strides[0], strides[-1], strides[1])
     config = config if dense else STRIDED[x.element_size()]
     B, C_out, T, H, W = map(int, y.shape)
-    pixels = H * W
-    splits = min(config.split_k, int(weight.shape[2]) * triton.cdiv(int(weight.shape[1]), config.block_k))
-    tiles = triton.cdiv(pixels, config.block_m)
+    c_in, taps = int(weight.shape[1]), int(weight.shape[2])
+    pixels, steps = H * W, taps * _cdiv(c_in, config.block_k)
+    tiles = _cdiv(pixels, config.block_m)
+    splits = _splits(config, B * T * tiles, C_out, steps)
     # Tiles that go on from frame to frame need the second pass. A fused norm is one frame's, in all of a tile.
     span = dense and not normed and tiles * config.block_m > (SHARED_WASTE if splits > 1 else WASTE) * pixels
-    walk = config.walk and _can_walk(y.device)
+    newer = _hopper(y.device)
+    walk = config.walk and newer
     only_in = normed or span or walk or config.block_n > SMALL_N
-    layout = "any"
+    layout, of_rows = "any", B * T * tiles
     if span:
-        config = _spanning(config)
+        config, of_rows = _spanning(config), _cdiv(B * T * pixels, config.block_m)
+        splits = _splits(config, of_rows, C_out, steps)
     if dense:
         weight, layout = _dense_weight(weight, vector, recording, only_in=only_in)
-    if walk and dense and not span and weight.shape[2] == 3 and weight.shape[1] <= 2 * WALK_K:
-        return weight, _walk_plan(B, int(weight.shape[1]), C_out, T, pixels, vector)
-    blocks = triton.cdiv(C_out, config.block_n)
+    if walk and dense and not span and taps == 3 and c_in <= 2 * WALK_K:
+        return weight, _walk_plan(B, c_in, C_out, T, pixels, vector, sides)
+    second = splits > 1 or span
     plan = Plan(
         walk=False,
-        programs=(triton.cdiv(B * T * pixels, config.block_m) if span else B * T * tiles) * splits * blocks,
+        programs=of_rows * splits * _cdiv(C_out, config.block_n),
         splits=splits,
-        second=splits > 1 or span,
-        reducers=B * T * triton.cdiv(pixels, REDUCE_M) * triton.cdiv(C_out, REDUCE_N),
-        rows=REDUCE_M if splits > 1 or span else config.block_m,
+        second=second,
+        reducers=B * T * _cdiv(pixels, REDUCE_M) * _cdiv(C_out, REDUCE_N),
+        rows=REDUCE_M if second else config.block_m,
         constants=_constants(config, span, layout, vector if dense else 1),
-        options=config.launch_options,
+        options=config.launch_options(_capped(span, normed, second, newer)),
+        strides=sides,
     )
     return weight, plan
 
 
-def _can_walk(device: torch.device) -> bool:
-    """Older cards have too few registers for it: it spills."""
-    if device.type != "cuda" or not torch.cuda.is_available():  # interpreted, or traced
-        return True
-    return torch.cuda.get_device_capability(device) >= WALK_CAPABILITY
+def _splits(config: Config, of_rows: int, c_out: int, steps: int) -> int:
+    """The most programs for each tile that still run at once, two on a multiprocessor, each with steps of its own."""
+    tiles = of_rows * _cdiv(c_out, config.block_n)
+    return max(1, min(config.split_k, FEW_TILES // tiles, steps))
 
 
-def _walk_plan(clips: int, c_in: int, c_out: int, num_frames: int, pixels: int, vector: int) -> Plan:
+def _capped(span: bool, normed: bool, second: bool, newer: bool) -> bool:
+    """Whether the cap on registers costs no stack: what is done beside the plain product takes some of its own.
+
+    Of rows that span frames, a norm, and sums that are handed on, cards from sm_90 on afford one, older ones none.
+    """
+    return span + normed + second <= newer
+
+
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    """Whether operands of products need no registers. Interpreted and traced calls are taken for such."""
+    return device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= HOPPER
+
+
+def _walk_plan(
+    clips: int,
+    c_in: int,
+    c_out: int,
+    num_frames: int,
+    pixels: int,
+    vector: int,
+    strides: tuple[Strides, Strides, Strides],
+) -> Plan:
     """Clips are cut into as many parts as it takes to fill a GPU, but not shorter ones than pay."""
-    programs = clips * triton.cdiv(pixels, WALK_M) * triton.cdiv(c_out, WALK_N)
-    parts = max(1, min(triton.cdiv(FEW_TILES, programs), num_frames // WALK_FRAMES))
-    parts = triton.cdiv(num_frames, triton.cdiv(num_frames, parts))  # none is empty
+    programs = clips * _cdiv(pixels, WALK_M) * _cdiv(c_out, WALK_N)
+    parts = max(1, min(_cdiv(FEW_TILES, programs), num_frames // WALK_FRAMES))
+    parts = _cdiv(num_frames, _cdiv(num_frames, parts))  # none is empty
     return Plan(
         walk=True,
         programs=programs * parts,
@@ -665,6 +709,7 @@ def _walk_plan(clips: int, c_in: int, c_out: int, num_frames: int, pixels: int, 
         rows=WALK_M,
         constants=_walk_constants(c_in > WALK_K, vector),
         options=WALK_OPTIONS,
+        strides=strides,
     )
 
 
@@ -687,8 +732,12 @@ def _reduce_constants(vector: int) -> dict[str, int]:
 
 def _is_dense(clip: Tensor, vector: int, recording: bool) -> bool:
     """Whether channels are dense, frames have no gaps between rows, and all pixels begin at whole 16-byte vectors."""
+    return _dense(clip, _pixel_strides(clip), vector, recording)
+
+
+def _dense(clip: Tensor, strides: Strides, vector: int, recording: bool) -> bool:
     _, C, _, H, W = map(int, clip.shape)
-    b, c, t, h, w = _pixel_strides(clip)
+    b, c, t, h, w = strides
     folded = H == 1 or W == 1 or h == W * w
     whole = all(step % vector == 0 for step in (C, b, t, w))
     return c == 1 and folded and whole and aligned(clip, VECTOR_BYTES, recording)
@@ -705,7 +754,7 @@ def _dense_weight(weight: Tensor, vector: int, recording: bool, only_in: bool) -
     return weight.permute(2, 0, 1).clone(memory_format=torch.contiguous_format).permute(1, 2, 0), "in"
 
 
-def _pixel_strides(clip: Tensor) -> tuple[int, int, int, int, int]:
+def _pixel_strides(clip: Tensor) -> Strides:
     """(b, c, t, h, w) of a clip; w is the step from pixel to pixel also where rows have one. 0 if there is no step."""
     b, c, t, h, w = (int(step) if n > 1 else 0 for n, step in zip(clip.shape, clip.stride(), strict=True))
     return b, c if clip.shape[1] > 1 else 1, t, h, w if clip.shape[4] > 1 else h
@@ -749,7 +798,7 @@ def _affine(
         *(int(each is not None) for each in parameters),
     )
     tensors = (mean, rstd, *(absent if each is None else each for each in parameters), multiplier, offset)
-    programs = B * T * triton.cdiv(C, AFFINE_TILE)
+    programs = B * T * _cdiv(C, AFFINE_TILE)
     launch(_affine_kernel, programs, multiplier, *tensors, *scalars, TILE=AFFINE_TILE, **PASS_OPTIONS)
     return multiplier, offset
 
@@ -759,22 +808,25 @@ def _affine(
 DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
-def _conv_variant(dtype: str, config: Config, span: bool, layout: str, normed: bool) -> Variant:
-    dense, second = layout != "any", config.split_k > 1 or span
+def _conv_variant(
+    dtype: str, config: Config, span: bool, layout: str, normed: bool, second: bool, capped: bool
+) -> Variant:
+    dense, options = layout != "any", config.launch_options(capped)
     constants = _constants(config, span, layout, VECTOR_BYTES // DTYPES[dtype] if dense else 1)
     absent: dict[str, Any] = {} if second else {"partials": None}
     absent |= {} if normed else {"multiplier": None, "offset": None}
     form = ["spanning" if span else "framed", *(["norm"] if normed else []), *(["sums"] if second else [])]
+    limit = [f"r{options['maxnreg']}"] if "maxnreg" in options else []
     tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
     return Variant(
-        f"{dtype} {tile} {' '.join(form)}, {layout}",
+        " ".join([dtype, tile, *limit, *form]) + f", {layout}",
         "_conv_kernel",
         _signature(CONV_TENSORS, CONV_SCALARS, dtype, constants | absent),
         constants | absent,
-        config.num_warps,
-        config.num_stages,
+        **options,
         wide_loads=2 if dense else 0,
         wgmma=dense and dtype != "fp32",
+        least_arch=90 if limit and not _capped(span, normed, second, newer=False) else 80,
     )
 
 
@@ -791,17 +843,21 @@ FP32_TENSORS = ("multiplier", "offset", "partials", "bias_wide", "mean", "rstd",
 def _conv_variants() -> Iterator[Variant]:
     for dtype in DTYPES:
         width = "single" if dtype == "fp32" else "half"
-        tables = {case: configs for case, configs in shipped(OP).items() if case.startswith(width)}
-        for case, table in tables.items():
-            for config in map(_config, table):
-                normed = "-norm-" in case and config.fused_norm
-                yield _conv_variant(dtype, config, False, "in", normed)
-                if not normed:
-                    yield _conv_variant(dtype, _spanning(config), True, "in", normed)
-                if not normed and config.block_n <= SMALL_N:
-                    yield _conv_variant(dtype, config, False, "out", normed)
+        for case, table in shipped(OP).items():
+            for config in map(_config, table if case.startswith(width) else ()):
+                yield from _forms(dtype, config, "-norm-" in case and config.fused_norm)
         for normed in (False, True):
-            yield _conv_variant(dtype, STRIDED[DTYPES[dtype]], False, "any", normed)
+            yield _conv_variant(dtype, STRIDED[DTYPES[dtype]], False, "any", normed, second=False, capped=False)
+
+
+def _forms(dtype: str, config: Config, normed: bool) -> Iterator[Variant]:
+    """What a configuration is compiled to for clips that lie dense: with and without sums to hand on, old and new."""
+    layouts = ("in",) if normed or config.block_n > SMALL_N else ("in", "out")
+    for second, layout in product((False, True) if config.split_k > 1 else (False,), layouts):
+        for capped in {_capped(False, normed, second, newer) for newer in (False, True)}:
+            yield _conv_variant(dtype, config, False, layout, normed, second, capped)
+    if not normed:
+        yield _conv_variant(dtype, _spanning(config), True, "in", normed, second=True, capped=False)
 
 
 def _walk_variant(dtype: str, wide: bool, normed: bool) -> Variant:
@@ -815,14 +871,15 @@ def _walk_variant(dtype: str, wide: bool, normed: bool) -> Variant:
         **WALK_OPTIONS,
         wide_loads=2,
         wgmma=True,
-        least_arch=WALK_CAPABILITY[0] * 10,
+        least_arch=HOPPER[0] * 10,
     )
 
 
 def _walk_variants() -> Iterator[Variant]:
-    walked = {case for case, table in shipped(OP).items() for config in table if config["walk"]}
+    tables = shipped(OP).items()
+    walked = {"-norm-" in case and config["fused_norm"] for case, table in tables for config in table if config["walk"]}
     for wide, normed in product((False, True), (False, True)):
-        if f"-c{2 * WALK_K if wide else WALK_K}-{'norm' if normed else 'plain'}-" in "".join(walked):
+        if normed in walked:
             yield from (_walk_variant(dtype, wide, normed) for dtype in ("fp16", "bf16"))
 
 
@@ -848,7 +905,7 @@ VARIANTS = (
 
 def _candidates(case: str) -> tuple[dict[str, Any], ...]:
     """What is worth a try for a case, the default left aside."""
-    width, channels, form, amount = case.split("-")
+    width, channels, taps, form, amount = case.split("-")
     tiles: tuple[tuple[int, ...], ...]  # block_m, block_n, block_k, num_warps, num_stages
     if width == "single":
         tiles = ((64, 64, 32, 4, 2), (64, 64, 32, 4, 4), (128, 64, 32, 4, 3), (128, 64, 32, 8, 3), (128, 128, 32, 8, 3))
@@ -858,15 +915,14 @@ def _candidates(case: str) -> tuple[dict[str, Any], ...]:
         tiles = ((128, 128, 64, 4, 3), (128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (256, 128, 64, 8, 3))
     else:
         tiles = ((128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4))
-    splits = (1, 2, 3, 4, 6) if channels == "wide" and amount == "few" else (1,)
-    found = []
-    for (m, n, k, warps, stages), split_k in product(tiles, splits):
-        found.append(Config(m, n, k, split_k, warps, stages))
-    if width == "half" and channels != "wide":
+    splits = (1, 2, 3, 4, 6) if channels in ("c256", "wide") and amount == "few" else (1,)
+    found = [Config(m, n, k, split_k, warps, stages) for (m, n, k, warps, stages), split_k in product(tiles, splits)]
+    if width == "half":
+        found += [each._replace(maxnreg=128) for each in found if each[:3] == (128, 128, 64) and each.num_warps == 8]
+    if width == "half" and taps == "kn" and channels in ("c64", "c128"):
         found.append(found[0]._replace(walk=True))
-    both = [each._replace(fused_norm=fused) for each in found for fused in (False, True)]
     if form == "norm":
-        return tuple(each._asdict() for each in both)
+        return tuple(each._replace(fused_norm=fused)._asdict() for each in found for fused in (False, True))
     return tuple({name: value for name, value in each._asdict().items() if name != "fused_norm"} for each in found)
 
 

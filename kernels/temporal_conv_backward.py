@@ -281,7 +281,7 @@ def _pointwise_kernel(  # type: ignore[no-untyped-def]
                 value += tl.load(place, mask=inside, other=0.0).to(tl.float32)
             of_frame = linear + (frame * channels + c)
             slopes = tl.multiple_of(of_frame, WORD) + column.to(tl.int64)
-            offsets = tl.multiple_of(of_frame + frames.to(tl.int64) * channels, WORD) + column.to(tl.int64)
+            offsets = tl.multiple_of(of_frame + tl.cast(frames, tl.int64) * channels, WORD) + column.to(tl.int64)
             slope = tl.load(slopes, mask=here, other=0.0)
             offset = tl.load(offsets, mask=here, other=0.0)
             gradient += value * slope[None, :] + offset[None, :]

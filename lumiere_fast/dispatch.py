@@ -199,12 +199,14 @@ class Backend:
         backward: "module:function", or None to run the reference again and differentiate it. It takes the gradients of
             the results as a tuple, None where there is none, then the arguments of the reference; it returns a gradient
             for each argument: a tensor, None, or a list of these for a list of tensors.
+        pays_from: (argument, axis, size) triples: where an axis is shorter, others are faster, and "auto" passes over.
     """
 
     name: str
     function: str
     needs: Needs
     backward: str | None = None
+    pays_from: tuple[tuple[str, int, int], ...] = ()
 
     def load(self) -> Callable[..., Any]:
         return _load(self.function)
@@ -420,7 +422,12 @@ def reasons_to_pass_over(op: Op, backend: str, arguments: Sequence[Any]) -> Sequ
     device = _device_of(arguments)
     if backend == "triton" and interpreting():
         return (INTERPRETED,)
-    return _why_unproven(op.name, backend, device) if device.type == "cuda" else ()
+    unprofitable = [
+        f"axis {axis} of {name} is below {size}, from where it pays"
+        for name, axis, size in op.backends[backend].pays_from
+        if arguments[op.parameters.index(name)].shape[axis] < size
+    ]
+    return unprofitable or (_why_unproven(op.name, backend, device) if device.type == "cuda" else ())
 
 
 def _log_once(op: str, backend: str, reasons: Sequence[str]) -> None:

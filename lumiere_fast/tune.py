@@ -313,22 +313,25 @@ def representatives(op: str, case: str) -> list[tuple[Scenario, torch.dtype]]:
 
 
 def scenarios(op: str) -> list[Scenario]:
-    """Those of the op's spec that are not too large, and of what is too large or too narrow there a part."""
+    """Those of the op's spec that are not too large, and parts of its largest frames, narrow ones, with few tiles too.
+
+    The parts are of each width up to 256 channels, whose levels are too large as a whole, and of one tap and of more.
+    """
     known = _selfcheck.spec_of(getattr(ops, op)).scenarios
-    window = [scenario for scenario in known if scenario.name.startswith("ssr0")]
     parts = [
-        replace(each, name=f"{each.name}_c{C}", sizes={**each.sizes, "C": C, "H": 256, "W": 256})
-        for each in window
-        for C in (64, 128)
+        replace(each, name=f"{each.name}_k{k}_c{C}_{H}", sizes={**each.sizes, "C": C, "H": H, "W": H, "k": k})
+        for each in known
+        if each.name in ("ssr0", "ssr0_fused")
+        for k, C, H in product((1, 3), (64, 128, 256), (40, 256))
     ]
     return [scenario for scenario in (*known, *parts) if scenario.count("BCTHW") <= LARGEST]
 
 
 def case_of(op: str, scenario: Scenario, dtype: torch.dtype) -> str:
     """The case that a scenario is of."""
-    C = scenario.sizes["C"]
+    C_out = scenario.sizes.get("N", scenario.sizes["C"])
     rows, normed = scenario.count("BTHW"), scenario.options["fused"]
-    case: str = _kernel(op).case_of(dtype, C, scenario.sizes.get("N", C), rows, normed)
+    case: str = _kernel(op).case_of(dtype, C_out, scenario.sizes["k"], rows, normed)
     return case
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lumiere_fast import dispatch, native, selftest
+from lumiere_fast import dispatch, native, ops, selftest
 from lumiere_fast.dispatch import Backend
-from lumiere_fast.ops.blend_windows import blend_windows_reference
+from lumiere_fast.ops import _selfcheck
+from lumiere_fast.ops.blend_windows import blend_windows_backward, blend_windows_reference
 
 Kernel = Callable[..., None]
 
@@ -81,6 +83,63 @@ def test_a_wrong_kernel_fails_and_it_is_told_where(kernel: Kernel, told: str, us
     use(kernel)
     assert outcome().status == "failed" and told in outcome().detail
     assert ("float32" in outcome().detail) == (kernel is not wrong_in_half)
+
+
+Backward = Callable[..., Any]
+
+
+def with_backward(change: Callable[[list[Tensor]], Any]) -> Backward:
+    """That of blend_windows, with what it found for the windows changed."""
+
+    def backward(*arguments: Any) -> tuple[Any, ...]:
+        found, *others = blend_windows_backward(*arguments)
+        return (change(found), *others)
+
+    return backward
+
+
+def fails(found: list[Tensor]) -> None:
+    raise AttributeError("'int' object has no attribute 'to'")
+
+
+WRONG_GRADIENTS: dict[str, Callable[[list[Tensor]], Any]] = {
+    "that of windows is off by 5": lambda found: [*found[:-1], found[-1] * 1.05],
+    "that of windows is off by nan": lambda found: [*found[:-1], torch.full_like(found[-1], float("nan"))],
+    "windows has none": lambda found: [*found[:-1], None],
+    "windows has one of shape (1,)": lambda found: [*found[:-1], torch.ones(1)],
+    "AttributeError: 'int' object has no attribute 'to'": fails,
+    "ValueError: ": lambda found: found[:-1],
+}
+
+
+@pytest.mark.parametrize("told", WRONG_GRADIENTS)
+def test_a_wrong_gradient_fails_and_it_is_told_where(
+    told: str, use: Callable[[Kernel], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(right)
+    monkeypatch.setattr(Backend, "load_backward", lambda self: with_backward(WRONG_GRADIENTS[told]))
+    found = outcome()
+    assert found.status == "failed" and "result 0" not in found.detail
+    for dtype in ("float32", "bfloat16"):
+        assert re.search(rf"gradient at \w+ in torch\.{dtype}: {re.escape(told)}", found.detail)
+
+
+@pytest.mark.parametrize("backward", [with_backward(lambda found: found), None])
+def test_a_right_gradient_passes_and_so_does_torch_s(
+    backward: Backward | None, use: Callable[[Kernel], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(right)
+    monkeypatch.setattr(Backend, "load_backward", lambda self: backward)
+    with torch.inference_mode():
+        assert (outcome().status, outcome().detail) == ("passed", "")
+
+
+def test_large_calls_are_checked_on_a_gpu_alone() -> None:
+    spec = _selfcheck.spec_of(ops.temporal_conv)
+    large = _selfcheck._checks(spec, torch.device("cuda"))[len(spec.checks) :]
+    assert _selfcheck._checks(spec, torch.device("cpu")) == spec.checks
+    assert {(each.sizes["k"], each.options["fused"]) for each in large} == {(k, f) for k in (1, 3) for f in (0, 1)}
+    assert all(each.sizes["C"] == 256 and each.count("BTHW") >= 64 * 128 for each in large)
 
 
 def test_every_kernel_of_every_op_has_an_outcome() -> None:

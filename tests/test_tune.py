@@ -22,7 +22,7 @@ from lumiere_fast.ops._spec import Scenario
 from lumiere_fast.tune import Tuned, Tuner
 
 OP, GPU = "temporal_conv", "NVIDIA Imaginary"
-PLAIN, NORM = "half-c64-plain-few", "half-c64-norm-few"
+PLAIN, NORM = "half-c64-kn-plain-few", "half-c64-kn-norm-few"
 CPU = torch.device("cpu")
 SIZES = {"B": 1, "C": 8, "T": 2, "H": 3, "W": 3, "G": 2, "k": 3}
 TINY = (Scenario("tiny", SIZES, {"fused": False}), Scenario("tiny_fused", SIZES, {"fused": True}))
@@ -67,7 +67,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> PlayedKernel:
     played = PlayedKernel()
     module = SimpleNamespace(
         CANDIDATES={PLAIN: [config(5), config(6)], NORM: [config(5, NORM)]},
-        case_of=lambda dtype, c_in, c_out, rows, normed: "" if dtype != torch.bfloat16 else NORM if normed else PLAIN,
+        case_of=lambda dtype, c_out, taps, rows, normed: "" if dtype != torch.bfloat16 else NORM if normed else PLAIN,
     )
     monkeypatch.setattr(ops, OP, played)
     monkeypatch.setattr(timing, "clock_for", lambda device: played.clock)
@@ -252,11 +252,11 @@ def test_a_winner_is_written_used_and_kept(
 
 
 def test_what_others_wrote_of_other_cases_stays(kernel: PlayedKernel, tmp_path: Path) -> None:
-    path, by_hand = tmp_path / "table.json", config(7, "single-wide-plain-few")
-    _configs.save(path, GPU, {OP: {"single-wide-plain-few": by_hand, PLAIN: config(7)}})
+    path, by_hand = tmp_path / "table.json", config(7, "single-wide-kn-plain-few")
+    _configs.save(path, GPU, {OP: {"single-wide-kn-plain-few": by_hand, PLAIN: config(7)}})
     kernel.costs = {5: 0.5}
     written(path, [PLAIN])
-    assert tune.read(path, GPU)[OP] == {"single-wide-plain-few": by_hand, PLAIN: config(5)}
+    assert tune.read(path, GPU)[OP] == {"single-wide-kn-plain-few": by_hand, PLAIN: config(5)}
 
 
 def test_a_run_that_is_stopped_goes_on_where_it_was(kernel: PlayedKernel, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_an_op_without_configurations_is_not_tunable(real: Any) -> None:
 
 
 def test_the_kernel_in_the_interpreter_runs_as_its_candidate_says(real: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = "single-c64-norm-few"
+    case = "single-c64-kn-norm-few"
     default = _configs.shipped(OP)[case][0]
     other = {**default, "block_m": 32, "split_k": 2}
     module = SimpleNamespace(CANDIDATES={case: [other]}, case_of=real.case_of)

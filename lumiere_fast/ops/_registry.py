@@ -72,7 +72,10 @@ class RegisteredOp:
             return _store(self.definition(*arguments), out)
         if traced() or dispatch.needs_gradient(arguments):
             return _store(self._captured(chosen, arguments), out)
-        return self.launch(chosen, arguments, self.allocate(arguments, out))
+        results = self.launch(chosen, arguments, self.allocate(arguments, out))
+        if out is not None and not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # whoever saved it for a backward is to be told
+        return results
 
     def definition(self, *arguments: Any) -> Any:
         """The reference, in its own precision: autocast would take its fp32 arithmetic down again."""
@@ -140,8 +143,14 @@ class RegisteredOp:
         return self._gradients(ctx, "triton", gradients)
 
     def _gradients(self, ctx: Any, backend: str, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        """By the backend's own backward where it has one, else by running the reference again with a graph."""
-        arguments = _saved_arguments(ctx)
+        """By the backend's own backward where it has one, else by running the reference again with a graph.
+
+        Where the gradients are to be differentiated in their turn (`create_graph`), the reference is run on the tensors
+        as they came, with what they were made from: a kernel's backward has no derivative.
+        """
+        if torch.is_grad_enabled():
+            return _reference_gradients(self.definition, _saved_arguments(ctx, _as_it_came), gradients, again=True)
+        arguments = _saved_arguments(ctx, _leaf)
         own = self.op.backends[backend].load_backward() if backend in self.op.backends else None
         if own is None:
             return _reference_gradients(self.definition, arguments, gradients)
@@ -267,30 +276,31 @@ def _save_all_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ]
 
 
-def _saved_arguments(ctx: Any) -> list[Any]:
-    """The arguments as they came; what needs a gradient is a leaf that wants one."""
+def _saved_arguments(ctx: Any, made: Callable[[Tensor, bool], Tensor]) -> list[Any]:
+    """The arguments in their order, each tensor `made` from the saved one and from whether it needs a gradient."""
     saved = iter(ctx.saved_tensors)
     arguments: list[Any] = []
     for kind, needed in zip(ctx.layout, ctx.needs_input_grad, strict=False):  # the name of the backend has no layout
         if kind is Ellipsis:
-            arguments.append(_leaf(next(saved), needed))
+            arguments.append(made(next(saved), needed))
         elif isinstance(kind, int):
-            arguments.append([_leaf(next(saved), wanted) for wanted in needed])
+            arguments.append([made(next(saved), wanted) for wanted in needed])
         else:
             arguments.append(kind[0])
     return arguments
 
 
 def _reference_gradients(
-    definition: Callable[..., Any], arguments: Sequence[Any], gradients: Sequence[Tensor | None]
+    definition: Callable[..., Any], arguments: Sequence[Any], gradients: Sequence[Tensor | None], again: bool = False
 ) -> tuple[Any, ...]:
-    """The reference is run again, with a graph, and differentiated by torch."""
+    """The reference is run again, with a graph, and differentiated by torch; `again`: so that it can be again."""
     with torch.enable_grad():
         results = definition(*arguments)
     results = (results,) if isinstance(results, Tensor) else results
     pairs = [(y, g) for y, g in zip(results, gradients, strict=True) if g is not None and y.requires_grad]
     leaves = [tensor for value in arguments for tensor in dispatch.tensors_in(value) if tensor.requires_grad]
-    found = iter(torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True))
+    given = [g for _, g in pairs]
+    found = iter(torch.autograd.grad([y for y, _ in pairs], leaves, given, allow_unused=True, create_graph=again))
 
     def gradient(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -304,14 +314,20 @@ def _leaf(tensor: Tensor, needed: bool) -> Tensor:
     return tensor.detach().requires_grad_(needed)
 
 
+def _as_it_came(tensor: Tensor, needed: bool) -> Tensor:
+    return tensor if needed else tensor.detach()
+
+
 def _first(arguments: Sequence[Any]) -> Tensor:
     return next(tensor for value in arguments for tensor in dispatch.tensors_in(value))
 
 
 def traced() -> bool:
-    """Whether calls are captured or watched: by Dynamo, or by a `TorchDispatchMode` such as that of fake tensors, of
-    make_fx or of a counter. These see operators, not kernels, and their shapes may be symbols."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether calls are captured or watched: by Dynamo, by torch.jit.trace, or by a `TorchDispatchMode` such as that of
+    fake tensors, of make_fx or of a counter. These see operators, not kernels, and their shapes may be symbols."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return torch._C._get_tracing_state() is not None
 
 
 def _is_fake(results: Any) -> bool:

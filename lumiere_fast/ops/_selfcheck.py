@@ -1,7 +1,8 @@
-"""A kernel held against its reference on a device, at the small scenarios of its op's spec.
+"""A kernel held against its reference on a device, at the small scenarios of its op's spec; and its own backward.
 
-The rule is that of the tests: relative to the fp64 result, an error may be twice the reference's own at that dtype, and
-a little more where the reference happens to be exact. Results are poisoned with NaN before the kernel writes them.
+The rule is that of the tests: relative to the fp64 result, an error may be twice the reference's own at that dtype, a
+gradient's three times, and a little more where the reference happens to be exact. Results are poisoned with NaN before
+the kernel writes them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -28,28 +29,48 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # One rounding at 1, and a little for sums: what a difference may be where torch happens to be exact.
 FLOORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 FACTOR = 2.0
+
+# Of a gradient, which is longer a sum, and rounds on its way what products take: g_y, g_z, g_h, and the norm's result.
+GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
+GRADIENT_FACTOR = 3.0
+ROUNDINGS = 4
 SEED = 0
 
 
 def failures(op: RegisteredOp, public: Callable[..., Any], backend: str, device: torch.device) -> list[str]:
-    """One line for each small call, dtype and layout at which `backend` is wrong, of those that it serves."""
-    found = []
+    """One line for each call, dtype and layout at which `backend` or its gradient is wrong, of those that it serves."""
     spec = spec_of(public)
-    for scenario, dtype in product(_small(spec), DTYPES):
-        floor = FLOORS[dtype] if spec.rounds_operands else 0.0
-        drawn = op.op.bind(**example(public, scenario, device, dtype))
-        for layout, arguments in (("channels last", drawn), ("contiguous", _contiguous(drawn))):
-            if not dispatch.reasons_against(op.op, backend, arguments):
-                where = f"{scenario.name} in {dtype}, {layout}"
-                found += [f"{where}: {wrong}" for wrong in _wrong(op, backend, arguments, floor)]
+    found = []
+    with torch.inference_mode(False):  # there nothing can be differentiated
+        for scenario, dtype in product([*_small(spec), *_checks(spec, device)], DTYPES):
+            floor = FLOORS[dtype] if spec.rounds_operands else 0.0
+            drawn = op.op.bind(**example(public, scenario, device, dtype))
+            for layout, arguments in (("channels last", drawn), ("contiguous", _mapped(Tensor.contiguous, drawn))):
+                if not dispatch.reasons_against(op.op, backend, arguments):
+                    where = f"{scenario.name} in {dtype}, {layout}"
+                    found += [f"{where}: {wrong}" for wrong in _wrong(op, backend, arguments, floor)]
+        for scenario, dtype in product(_checks(spec, device), GRADIENT_DTYPES):
+            floor = FLOORS[dtype] * (ROUNDINGS if spec.rounds_operands else 1)
+            leaves = _mapped(_leaf, op.op.bind(**example(public, scenario, device, dtype)))
+            if not dispatch.reasons_against(op.op, backend, leaves):
+                where = f"gradient at {scenario.name} in {dtype}"
+                found += [f"{where}: {wrong}" for wrong in _wrong_gradients(op, backend, leaves, floor)]
     return found
 
 
-def _contiguous(value: Any) -> Any:
-    """The same arguments with all tensors in contiguous memory."""
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A value with every tensor in it put through a function."""
     if isinstance(value, Tensor):
-        return value.contiguous()
-    return type(value)(map(_contiguous, value)) if isinstance(value, (tuple, list)) else value
+        return function(value)
+    return type(value)(_mapped(function, each) for each in value) if isinstance(value, (tuple, list)) else value
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
 
 
 def example(
@@ -72,8 +93,12 @@ def smallest(spec: OpSpec) -> Scenario:
 
 
 def _small(spec: OpSpec) -> list[Scenario]:
-    """Scenarios within eight times of the smallest, and the spec's own checks: about a second, compiling left aside."""
-    return [each for each in spec.scenarios if _size(each) <= 8 * _size(smallest(spec))] + list(spec.checks)
+    """Scenarios within eight times of the smallest: with the spec's checks about a second, compiling left aside."""
+    return [each for each in spec.scenarios if _size(each) <= 8 * _size(smallest(spec))]
+
+
+def _checks(spec: OpSpec, device: torch.device) -> tuple[Scenario, ...]:
+    return (*spec.checks, *(spec.gpu_checks if device.type == "cuda" else ()))
 
 
 def _size(scenario: Scenario) -> int:
@@ -91,7 +116,7 @@ def _wrong(op: RegisteredOp, backend: str, arguments: tuple[Any, ...], floor: fl
             yield f"{type(raised).__name__}: {' '.join(str(raised).split())}"
             return
         theirs = op.definition(*arguments)
-        exact = op.definition(*(_in_double(value) for value in arguments))
+        exact = op.definition(*_mapped(_double, arguments))
     for index, (mine, other, truth) in enumerate(zip(_tuple(ours), _tuple(theirs), _tuple(exact), strict=True)):
         error = relative_error(mine, truth)
         bound = FACTOR * relative_error(other, truth) + max(floor, FLOORS[mine.dtype])
@@ -108,12 +133,52 @@ def _kernel_errors() -> tuple[type[Exception], ...]:
     return (RuntimeError, TritonError)
 
 
-def _in_double(value: Any) -> Any:
+def _wrong_gradients(op: RegisteredOp, backend: str, leaves: tuple[Any, ...], floor: float) -> Iterator[str]:
+    """What is wrong with the backend's own backward, if it has one, where all floating tensors want a gradient."""
+    exact_leaves = _mapped(_leaf, _mapped(_double, leaves))
+    with torch.enable_grad():
+        results, exact_results = (_tuple(op.definition(*each)) for each in (leaves, exact_leaves))
+    generator = torch.Generator().manual_seed(SEED)
+    seeds = [torch.randn(each.shape, generator=generator).to(each) for each in results]
+    theirs, exact = _gradients(results, leaves, seeds), _gradients(exact_results, exact_leaves, seeds)
+    try:
+        backward = op.op.backends[backend].load_backward()
+        if backward is None:
+            return
+        found = backward(tuple(seed if seed.numel() else None for seed in seeds), *leaves)
+        ours = [each for value, of_value in zip(leaves, found, strict=True) for each in _beside(value, of_value)]
+    except Exception as raised:  # whatever it is, it speaks against the kernel
+        yield f"{type(raised).__name__}: {' '.join(str(raised).split())}"
+        return
+    names = [name for name, value in zip(op.op.parameters, leaves, strict=True) for _ in _wanting(value)]
+    for name, mine, other, truth in zip(names, ours, theirs, exact, strict=True):
+        if mine is None or mine.shape != truth.shape:
+            yield f"{name} has {'none' if mine is None else f'one of shape {tuple(mine.shape)}'}"
+            continue
+        error = relative_error(mine, truth)
+        bound = GRADIENT_FACTOR * relative_error(other, truth) + max(floor, FLOORS[mine.dtype])
+        if not error <= bound:  # NaN is wrong
+            yield f"that of {name} is off by {error:.2e} of its largest value, {bound:.2e} is allowed"
+
+
+def _wanting(value: Any) -> list[Tensor]:
+    return [tensor for tensor in dispatch.tensors_in(value) if tensor.requires_grad]
+
+
+def _beside(value: Any, gradients: Any) -> list[Tensor | None]:
+    """Of an argument and what a backward returns for it, the gradient of each tensor that wants one."""
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if dispatch.tensors_in(value):
-        return [_in_double(item) for item in value]
-    return value
+        return [gradients] if value.requires_grad else []
+    pairs = zip(dispatch.tensors_in(value), gradients or (), strict=True)
+    return [gradient for tensor, gradient in pairs if tensor.requires_grad]
+
+
+def _gradients(results: Sequence[Tensor], leaves: tuple[Any, ...], seeds: Sequence[Tensor]) -> list[Tensor]:
+    """By torch; zero where nothing depends on a tensor."""
+    tensors = [tensor for value in leaves for tensor in _wanting(value)]
+    given = [result for result in results if result.numel()]
+    above = [seed.to(result) for result, seed in zip(results, seeds, strict=True) if result.numel()]
+    return list(torch.autograd.grad(given, tensors, above, allow_unused=True, materialize_grads=True))
 
 
 def _tuple(results: Any) -> tuple[Tensor, ...]:

@@ -49,6 +49,7 @@ class OpSpec:
         bytes: bytes moved, given the dtype that activations are stored in.
         make_inputs: the public function's arguments by name, drawn from the generator; activations channels_last_3d.
         checks: further small calls that a self-check makes, of what the scenarios leave out.
+        gpu_checks: larger ones that it makes on a GPU alone.
         rounds_operands: whether kernels may round what they computed to the dtype of the activations before they
             multiply it, as tensor cores need it; results of a wider dtype then carry those roundings.
     """
@@ -59,6 +60,7 @@ class OpSpec:
     bytes: Callable[[Scenario, torch.dtype], int]
     make_inputs: Callable[[Scenario, torch.device | str, torch.dtype, torch.Generator], dict[str, Any]]
     checks: tuple[Scenario, ...] = ()
+    gpu_checks: tuple[Scenario, ...] = ()
     rounds_operands: bool = False
 
 

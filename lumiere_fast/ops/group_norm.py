@@ -102,15 +102,21 @@ def group_norm_reference(
     eps: float = EPS,
     per_frame: bool = True,
 ) -> Tensor:
-    """`group_norm` in plain torch."""
+    """`group_norm` in plain torch.
+
+    Not `torch.group_norm`: in channels-last memory on the CPU it loses the variance where the mean is large, and in
+    torch 2.13 its backward segfaults wherever its affine parameters want a gradient and its input does not, as under a
+    frozen text-to-image model.
+    """
     dtype = _layout.accumulation_dtype(x.dtype)
-    fold = _layout.fold_frames if per_frame else _layout.fold_pixels
-    # No affine here: in torch 2.13 on the CPU the backward of a channels-last GroupNorm segfaults wherever its affine
-    # parameters want a gradient and its input does not, as under a frozen text-to-image model. One pass over the
-    # result applies affine and FiLM together instead.
-    n = torch.group_norm(fold(x.to(dtype)), num_groups, eps=eps)
-    rows = n.permute(0, 2, 3, 1).reshape(_layout.to_rows(x).shape)
-    y = scale_and_shift(_layout.from_rows(rows), *channel_affine(weight, bias, scale, shift, dtype))
+    mean, rstd = group_norm_stats_reference(x, num_groups, eps, per_frame)
+
+    def of_channels(stat: Tensor) -> Tensor:
+        return _layout.each_frame(stat.repeat_interleave(x.shape[1] // num_groups, dim=-1))
+
+    multiplier, offset = channel_affine(weight, bias, scale, shift, dtype)
+    multiplier = of_channels(rstd) if multiplier is None else of_channels(rstd) * multiplier
+    y = scale_and_shift(x.to(dtype) - _layout.over_pixels(of_channels(mean)), multiplier, offset)
     y = F.silu(y) if act == "silu" else y
     return y.to(x.dtype).contiguous(memory_format=_layout.video_format(x))
 
@@ -171,7 +177,7 @@ def _flatten(
     per_frame: bool,
 ) -> tuple[object, ...]:
     op = "group_norm"
-    _check_input(op, x, num_groups, eps)
+    _check_input(op, x, num_groups, eps, per_frame)
     weight, bias, scale, shift = under_autocast(x, weight, bias, scale, shift)
     check_parameter(op, "weight", weight, x, x.shape[1:2])
     check_parameter(op, "bias", bias, x, x.shape[1:2])
@@ -181,15 +187,16 @@ def _flatten(
 
 
 def _flatten_stats(x: Tensor, num_groups: int, eps: float, per_frame: bool) -> tuple[object, ...]:
-    _check_input("group_norm_stats", x, num_groups, eps)
+    _check_input("group_norm_stats", x, num_groups, eps, per_frame)
     return x, num_groups, eps, per_frame
 
 
-def _check_input(op: str, x: Tensor, num_groups: int, eps: float) -> None:
+def _check_input(op: str, x: Tensor, num_groups: int, eps: float, per_frame: bool) -> None:
     check_activation(op, x)
     check_groups(op, "num_groups", num_groups, x.shape[1])
-    if not eps > 0:
-        raise ValueError(f"{op}: eps must be > 0, got {eps}")
+    if isinstance(eps, bool) or not isinstance(eps, float | int) or not eps > 0:
+        raise ValueError(f"{op}: eps must be a number > 0, got {eps!r}")
+    check_choice(op, "per_frame", per_frame, (True, False))
 
 
 def _describe(x: Tensor, *_: object) -> Result:
@@ -299,7 +306,7 @@ def group_norm_stats_backward(
     """Of any backend: mean moves by `1 / n` with each of n numbers, and rstd by `-rstd^3 * (x - mean) / n`."""
     mean, rstd = _GROUP_NORM_STATS((x.detach(), num_groups, eps, per_frame), None)
     of_mean, of_rstd = gradients
-    count = x.numel() // mean.numel()
+    count = x.shape[1:].numel() // mean.shape[1:].numel()
     slope = torch.zeros_like(mean) if of_rstd is None else -of_rstd * rstd.pow(3) / count
     constant = torch.zeros_like(mean) if of_mean is None else of_mean / count
 

@@ -109,7 +109,9 @@ def temporal_conv(
     the norm: frames outside the clip are zero, or with "replicate" the clip's first and last `h`. The result has T
     frames. The arithmetic is fp32 (fp64 for fp64), rounded once at the end; a normalised `h` may be rounded to the
     dtype of `x` too, as tensor cores take it. Differentiable in every tensor, those of `norm` included. (On CUDA the
-    reference is cuDNN's convolution, whose fp32 follows `torch.backends.cudnn.allow_tf32`.)
+    reference is cuDNN's convolution, whose fp32 follows `torch.backends.cudnn.allow_tf32`. On a CPU three taps are
+    convolved by minimal filtering, F(2, 3), where clip and channels are not small: an error of fp32 rounding is then
+    relative to the largest of the four frames around, and infinity among them may come out as NaN.)
 
     Args:
         x: (B, C_in, T, H, W), floating, any strides; channels_last_3d costs no copy. B may be 0.
@@ -237,6 +239,8 @@ def _flatten(
     arguments = (x, weight, bias, padding_mode, act, residual, stats_groups)
     if norm is None:
         return (*arguments, *[None] * 6)
+    if not isinstance(norm, NormArgs):
+        raise ValueError(f"{op}: norm must be None or a NormArgs, got {type(norm).__name__}")
     affine = under_autocast(x, norm.weight, norm.bias, norm.scale, norm.shift)
     _check_norm(op, x, norm, *affine)
     return (*arguments, norm.mean, norm.rstd, *affine)
@@ -301,6 +305,7 @@ _TEMPORAL_CONV = register(
             "lumiere_fast.native:temporal_conv",
             # no gradient: torch's own autograd does not run the reference's forward twice
             Needs(devices=("cpu",), dtypes=_NARROW, native="avx2"),
+            pays_from=(("x", 1, 16), ("weight", 0, 16)),
         ),
     ),
 )
@@ -311,6 +316,7 @@ SCENARIOS = (
     *at_levels({"fused": True}, (*LEVELS, *HOST, *SVD), suffix="_fused", k=3),
     *at_levels({"fused": False}, ANIMATEDIFF, suffix="_linear", k=1),
     *at_levels({"fused": True}, ANIMATEDIFF, suffix="_fused", k=3),
+    *at_levels({"fused": True}, (*LEVELS, *HOST), suffix="_fused_linear", k=1),  # an inflation block's last layer
 )
 
 
@@ -326,6 +332,17 @@ CHECKS = (
     _check("film", fused=True, film="BTC", wide=True, stats_groups=4),
     _check("film_of_clip", k=5, fused=True, film="BC", padding_mode="replicate", frame_bias=True, act="silu"),
     _check("one_frame", T=1, fused=True, stats_groups=40),
+)
+
+# Wide enough for several blocks of channels each way, and tiles enough for all of a GPU's multiprocessors.
+GPU_CHECKS = tuple(
+    Scenario(
+        f"wide{k}{'_fused' if fused else ''}",
+        {"B": 1, "C": 256, "N": 320, "T": 8, "H": 40, "W": 39, "G": 32, "k": k},
+        {"fused": fused, **({"stats_groups": 32} if fused else {})},
+    )
+    for k in (1, 3)
+    for fused in (False, True)
 )
 
 
@@ -367,4 +384,4 @@ def _make_inputs(
     return {**call, "norm": norm, "residual": draw.activation(B, C_out, T, H, W)}
 
 
-SPEC = OpSpec("temporal_conv", SCENARIOS, _flops, _bytes, _make_inputs, CHECKS, rounds_operands=True)
+SPEC = OpSpec("temporal_conv", SCENARIOS, _flops, _bytes, _make_inputs, CHECKS, GPU_CHECKS, rounds_operands=True)

@@ -103,6 +103,14 @@ def test_the_fused_convolution_is_held_against_conv2d_too() -> None:
     assert list(reached(plain).values()) == ["met"]
 
 
+def test_a_fused_linear_layer_is_not_held_to_the_goals_of_convolutions() -> None:
+    for device in ("cpu", "cuda"):
+        for taps, held in ((3, True), (1, False)):
+            ratios = {"conv1d": 1.0, "conv2d": 1.0}
+            options = {"options": {"fused": True}, "times_as_fast": ratios, "sizes": {"k": taps}, "threads": 1}
+            assert ("missed" in reached(row("temporal_conv", device, **options)).values()) == held
+
+
 @pytest.mark.parametrize(("slower", "verdict"), [(0.97, "met"), (0.96, "missed")])
 def test_the_norm_must_be_where_it_is_faster(slower: float, verdict: str) -> None:
     ways = dict(zip(goals.NORM_EITHER_WAY, (slower, 2.0), strict=True))

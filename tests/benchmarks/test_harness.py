@@ -230,7 +230,7 @@ def test_the_worker_knows_every_scenario_of_a_cpu() -> None:
 
 UNIT = {"stage": "benchmarks", "op": "blend_windows", "backend": "reference", "scenario": "demo", "dtype": "float32"}
 SETTINGS = {"threads": 1, "budget": 1e-6, "compile": False}
-CASE = "half-wide-norm-many"
+CASE = "half-wide-kn-norm-many"
 
 
 def test_the_worker_tunes_every_case_on_a_gpu_alone() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,6 +112,67 @@ def test_the_gate_sees_what_is_compiled(arch: int, tmp_path: Path) -> None:
     assert early.narrow_offsets == 0 and not broken_rules(early)
 
 
+# What stands against kernels whose scalars are 1, all or any one; nearly always the front end says it, which is quick.
+ONES = """
+import importlib, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+class Made(Exception):
+    pass
+
+class FrontEnd(ASTSource):
+    def make_ir(self, *arguments, **options):
+        super().make_ir(*arguments, **options)
+        raise Made
+
+def compiled(source, variant, kernel, ones):
+    signature = dict(variant.signature) | dict.fromkeys(ones, "constexpr")
+    source = source(kernel, signature, dict(variant.constexprs) | dict.fromkeys(ones, 1))
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    try:
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    except Made:
+        pass
+    except Exception as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        print(f"{variant.kernel}, {variant.name}, {', '.join(ones)}: {error}")
+
+module = importlib.import_module(sys.argv[1])
+for name in sorted({variant.kernel for variant in module.VARIANTS}):
+    kernel = getattr(module, name)
+    first, *_, last = [variant for variant in module.VARIANTS if variant.kernel == name] * 2
+    scalars = [name for name, kind in first.signature.items() if kind == "i32"]
+    compiled(ASTSource, first, kernel, scalars)
+    for ones in [scalars, *([scalar] for scalar in scalars)]:
+        compiled(FrontEnd, last, kernel, ones)
+"""
+
+
+def wrong_with_ones(module: str, folder: Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": f"{folder}{os.pathsep}{resources.ROOT}"}
+    command = [sys.executable, "-c", ONES, module]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in resources.KERNELS.glob("[!_]*.py")))
+def test_kernels_compile_where_scalars_are_ones(module: str, tmp_path: Path) -> None:
+    """torch.compile emits kernels again, with every integer that is 1 compiled in: then it is no tensor any more."""
+    assert wrong_with_ones(f"lumiere_fast.kernels.{module}", tmp_path) == ""
+
+
+def test_a_method_of_a_scalar_that_is_one_is_seen(tmp_path: Path) -> None:
+    wrong = KERNELS.replace("* stride).to(tl.int64)", "* stride.to(tl.int64))") + "\nVARIANTS = VARIANTS[3:4]\n"
+    (tmp_path / "subject.py").write_text(wrong)
+    found = wrong_with_ones("subject", tmp_path)
+    assert found.count("late, late, stride: ") == 3 and "'int' object has no attribute 'to'" in found
+
+
 @pytest.mark.parametrize(
     ("rule", "figures"),
     [
@@ -132,6 +196,25 @@ def test_rules_bind_what_they_are_about() -> None:
     assert not violations([row(shared=227 * 1024), row(shared=163 * 1024, arch=80)])
     assert not violations([row(stack=8, missing="nvcc was not found")])
     assert len({rule.name for rule in RULES}) == len(RULES) and all(isinstance(rule, Rule) for rule in RULES)
+
+
+@pytest.mark.parametrize(
+    ("figures", "blocks"),
+    [
+        ({"registers": 32}, 8),  # by threads
+        ({"registers": 121}, 2),  # by registers
+        ({"registers": 32, "shared": 75 * 1024}, 3),  # by shared memory
+        ({"registers": 32, "shared": 75 * 1024, "arch": 80}, 2),
+        ({"registers": 16, "threads": 32}, 32),
+        ({"registers": 32, "threads": 0}, None),
+    ],
+)
+def test_blocks_that_a_multiprocessor_holds(figures: dict[str, object], blocks: int | None) -> None:
+    measured = row(**{"threads": 256, **figures})
+    assert measured.resident == blocks
+    header, line = resources.table([measured]).splitlines()
+    at = header.index("blocks an SM")
+    assert line[at:].split()[0] == ("?" if blocks is None else str(blocks))
 
 
 SASS = """

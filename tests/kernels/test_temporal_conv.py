@@ -74,6 +74,7 @@ def shipped(variant: Any) -> tuple[Any, ...]:
     absent = {key: "absent" for key, value in variant.constexprs.items() if value is None}
     constants = {key: value for key, value in variant.constexprs.items() if value is not None}
     options = {**constants, "num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options |= {} if variant.maxnreg is None else {"maxnreg": variant.maxnreg}
     return variant.kernel, frozen(types | absent), frozen(options)
 
 
@@ -216,12 +217,13 @@ def test_what_follows(stats_groups: int | None, residual: bool, act: str | None)
     Case(2, 8, 24, 1, 5, 14, act=act, residual=residual, stats_groups=stats_groups).check()
 
 
-@pytest.mark.parametrize("C", [8, 136])
-def test_statistics_do_not_cancel(C: int) -> None:
+@pytest.mark.parametrize(("C", "second"), [(8, False), (264, True)])
+def test_statistics_do_not_cancel(C: int, second: bool, launches: Launches) -> None:
     """A mean of 1e3 and a deviation of 1, from the epilogue and from the second pass."""
     case = Case(1, C, C, 2, 9, 15, 1, bias="channel", stats_groups=2)
     case.arguments["bias"].fill_(1e3)
     case.check()
+    assert ("_reduce_kernel" in launches.names) == second
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "replicate"])
@@ -240,8 +242,31 @@ def test_shared_sums(
 
 
 def test_a_clip_of_one_frame_shares_out_its_only_tap(launches: Launches) -> None:
-    Case(1, 136, 8, 1, 8, 16).check()
+    Case(1, 40, 136, 1, 8, 16).check()
     assert launches.names == ["_conv_kernel", "_reduce_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("clips", "channels", "splits"),
+    [(1, 256, 3), (44, 256, 3), (45, 256, 2), (66, 256, 2), (67, 256, 1), (131, 256, 1), (1, 48, 1)],
+)
+def test_sums_are_shared_out_until_all_programs_run_at_once(clips: int, channels: int, splits: int) -> None:
+    """Two on each of 132 multiprocessors: with two tiles of 128 by 128 a clip, and as many as there are steps."""
+    x, y = (torch.empty(1, device=DEVICE, dtype=torch.half).expand(clips, C, 1, 8, 16) for C in (channels, 256))
+    x, y = (clip.contiguous(memory_format=CHANNELS_LAST) for clip in (x, y))
+    config = kernels.Config(128, 128, 64, 3, 8, 3)
+    weight = torch.empty(256, channels, 1, device=DEVICE, dtype=torch.half)
+    _, plan = kernels._plan(x, weight, None, y, config, False)
+    assert (plan.splits, plan.second, plan.programs) == (splits, splits > 1, 2 * clips * splits)
+
+
+def test_registers_are_capped_where_it_costs_no_stack() -> None:
+    assert kernels._capped(False, False, False, newer=False) and not kernels._capped(False, True, False, newer=False)
+    assert kernels._capped(False, True, False, newer=True) and not kernels._capped(False, True, True, newer=True)
+    assert not kernels._capped(True, False, True, newer=True)  # rows that span frames are always handed on
+    assert kernels.Config(128, 128, 64, 1, 8, 3, maxnreg=128).launch_options(True)["maxnreg"] == 128
+    assert "maxnreg" not in kernels.Config(128, 128, 64, 1, 8, 3, maxnreg=128).launch_options(False)
+    assert "maxnreg" not in kernels.Config(128, 128, 64, 1, 8, 3).launch_options(True)
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "replicate"])
@@ -424,6 +449,7 @@ def test_a_grid_that_cannot_be_is_refused() -> None:
 TRACE = """
 import torch, triton
 from torch._functorch.aot_autograd import aot_export_module
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from lumiere_fast.kernels.temporal_conv import temporal_conv
@@ -448,17 +474,22 @@ class Model(torch.nn.Module):
 
 with FakeTensorMode():
     for C, normed in ((32, True), (256, True), (256, False)):
-        x = torch.empty(1, 4, 8, 8, C, device="cuda", dtype=torch.bfloat16).permute(0, 4, 1, 2, 3)
+        x = torch.empty(1, 4, 8, 16, C, device="cuda", dtype=torch.bfloat16).permute(0, 4, 1, 2, 3)
         weight = torch.empty(C, C, 3, device="cuda", dtype=torch.bfloat16)
         inputs = [x, weight, *([torch.empty(1, 4, 2, device="cuda")] if normed else [])]
         graph, _ = aot_export_module(Model(), inputs, trace_joint=False)
         calls = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
         print(*("+".join(sorted(call.kwargs["tensors_to_clone"])) for call in calls))
+        for call in calls:
+            assert "maxnreg" not in kernel_side_table.get_constant_args(call.kwargs["constant_args_idx"])
 """
 
 
 def test_a_trace_holds_the_launches_and_knows_what_they_write() -> None:
-    """torch.compile sees the kernels: traced on fake CUDA tensors, for sm_90, without a GPU."""
+    """torch.compile sees the kernels: traced on fake CUDA tensors, for sm_90, without a GPU.
+
+    Wide channels would cap registers, which a traced launch cannot be told.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", TRACE], capture_output=True, text=True, timeout=250, cwd=ROOT, env=environment
@@ -475,10 +506,10 @@ def test_a_trace_holds_the_launches_and_knows_what_they_write() -> None:
 
 
 def test_every_case_is_reached_and_has_candidates() -> None:
-    dtypes, channels, rows = (torch.float32, torch.bfloat16), (8, 64, 72, 128, 136, 2048), (128, 2**20)
+    dtypes, channels, rows = (torch.float32, torch.bfloat16), (8, 64, 72, 128, 136, 256, 264, 2048), (128, 2**20)
     reached = {
-        kernels.case_of(dtype, c_in, c_out, n, normed)
-        for dtype, c_in, c_out, n, normed in product(dtypes, channels, channels, rows, (False, True))
+        kernels.case_of(dtype, c_out, taps, n, normed)
+        for dtype, c_out, taps, n, normed in product(dtypes, channels, (1, 3, 5), rows, (False, True))
     }
     assert reached == set(_configs.cases(OP)) == set(kernels.CANDIDATES)
     for case, found in kernels.CANDIDATES.items():
@@ -489,7 +520,7 @@ def test_every_case_is_reached_and_has_candidates() -> None:
 
 
 GPU = "NVIDIA H100 80GB HBM3"
-CASE = "half-wide-plain-many"
+CASE = "half-wide-kn-plain-many"
 
 
 @pytest.fixture
@@ -526,19 +557,30 @@ def test_override_then_user_then_shipped_then_default(tables: Path) -> None:
     assert _configs.shipped(OP)[CASE] == [changed(), changed(split_k=2)]
     _configs.save(_configs.user_file(GPU), GPU, {OP: {CASE: changed(split_k=3)}})
     assert chosen() == changed(split_k=3)
-    with _configs.override(OP, CASE, changed(split_k=4)), _configs.override(OP, "half-c64-plain-few", changed()):
+    with _configs.override(OP, CASE, changed(split_k=4)), _configs.override(OP, "half-c64-kn-plain-few", changed()):
         assert chosen() == changed(split_k=4)
     assert chosen() == changed(split_k=3)
-    assert chosen("half-c64-plain-few") == _configs._defaults()[OP]["half-c64-plain-few"]
+    assert chosen("half-c64-kn-plain-few") == _configs._defaults()[OP]["half-c64-kn-plain-few"]
+
+
+def test_a_gpu_is_asked_for_its_name_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: asked.append(index) or f"GPU {index}")
+    _configs._device_name.cache_clear()
+    names = [_configs.gpu_name(torch.device("cuda", index)) for index in (0, 1, 0, 1)]
+    _configs._device_name.cache_clear()
+    assert names == ["GPU 0", "GPU 1", "GPU 0", "GPU 1"] and asked == [0, 1]
+    assert _configs.gpu_name(torch.device("cpu")) is None
 
 
 def test_save_keeps_other_cases(tables: Path) -> None:
     path = _configs.user_file(GPU)
     assert path == tables / "cache" / "configs" / "nvidia-h100-80gb-hbm3.json"
-    _configs.save(path, GPU, {OP: {CASE: changed(split_k=2), "half-wide-plain-few": changed(split_k=5)}})
+    _configs.save(path, GPU, {OP: {CASE: changed(split_k=2), "half-wide-kn-plain-few": changed(split_k=5)}})
     _configs.save(path, GPU, {OP: {CASE: changed(split_k=3)}})
     held = json.loads(path.read_text())
-    assert held == {"gpu": GPU, OP: {CASE: changed(split_k=3), "half-wide-plain-few": changed(split_k=5)}}
+    assert held == {"gpu": GPU, OP: {CASE: changed(split_k=3), "half-wide-kn-plain-few": changed(split_k=5)}}
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -300,7 +301,9 @@ BAD_CALLS = {
     "scale must have shape": {"scale": torch.zeros(2, 2, 4)},
     "shift must have shape": {"shift": torch.zeros(4)},
     "act must be None or 'silu', got 'gelu'": {"act": "gelu"},
-    "eps must be > 0": {"eps": 0.0},
+    "eps must be a number > 0, got 0.0": {"eps": 0.0},
+    "eps must be a number > 0, got None": {"eps": None},
+    "per_frame must be True or False, got 'no'": {"per_frame": "no"},
     "backend must be one of": {"backend": "cudnn"},
     "out must be": {"out": torch.zeros(2, 4, 3, 2, 3)},
     "weight must be on cpu": {"weight": torch.zeros(4, device="meta")},
@@ -666,3 +669,49 @@ def test_gradients_of_every_backend_are_the_reference_s(backend: str, dtype: tor
         ours, theirs, exact = found(call, backend), found(call, "reference"), found(doubled(call), "reference")
         for mine, other, truth in zip(ours, theirs, exact, strict=True):
             assert_no_worse_than_torch(mine, other, truth, factor=3.0, rounded=dtype)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_second_derivatives_are_the_reference_s(backend: str) -> None:
+    """A gradient penalty: the gradient enters the loss, and is differentiated through what the input was made from."""
+    device = device_of(backend)
+
+    def penalised(backend: str) -> list[Tensor]:
+        draw = Draw(61, torch.float32)
+        x, weight, shift = (draw(*shape).to(device).requires_grad_() for shape in ((2, 8, 2, 3, 4), (8,), (2, 8)))
+        y = group_norm(1.5 * x, 4, weight, None, shift=shift, act="silu", backend=backend)
+        mean, rstd = group_norm_stats(1.5 * x, 4, backend=backend)
+        loss = y.square().sum() + (mean * rstd).square().sum()
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        return list(torch.autograd.grad(y.sum() + slope.square().sum(), [x, weight, shift]))
+
+    for mine, other in zip(penalised(backend), penalised("reference"), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("per_frame", [True, False])
+def test_an_empty_batch_has_an_empty_gradient(per_frame: bool) -> None:
+    x = torch.zeros(0, 8, 2, 3, 3, requires_grad=True)
+    results = (group_norm(x, 4, None, None, per_frame=per_frame), *group_norm_stats(x, 4, per_frame=per_frame))
+    sum(each.sum() for each in results).backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+def test_who_saved_a_tensor_is_told_that_out_changed_it() -> None:
+    x = torch.ones(1, 8, 2, 3, 3)
+    held, weight = torch.ones_like(x), torch.ones_like(x, requires_grad=True)
+    loss = (weight * held).sum()
+    with torch.no_grad():
+        group_norm(x, 4, None, None, out=held)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        group_norm(x, 4, None, None, out=torch.empty_like(x))
+
+
+def test_traced_by_torch_jit() -> None:
+    x, other = (Draw(seed, torch.float32).clip(1, 8, 2, 3, 3) for seed in (71, 72))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda x: group_norm(x, 4, None, None), x, check_trace=False)
+    torch.testing.assert_close(traced(other), group_norm(other, 4, None, None), rtol=0, atol=0)

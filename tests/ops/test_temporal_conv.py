@@ -283,6 +283,7 @@ BAD_CALLS = {
     "residual must have shape": {"residual": torch.zeros(2, 4, 3, 2, 2)},
     "stats_groups must divide the 6 channels, got 4": {"stats_groups": 4},
     "norm.num_groups must divide": {"norm": norm_with(num_groups=3)},
+    "norm must be None or a NormArgs, got tuple": {"norm": tuple(norm_with())},
     "norm.mean must have shape": {"norm": norm_with(mean=torch.zeros(2, 2))},
     "norm.rstd must have shape": {"norm": norm_with(rstd=torch.ones(2, 3, 4))},
     "norm.weight must have shape": {"norm": norm_with(weight=torch.ones(2))},
@@ -501,8 +502,8 @@ def test_cpu_silu_of_extreme_sums() -> None:
 @needs_core
 def test_cpu_is_chosen_and_captured() -> None:
     draw = Draw(56, torch.float32)
-    x, residual = draw.clip(2, 32, 4, 2, 2), draw.clip(2, 6, 4, 2, 2)
-    inputs, norm = (x, draw(6, 32, 3), draw(6)), NormArgs(draw(2, 4, 2), draw(2, 4, 2), draw(32), None, 2, draw(2, 32))
+    x, residual = draw.clip(2, 32, 4, 2, 2), draw.clip(2, 16, 4, 2, 2)
+    inputs, norm = (x, draw(16, 32, 3), draw(16)), NormArgs(draw(2, 4, 2), draw(2, 4, 2), draw(32), None, 2, draw(2, 32))
     with dispatch.record_backends() as used:
         check_compiled(temporal_conv, *inputs, norm=norm, residual=residual, stats_groups=2)
     assert used == {"cpu"}
@@ -612,3 +613,11 @@ def test_gradients_of_the_gpu_s_backend_are_the_reference_s(dtype: torch.dtype) 
         exact = gradients(doubled(call), "reference")
         for mine, other, truth in zip(ours, theirs, exact, strict=True):
             assert_no_worse_than_torch(mine, other, truth, factor=3.0, rounded=dtype, roundings=4)
+
+
+@pytest.mark.skipif(bool(native.why_not("avx2")), reason="of the native core")
+@pytest.mark.parametrize(("channels", "ran"), [((16, 16), "cpu"), ((8, 16), "reference"), ((16, 3), "reference")])
+def test_auto_leaves_few_channels_to_torch(channels: tuple[int, int], ran: str) -> None:
+    with dispatch.record_backends() as used:
+        temporal_conv(torch.zeros(1, channels[0], 2, 3, 3), torch.zeros(channels[1], channels[0], 3))
+    assert used == {ran}
