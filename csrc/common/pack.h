@@ -27,6 +27,7 @@ template <class A> struct Pack<A, 1> {
 
 template <class A, int N> inline Pack<A, N> operator+(Pack<A, N> a, Pack<A, N> b) { return {a.v + b.v}; }
 template <class A, int N> inline Pack<A, N> operator-(Pack<A, N> a, Pack<A, N> b) { return {a.v - b.v}; }
+template <class A, int N> inline Pack<A, N> operator-(Pack<A, N> a) { return {-a.v}; }
 template <class A, int N> inline Pack<A, N> operator*(Pack<A, N> a, Pack<A, N> b) { return {a.v * b.v}; }
 template <class A, int N> inline Pack<A, N> operator/(Pack<A, N> a, Pack<A, N> b) { return {a.v / b.v}; }
 

@@ -155,8 +155,8 @@ static void compare(const lf_temporal_conv* a, const char* name) {
 
 static lf_per_channel factors(int64_t batch, int64_t frames, int64_t channels, lf_dtype dtype) {
   const lf_per_channel made = {numbers((batch ? batch : 1) * (frames ? frames : 1) * channels, dtype),
-                           dtype,
-                           {batch ? (frames ? frames : 1) * channels : 0, frames ? channels : 0, 1}};
+                               {batch ? (frames ? frames : 1) * channels : 0, frames ? channels : 0, 1},
+                               dtype};
   return made;
 }
 
@@ -165,8 +165,8 @@ static lf_temporal_conv make(Sizes s, int options, const int order[AXES], const 
   const int64_t out[AXES] = {s.batch, s.out, s.frames, s.height, s.width};
   lf_temporal_conv a = {s.dtype, s.batch, s.in, s.out, s.frames, s.height, s.width, s.taps, 0, 0, 0, 0,
                         clip(in, order, numbers(elements_of(in), s.dtype)), {NULL, {0}},
-                        clip(out, out_order, memory(elements_of(out), s.dtype)), NULL, {0}, {NULL, 0, {0}},
-                        {NULL, 0, {0}}, {NULL, 0, {0}}, {NULL, 0, {0}}, {NULL, 0, {0}}, {NULL, 0, {0}}, {NULL, 0, {0}},
+                        clip(out, out_order, memory(elements_of(out), s.dtype)), NULL, {0}, {NULL, {0}, 0},
+                        {NULL, {0}, 0}, {NULL, {0}, 0}, {NULL, {0}, 0}, {NULL, {0}, 0}, {NULL, {0}, 0}, {NULL, {0}, 0},
                         NULL, NULL};
   const int64_t stats = s.batch * s.frames;
   a.weight = numbers(s.out * s.in * s.taps, s.dtype);
