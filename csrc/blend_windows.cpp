@@ -256,7 +256,7 @@ lf_status lf_blend_windows_cpu(lf_dtype dtype, int64_t num_windows, const void* 
                                const int64_t* strides, int32_t axes, const int64_t* starts, const double* weights,
                                void* out, const int64_t* out_shape, const int64_t* out_strides,
                                int32_t num_threads) noexcept {
-  try {
+  return lf::guarded([&]() -> lf_status {
     lf::Cover cover;
     const lf_status status = lf::plan_cover(
         {dtype, num_windows, windows, shapes, strides, axes, starts, weights, out, out_shape, out_strides}, cover);
@@ -264,7 +264,5 @@ lf_status lf_blend_windows_cpu(lf_dtype dtype, int64_t num_windows, const void* 
     if (num_threads < 1) return LF_INVALID_ARGUMENT;
     if (!cover.empty()) lf::blend(cover, num_threads);
     return LF_OK;
-  } catch (...) {  // std::bad_alloc, or std::length_error for an absurd count
-    return LF_OUT_OF_MEMORY;
-  }
+  });
 }
