@@ -440,7 +440,7 @@ template <class T> class GroupNorm {
     }
   }
 
-  // With the factor that silu() wants.
+  // With the factor that silu_of_scaled() wants.
   Lanes<A> lanes_of(const Piece& piece, const Modulation<A>& modulation, bool silu, Scratch<T>& scratch) const {
     const A scale = silu ? static_cast<A>(kSiluScale) : A{1};
     A *mean = scratch.vector(0), *multiplier = scratch.vector(1), *offset = scratch.vector(2);

@@ -100,7 +100,7 @@ void apply_act(const T* x, int64_t rows, int64_t lanes, const Lanes<Acc<T>>& of,
       for (int64_t lane = at; lane < at + S::packs * S::width; lane += S::width) {
         prefetch(x + lane + ahead);
         const P z = normalise<P>(x + lane, of, lane).z;
-        if constexpr (kSilu) silu(z).store(y + lane);
+        if constexpr (kSilu) silu_of_scaled(z).store(y + lane);
         else z.store(y + lane);
       }
     });
@@ -112,7 +112,7 @@ template <class T> void apply(const T* x, int64_t rows, int64_t lanes, Lanes<Acc
 }
 
 template <bool kSilu, class P, class T> inline P gradient_of_z(const T* gy, P z) {
-  if constexpr (kSilu) return P::load(gy) * silu_derivative(z);
+  if constexpr (kSilu) return P::load(gy) * silu_derivative_of_scaled(z);
   else return P::load(gy);
 }
 

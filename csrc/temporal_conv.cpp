@@ -10,7 +10,6 @@
 #include "common/parallel.h"
 #include "common/per_channel.h"
 #include "common/processor.h"
-#include "common/silu.h"
 #include "temporal_conv_kernel.h"
 
 namespace lf {
@@ -36,7 +35,7 @@ ConvKernels conv_kernels(lf_dtype dtype) {
 
 // --- small operands ---------------------------------------------------------------------------------------------------
 
-// The norm and the scale that silu() wants folded into one multiplier and one offset of each frame and channel.
+// The norm folded into one multiplier and one offset of each frame and channel.
 void fold_norm(const lf_temporal_conv& a, int64_t depth, float* multipliers, float* offsets) {
   const auto given = [](const lf_per_channel& of) { return of.data ? &of : nullptr; };
   const Modulators modulators{given(a.norm_weight), given(a.norm_bias), given(a.norm_scale), given(a.norm_shift)};
@@ -51,9 +50,8 @@ void fold_norm(const lf_temporal_conv& a, int64_t depth, float* multipliers, flo
     modulators.fold(clip, frame, a.channels_in, multipliers, offsets);
     for (int64_t c = 0; c < a.channels_in; ++c) {
       const int64_t group = c / of_group;
-      const float multiplier = multipliers[c] * rstd[group], offset = offsets[c] - mean[group] * multiplier;
-      multipliers[c] = multiplier * static_cast<float>(kSiluScale);
-      offsets[c] = offset * static_cast<float>(kSiluScale);
+      multipliers[c] *= rstd[group];
+      offsets[c] -= mean[group] * multipliers[c];
     }
   }
 }

@@ -44,8 +44,7 @@ struct ConvPlan {
   Place x, residual, y;
   Place weight;  // batch: the step to the next output channel, frame: to the next tap
 
-  // The norm's, times kSiluScale: of each frame and channel, `depth` floats a frame; null for none.
-  const float* multiplier;
+  const float* multiplier;  // the norm's: of each frame and channel, `depth` floats a frame; null for none
   const float* offset;
   const float* bias;   // `padded_out` floats
   int64_t frame_bias;  // the step to the next frame's, or 0

@@ -19,7 +19,6 @@ static_assert(kRows <= kMostRows && kPanelWidth <= kMostWidth && kDepth % kLanes
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline Lanes activated(Lanes y) { return silu(y * Lanes::fill(static_cast<float>(kSiluScale))); }
 
 // --- memory -----------------------------------------------------------------------------------------------------------
 
@@ -418,7 +417,7 @@ template <class T> class Piece {
         add_residual(output, read, kPanelWidth, rows, columns);
       }
     } else if (plan_.silu) {
-      each_vector(output, rows, columns, [](Lanes y, int64_t, int64_t, auto) { return activated(y); });
+      each_vector(output, rows, columns, [](Lanes y, int64_t, int64_t, auto) { return silu(y); });
     }
     if (plan_.stats_groups > 0) add_to_stats(output, t, pixel, rows, column, columns);
   }
@@ -427,7 +426,7 @@ template <class T> class Piece {
   void add_residual(const Output& output, const E* residual, int64_t stride, int64_t rows, int64_t columns) {
     if (plan_.silu) {
       each_vector(output, rows, columns, [=](Lanes y, int64_t r, int64_t c, auto n) {
-        return activated(y) + load(residual + r * stride + c, n);
+        return silu(y) + load(residual + r * stride + c, n);
       });
     } else {
       each_vector(output, rows, columns, [=](Lanes y, int64_t r, int64_t c, auto n) {

@@ -8,6 +8,10 @@
 #include "common/scalar.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of the intrinsics' own operands that do not matter
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #endif
 
@@ -27,7 +31,6 @@ template <class A> struct Pack<A, 1> {
 
 template <class A, int N> inline Pack<A, N> operator+(Pack<A, N> a, Pack<A, N> b) { return {a.v + b.v}; }
 template <class A, int N> inline Pack<A, N> operator-(Pack<A, N> a, Pack<A, N> b) { return {a.v - b.v}; }
-template <class A, int N> inline Pack<A, N> operator-(Pack<A, N> a) { return {-a.v}; }
 template <class A, int N> inline Pack<A, N> operator*(Pack<A, N> a, Pack<A, N> b) { return {a.v * b.v}; }
 template <class A, int N> inline Pack<A, N> operator/(Pack<A, N> a, Pack<A, N> b) { return {a.v / b.v}; }
 
