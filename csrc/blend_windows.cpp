@@ -89,8 +89,8 @@ Nest nest_in(const std::array<int, kAxes>& order, const Cover& cover, const Cell
   return nest;
 }
 
-// Loops in the order of the output's memory. Where that gives short runs, as channels at each pixel are that the windows
-// have in planes, the shortest loop goes outside if this joins the others into a long one.
+// Loops in the order of the output's memory. Where that gives short runs, as channels at each pixel are that the
+// windows have in planes, the shortest loop goes outside if this joins the others into a long one.
 Nest nest_of(const Cover& cover, const Cell& cell, int64_t* steps) {
   std::array<int, kAxes> order = by_memory(cover.out_strides);
   const Nest nest = nest_in(order, cover, cell, steps);

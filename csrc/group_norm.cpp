@@ -196,7 +196,8 @@ template <class T> class Pixels {
   bool joined_, dense_;  // a row's numbers lie behind one another; all of a slab's do
 };
 
-// Affine and FiLM as one pair a channel, n * gain + offset: a row for each frame or clip, or one where all have the same.
+// Affine and FiLM as one pair a channel, n * gain + offset: a row for each frame or clip, or one where all have the
+// same.
 template <class A> class Modulation {
  public:
   Modulation(const Plan& plan, const Modulators& given) : channels_(plan.channels) {
@@ -314,11 +315,14 @@ template <class T> class GroupNorm {
                 A* n_sums) {
     PieceSums pieces(plan_);
     std::vector<ThroughStatistics<A>> through(statistics_.size());
-    const Phase add{[&](int64_t index, Scratch<T>& scratch) { add_piece(index, modulation, silu, gy, scratch, pieces); },
-                    [&](int64_t unit) {
-                      add_pieces(unit, pieces, sums, n_sums);
-                      find_through_statistics(unit, modulation, sums, n_sums, through);
-                    }};
+    const auto add_one = [&](int64_t index, Scratch<T>& scratch) {
+      add_piece(index, modulation, silu, gy, scratch, pieces);
+    };
+    const auto join = [&](int64_t unit) {
+      add_pieces(unit, pieces, sums, n_sums);
+      find_through_statistics(unit, modulation, sums, n_sums, through);
+    };
+    const Phase add{add_one, join};
     const auto differentiate = [&](int64_t index, Scratch<T>& scratch) {
       differentiate_piece(index, modulation, silu, gy, through, scratch, *gx);
     };
@@ -566,8 +570,8 @@ lf_status check(const Input& input) {
   for (int axis = kChannel; axis < kAxes; ++axis) {
     if (input.shape[axis] < 1) return LF_INVALID_SHAPE;
   }
-  const bool divides = input.groups >= 1 && input.shape[kChannel] % input.groups == 0;
-  if (!divides || !(input.eps > 0) || input.num_threads < 1) return LF_INVALID_ARGUMENT;
+  if (input.groups < 1 || input.shape[kChannel] % input.groups != 0) return LF_INVALID_SHAPE;
+  if (!(input.eps > 0) || input.num_threads < 1) return LF_INVALID_ARGUMENT;
   return input.x || input.empty() ? LF_OK : LF_INVALID_ARGUMENT;
 }
 

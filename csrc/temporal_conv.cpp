@@ -19,7 +19,8 @@ ConvKernels conv_kernels_portable(lf_dtype dtype) noexcept { return kernels_for(
 namespace {
 
 constexpr double kEps = 1e-5;
-constexpr int64_t kCacheFloats = 80 << 10;    // packed frames of one piece: they share half a megabyte of cache with weights
+// Packed frames of one piece: they share half a megabyte of cache with weights.
+constexpr int64_t kCacheFloats = 80 << 10;
 constexpr int64_t kLeastPixels = 12, kMostPixels = 48;  // of a piece, where its frames allow
 constexpr int64_t kMinimalChannels = 24, kMinimalFrames = 4;  // from where minimal filtering is worth its sums
 constexpr int64_t kStreamedFloats = 1 << 19;  // from where y is written past the caches
@@ -33,7 +34,7 @@ ConvKernels conv_kernels(lf_dtype dtype) {
   return conv_kernels_portable(dtype);
 }
 
-// --- small operands ---------------------------------------------------------------------------------------------------
+// --- small operands --------------------------------------------------------------------------------------------------
 
 // The norm folded into one multiplier and one offset of each frame and channel.
 void fold_norm(const lf_temporal_conv& a, int64_t depth, float* multipliers, float* offsets) {
@@ -56,7 +57,7 @@ void fold_norm(const lf_temporal_conv& a, int64_t depth, float* multipliers, flo
   }
 }
 
-// --- checks -----------------------------------------------------------------------------------------------------------
+// --- checks ----------------------------------------------------------------------------------------------------------
 
 bool divides(int64_t groups, int64_t channels) { return groups == 0 || (groups > 0 && channels % groups == 0); }
 
@@ -99,7 +100,7 @@ lf_status check_y(const lf_temporal_conv& a) {
   return meets_y(a.x, in) || meets_y(a.residual, out) ? LF_SHARED_MEMORY : LF_OK;
 }
 
-// --- the plan ---------------------------------------------------------------------------------------------------------
+// --- the plan --------------------------------------------------------------------------------------------------------
 
 Place place_of(const lf_clip& clip) {
   const int64_t* s = clip.strides;
@@ -166,7 +167,8 @@ class Convolution {
     plan_.padded_out = (plan_.out + kernels_.lanes - 1) / kernels_.lanes * kernels_.lanes;
   }
 
-  // Where y is more than a core's caches hold, reading its lines before they are overwritten would cost as much as writing.
+  // Where y is more than a core's caches hold, reading its lines before they are overwritten would cost as much as
+  // writing.
   bool can_stream() const {
     constexpr int64_t line = kDepth;
     const Place& y = plan_.y;
@@ -176,7 +178,8 @@ class Convolution {
     return whole && a_.dtype == LF_FLOAT32 && y.channel == 1 && floats >= kStreamedFloats;
   }
 
-  // Pieces as large as the cache takes, for each has to go through all weights; and of few pixels several frames at once.
+  // Pieces as large as the cache takes, for each has to go through all weights; and of few pixels several frames at
+  // once.
   void choose_blocks() {
     const int64_t step = plan_.minimal ? 2 : 1;
     const auto frames_of = [&](int64_t group) {  // in packed memory at once

@@ -12,15 +12,16 @@
 namespace lf {
 namespace {
 
-constexpr int kVectors = 2;                                        // of a panel's width
-constexpr int64_t kPanelWidth = kVectors * kLanes;                      // output channels of one kernel call
-constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;     // with what they are of, the sums leave no register over
-static_assert(kRows <= kMostRows && kPanelWidth <= kMostWidth && kDepth % kLanes == 0, "the plan's memory is for this much");
+constexpr int kVectors = 2;                         // of a panel's width
+constexpr int64_t kPanelWidth = kVectors * kLanes;  // output channels of one kernel call
+// Pixels: with what they are of, the sums leave no register over.
+constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
+static_assert(kRows <= kMostRows && kPanelWidth <= kMostWidth && kDepth % kLanes == 0, "what the plan has room for");
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// --- memory -----------------------------------------------------------------------------------------------------------
+// --- memory ----------------------------------------------------------------------------------------------------------
 
 // Elements (r, c), each `row` and `column` elements from the last, of `rows` x `columns`; and the same as dense rows of
 // floats, `stride` apart. A side on which rows lie together is read and written along them.
@@ -32,7 +33,9 @@ template <class T> inline void read_box(float* to, int64_t stride, const T* from
   int64_t columns = 0;
   if (box.column == 1) {
     for (int64_t r = 0; r < box.rows; ++r) {
-      for_lanes(box.columns, [&](int64_t c, auto n) { store(to + r * stride + c, load(from + r * box.row + c, n), n); });
+      for_lanes(box.columns, [&](int64_t c, auto n) {
+        store(to + r * stride + c, load(from + r * box.row + c, n), n);
+      });
     }
     return;
   }
@@ -61,7 +64,9 @@ template <class T> inline void write_box(T* to, const Box& box, const float* fro
   int64_t columns = 0;
   if (box.column == 1) {
     for (int64_t r = 0; r < box.rows; ++r) {
-      for_lanes(box.columns, [&](int64_t c, auto n) { store(to + r * box.row + c, load(from + r * stride + c, n), n); });
+      for_lanes(box.columns, [&](int64_t c, auto n) {
+        store(to + r * box.row + c, load(from + r * stride + c, n), n);
+      });
     }
     return;
   }
@@ -86,7 +91,7 @@ template <class T> inline void write_box(T* to, const Box& box, const float* fro
   }
 }
 
-// --- the kernel -------------------------------------------------------------------------------------------------------
+// --- the kernel ------------------------------------------------------------------------------------------------------
 
 // What becomes of the sums after a step.
 enum class Then {
@@ -190,10 +195,10 @@ inline RunSteps kernel_of(int64_t rows, int64_t vectors) {
   return vectors == 1 ? kernel_of<1>(rows, all) : kernel_of<kVectors>(rows, all);
 }
 
-// --- weights ----------------------------------------------------------------------------------------------------------
+// --- weights ---------------------------------------------------------------------------------------------------------
 
-// The panel's vectors, each of `kLanes` output channels, taken `kPackedAtOnce` input channels at a time: turned round into
-// scratch [input channel][tap][lane], and from there in the order of the products.
+// The panel's vectors, each of `kLanes` output channels, taken `kPackedAtOnce` input channels at a time: turned round
+// into scratch [input channel][tap][lane], and from there in the order of the products.
 template <class T> void pack_panel(const ConvPlan& plan, int64_t panel, float* scratch) noexcept {
   const int64_t first = panel * kPanelWidth, width = smaller(kPanelWidth, plan.padded_out - first), taps = plan.taps;
   const Place& place = plan.weight;
@@ -234,7 +239,7 @@ template <class T> void pack_panel(const ConvPlan& plan, int64_t panel, float* s
   }
 }
 
-// --- a piece ----------------------------------------------------------------------------------------------------------
+// --- a piece ---------------------------------------------------------------------------------------------------------
 
 template <class T> class Piece {
  public:
@@ -373,8 +378,8 @@ template <class T> class Piece {
     return count;
   }
 
-  // Into y itself where it is floats that lie together, else by way of scratch memory; so too where y is to be streamed,
-  // which is done once, and the sums are not all of it.
+  // Into y itself where it is floats that lie together, else by way of scratch memory; so too where y is to be
+  // streamed, which is done once, and the sums are not all of it.
   void run_tile(int64_t t, int64_t outputs, int64_t pixel, int64_t rows, int64_t column, int64_t count) {
     constexpr bool same = std::is_same<T, float>::value;
     const bool finished = !plan_.silu && !plan_.residual.data && plan_.stats_groups == 0;
@@ -443,8 +448,8 @@ template <class T> class Piece {
     }
   }
 
-  // Mean of each channel over the pixels so far and the sum of the squared distances from it: those of these rows, each by
-  // two passes, joined to those of the `pixel` rows before as Chan, Golub and LeVeque do.
+  // Mean of each channel over the pixels so far and the sum of the squared distances from it: those of these rows, each
+  // by two passes, joined to those of the `pixel` rows before as Chan, Golub and LeVeque do.
   void add_to_stats(const Output& output, int64_t t, int64_t pixel, int64_t rows, int64_t column, int64_t columns) {
     float* means = scratch_ + plan_.stats_at + 2 * t * plan_.padded_out + column;
     float* squares = means + plan_.padded_out;

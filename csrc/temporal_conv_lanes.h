@@ -1,4 +1,5 @@
-// What temporal_conv asks of packs of floats besides common/pack.h. Everything has internal linkage: see common/scalar.h.
+// What temporal_conv asks of packs of floats besides common/pack.h. Everything has internal linkage: see
+// common/scalar.h.
 #ifndef LF_TEMPORAL_CONV_LANES_H
 #define LF_TEMPORAL_CONV_LANES_H
 

@@ -1,8 +1,9 @@
-// SiLU and its derivative on packs: silu(z) = z / (1 + exp(-z)) is within 3 ulp for z > -1, and within 2 |z| ulp below; of
-// -inf it is NaN as torch has it.
+// SiLU and its derivative on packs: silu(z) = z / (1 + exp(-z)) is within 3 ulp for z > -1, and within 2 |z| ulp below;
+// of -inf it is NaN as torch has it.
 //
-// Where each operation counts, and z is a product that a factor can be taken into at no cost, t = kSiluScale * z is given
-// in place of z: then 2^t = exp(-z). It is infinite where z is over 2/3 of the largest number, and so is what comes of it.
+// Where each operation counts, and z is a product that a factor can be taken into at no cost, t = kSiluScale * z is
+// given in place of z: then 2^t = exp(-z). It is infinite where z is over 2/3 of the largest number, and so is what
+// comes of it.
 #ifndef LF_COMMON_SILU_H
 #define LF_COMMON_SILU_H
 
