@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <array>
-#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -123,26 +122,33 @@ lf_status blend_windows_cuda(lf_dtype dtype, py::handle windows, py::handle star
                                a.out.shapes.data(), a.out.strides.data(), device, reinterpret_cast<void*>(stream));
 }
 
-// The (address, shape, strides, dtype) of a video of 5 axes; lumiere_fast/native.py has looked at the shape.
-struct Video {
-  void* data;
-  std::vector<int64_t> shape, strides;
-  lf_dtype dtype;
+// (address, shape, strides, dtype) of a tensor of few axes, or None; lumiere_fast/native.py has looked at the shape.
+struct View {
+  void* data = nullptr;
+  std::array<int64_t, kAxes> shape{}, strides{};
+  lf_dtype dtype{};
 
-  explicit Video(py::handle object) {
+  explicit View(py::handle object) {
+    if (object.is_none()) return;
     const Items items(object.ptr(), "an operand");
     items.require(4, "an operand is (address, shape, strides, dtype)");
     data = PyLong_AsVoidPtr(items[0]);
     if (data == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    append(items[1], shape);
-    append(items[2], strides);
+    read(items[1], shape);
+    read(items[2], strides);
     dtype = static_cast<lf_dtype>(integer(items[3], "a dtype's code"));
+  }
+  lf_clip clip() const {
+    lf_clip clip{data, {}};
+    std::copy(strides.begin(), strides.end(), clip.strides);
+    return clip;
   }
 
  private:
-  static void append(PyObject* object, std::vector<int64_t>& to) {
+  static void read(PyObject* object, std::array<int64_t, kAxes>& to) {
     const Items items(object, "a shape");
-    for (Py_ssize_t i = 0; i < items.size(); ++i) to.push_back(integer(items[i], "shapes and strides"));
+    if (items.size() > kAxes) throw py::value_error("an operand has at most 5 axes");
+    for (Py_ssize_t i = 0; i < items.size(); ++i) to[i] = integer(items[i], "shapes and strides");
   }
 };
 
@@ -166,7 +172,7 @@ struct PerChannel {
 lf_status group_norm_cpu(py::handle x_, int64_t num_groups, py::handle weight_, py::handle bias_, py::handle scale_,
                          py::handle shift_, bool silu, double eps, bool per_frame, py::handle out_,
                          int32_t num_threads) {
-  const Video x(x_), out(out_);
+  const View x(x_), out(out_);
   const PerChannel weight(weight_), bias(bias_), scale(scale_), shift(shift_);
   const py::gil_scoped_release release;
   return lf_group_norm_cpu(x.dtype, x.data, x.shape.data(), x.strides.data(), num_groups, weight.or_null(),
@@ -177,7 +183,7 @@ lf_status group_norm_cpu(py::handle x_, int64_t num_groups, py::handle weight_, 
 // `mean` and `rstd` have the 3 strides of (B, T, num_groups).
 lf_status group_norm_stats_cpu(py::handle x_, int64_t num_groups, double eps, bool per_frame, py::handle mean_,
                                py::handle rstd_, int32_t num_threads) {
-  const Video x(x_), mean(mean_), rstd(rstd_);
+  const View x(x_), mean(mean_), rstd(rstd_);
   const py::gil_scoped_release release;
   return lf_group_norm_stats_cpu(x.dtype, x.data, x.shape.data(), x.strides.data(), num_groups, eps, per_frame,
                                  mean.data, mean.strides.data(), rstd.data, rstd.strides.data(), num_threads);
@@ -188,105 +194,37 @@ lf_status group_norm_backward_cpu(py::handle gy_, py::handle x_, int64_t num_gro
                                   py::handle bias_, py::handle scale_, py::handle shift_, bool silu, double eps,
                                   bool per_frame, py::handle gx_, uintptr_t sums, uintptr_t n_sums,
                                   int32_t num_threads) {
-  const Video gy(gy_), x(x_), gx(gx_.is_none() ? gy_ : gx_);
+  const View gy(gy_), x(x_), gx(gx_);
   const PerChannel weight(weight_), bias(bias_), scale(scale_), shift(shift_);
-  void* to = gx_.is_none() ? nullptr : gx.data;
   const py::gil_scoped_release release;
   return lf_group_norm_backward_cpu(gy.dtype, gy.data, gy.strides.data(), x.data, x.shape.data(), x.strides.data(),
                                     num_groups, weight.or_null(), bias.or_null(), scale.or_null(), shift.or_null(),
-                                    silu ? LF_SILU : LF_NO_ACTIVATION, eps, per_frame, to, gx.strides.data(),
+                                    silu ? LF_SILU : LF_NO_ACTIVATION, eps, per_frame, gx.data, gx.strides.data(),
                                     reinterpret_cast<void*>(sums), reinterpret_cast<void*>(n_sums), num_threads);
 }
 
-// (address, shape, strides) of one tensor of temporal_conv, whose axes are few.
-struct ConvView {
-  void* data = nullptr;
-  int64_t axes = 0;
-  std::array<int64_t, kAxes> shape{}, strides{};
-
-  ConvView(PyObject* object, const char* name) {
-    if (object == Py_None) return;
-    const Items items(object, name);
-    items.require(3, "temporal_conv: an operand is (address, shape, strides)");
-    data = PyLong_AsVoidPtr(items[0]);
-    if (data == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    const Items sizes(items[1], "a shape"), steps(items[2], "strides");
-    axes = sizes.size();
-    if (axes > kAxes || steps.size() != axes) throw py::value_error(std::string("temporal_conv: the axes of ") + name);
-    for (int64_t i = 0; i < axes; ++i) {
-      shape[i] = integer(sizes[i], "sizes");
-      strides[i] = integer(steps[i], "strides");
-    }
-  }
-
-  bool is(std::initializer_list<int64_t> sizes) const {
-    return axes == static_cast<int64_t>(sizes.size()) && std::equal(sizes.begin(), sizes.end(), shape.begin());
-  }
-  void require(std::initializer_list<int64_t> sizes, const char* name) const {
-    if (!is(sizes)) throw py::value_error(std::string("temporal_conv: ") + name + " does not have the shape it must have");
-  }
-};
-
-lf_clip clip_of(const ConvView& view) {
-  lf_clip clip{view.data, {}};
-  std::copy(view.strides.begin(), view.strides.end(), clip.strides);
-  return clip;
-}
-
-// ((address, shape, strides), dtype) of (C,), (B, C) or (B, T, C), or None.
-lf_per_channel factors_of(py::handle object, const char* name, int64_t batch, int64_t frames, int64_t channels) {
-  lf_per_channel factors{};
-  if (object.is_none()) return factors;
-  const Items items(object.ptr(), name);
-  items.require(2, "temporal_conv: a factor is ((address, shape, strides), dtype)");
-  const ConvView view(items[0], name);
-  factors.data = view.data;
-  factors.dtype = static_cast<lf_dtype>(integer(items[1], "dtypes"));
-  if (view.axes < 3 && !view.is({channels})) view.require({batch, channels}, name);
-  if (view.axes >= 3) view.require({batch, frames, channels}, name);
-  factors.strides[0] = view.axes > 1 ? view.strides[0] : 0;
-  factors.strides[1] = view.axes > 2 ? view.strides[1] : 0;
-  factors.strides[2] = view.strides[view.axes - 1];
-  return factors;
-}
-
-lf_status temporal_conv_cpu(lf_dtype dtype, py::handle x_, py::handle weight_, py::handle bias, bool replicate, bool silu,
-                            py::handle residual_, int64_t stats_groups, py::handle norm_, py::handle y_, py::handle mean_,
-                            py::handle rstd_, int32_t num_threads) {
-  const ConvView x(x_.ptr(), "x"), weight(weight_.ptr(), "weight"), residual(residual_.ptr(), "residual");
-  const ConvView y(y_.ptr(), "y"), mean(mean_.ptr(), "mean"), rstd(rstd_.ptr(), "rstd");
+// `residual`, `mean` and `rstd` may be None. `norm` is None, or (groups, mean, rstd, weight, bias, scale, shift).
+lf_status temporal_conv_cpu(py::handle x_, py::handle weight_, py::handle bias, bool replicate, bool silu,
+                            py::handle residual, int64_t stats_groups, py::handle norm_, py::handle y, py::handle mean,
+                            py::handle rstd, int32_t num_threads) {
+  const View x(x_), weight(weight_);
   lf_temporal_conv a{};
-  a.dtype = dtype;
+  a.dtype = x.dtype;
   a.batch = x.shape[0], a.channels_in = x.shape[1], a.channels_out = weight.shape[0], a.frames = x.shape[2];
   a.height = x.shape[3], a.width = x.shape[4], a.taps = weight.shape[2];
   a.replicate = replicate, a.silu = silu, a.stats_groups = stats_groups;
-  x.require({a.batch, a.channels_in, a.frames, a.height, a.width}, "x");
-  weight.require({a.channels_out, a.channels_in, a.taps}, "weight");
-  y.require({a.batch, a.channels_out, a.frames, a.height, a.width}, "y");
-  if (residual.axes > 0) residual.require({a.batch, a.channels_out, a.frames, a.height, a.width}, "residual");
-  a.x = clip_of(x), a.residual = clip_of(residual), a.y = clip_of(y);
+  a.x = x.clip(), a.residual = View(residual).clip(), a.y = View(y).clip();
   a.weight = weight.data;
-  std::copy(weight.strides.begin(), weight.strides.begin() + 3, a.weight_strides);
-  a.bias = factors_of(bias, "bias", a.batch, a.frames, a.channels_out);
-  if (stats_groups > 0) {
-    for (const ConvView* stat : {&mean, &rstd}) {
-      stat->require({a.batch, a.frames, stats_groups}, "the statistics");
-      const bool rows = stat->strides[2] == 1 && stat->strides[1] == stats_groups &&
-                        (a.batch == 1 || stat->strides[0] == a.frames * stats_groups);
-      if (!rows && a.batch > 0) throw py::value_error("temporal_conv: the statistics must be contiguous");
-    }
-    a.mean = static_cast<float*>(mean.data), a.rstd = static_cast<float*>(rstd.data);
-  }
+  std::copy_n(weight.strides.begin(), 3, a.weight_strides);
+  a.bias = PerChannel(bias).value;
+  a.mean = static_cast<float*>(View(mean).data), a.rstd = static_cast<float*>(View(rstd).data);
   if (!norm_.is_none()) {
     const Items norm(norm_.ptr(), "the norm");
     norm.require(7, "temporal_conv: a norm is (groups, mean, rstd, weight, bias, scale, shift)");
     a.norm_groups = integer(norm[0], "groups");
-    a.norm_mean = factors_of(norm[1], "norm_mean", a.batch, a.frames, a.norm_groups);
-    a.norm_rstd = factors_of(norm[2], "norm_rstd", a.batch, a.frames, a.norm_groups);
-    a.norm_weight = factors_of(norm[3], "norm_weight", a.batch, a.frames, a.channels_in);
-    a.norm_bias = factors_of(norm[4], "norm_bias", a.batch, a.frames, a.channels_in);
-    a.norm_scale = factors_of(norm[5], "norm_scale", a.batch, a.frames, a.channels_in);
-    a.norm_shift = factors_of(norm[6], "norm_shift", a.batch, a.frames, a.channels_in);
+    lf_per_channel* const factors[] = {&a.norm_mean, &a.norm_rstd,  &a.norm_weight,
+                                       &a.norm_bias, &a.norm_scale, &a.norm_shift};
+    for (Py_ssize_t i = 0; i < 6; ++i) *factors[i] = PerChannel(norm[1 + i]).value;
   }
   const py::gil_scoped_release release;
   return lf_temporal_conv_cpu(&a, num_threads);

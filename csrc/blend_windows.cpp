@@ -89,8 +89,8 @@ Nest nest_in(const std::array<int, kAxes>& order, const Cover& cover, const Cell
   return nest;
 }
 
-// Loops in the order of the output's memory. Where that gives short runs, as channels at each pixel are that the windows
-// have in planes, the shortest loop goes outside if this joins the others into a long one.
+// Loops in the order of the output's memory. Where that gives short runs, as channels at each pixel are that the
+// windows have in planes, the shortest loop goes outside if this joins the others into a long one.
 Nest nest_of(const Cover& cover, const Cell& cell, int64_t* steps) {
   std::array<int, kAxes> order = by_memory(cover.out_strides);
   const Nest nest = nest_in(order, cover, cell, steps);
@@ -256,7 +256,7 @@ lf_status lf_blend_windows_cpu(lf_dtype dtype, int64_t num_windows, const void* 
                                const int64_t* strides, int32_t axes, const int64_t* starts, const double* weights,
                                void* out, const int64_t* out_shape, const int64_t* out_strides,
                                int32_t num_threads) noexcept {
-  try {
+  return lf::guarded([&]() -> lf_status {
     lf::Cover cover;
     const lf_status status = lf::plan_cover(
         {dtype, num_windows, windows, shapes, strides, axes, starts, weights, out, out_shape, out_strides}, cover);
@@ -264,7 +264,5 @@ lf_status lf_blend_windows_cpu(lf_dtype dtype, int64_t num_windows, const void* 
     if (num_threads < 1) return LF_INVALID_ARGUMENT;
     if (!cover.empty()) lf::blend(cover, num_threads);
     return LF_OK;
-  } catch (...) {  // std::bad_alloc, or std::length_error for an absurd count
-    return LF_OUT_OF_MEMORY;
-  }
+  });
 }

@@ -440,13 +440,11 @@ lf_status lf_blend_windows_cuda(lf_dtype dtype, int64_t num_windows, const void*
                                 const int64_t* strides, int32_t axes, const int64_t* starts, const double* weights,
                                 void* out, const int64_t* out_shape, const int64_t* out_strides, int32_t device,
                                 void* stream) noexcept {
-  try {
+  return lf::guarded([&]() -> lf_status {
     lf::Cover cover;
     const lf_status status = lf::plan_cover(
         {dtype, num_windows, windows, shapes, strides, axes, starts, weights, out, out_shape, out_strides}, cover);
     if (status != LF_OK || cover.empty()) return status;
     return lf::launch(cover, device, static_cast<cudaStream_t>(stream));
-  } catch (...) {  // std::bad_alloc, or std::length_error for an absurd count
-    return LF_OUT_OF_MEMORY;
-  }
+  });
 }

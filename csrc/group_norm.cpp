@@ -3,13 +3,12 @@
 // the parts of a sum are added in their order: so neither threads nor strides change a result.
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <new>
 #include <type_traits>
 #include <vector>
 
 #include "common/memory.h"
 #include "common/parallel.h"
+#include "common/per_channel.h"
 #include "common/processor.h"
 #include "group_norm_kernels.h"
 #include "lumiere_fast.h"
@@ -17,12 +16,9 @@
 namespace lf {
 namespace {
 
-enum Axis { kBatch, kChannel, kTime, kHeight, kWidth, kAxes };
-
 constexpr int64_t kTileElements = 1 << 13;  // with what is made of them, within the first-level cache
 constexpr int64_t kTilesAPiece = 8;         // see `statistics`
 constexpr int64_t kLeastLanes = 64;        // so many keep the widest registers busy
-constexpr size_t kAlignment = 64;           // a line of the cache
 
 template <class T> const NormKernels<T>& kernels() {
 #if defined(LF_WITH_AVX2)
@@ -31,20 +27,6 @@ template <class T> const NormKernels<T>& kernels() {
 #endif
   return kNormKernels<T>;
 }
-
-// Memory that starts with a line of the cache; not filled.
-template <class T> class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t size) : data_(static_cast<T*>(operator new(size * sizeof(T), std::align_val_t{kAlignment}))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  struct Delete {
-    void operator()(T* data) const { operator delete(data, std::align_val_t{kAlignment}); }
-  };
-  std::unique_ptr<T, Delete> data_;
-};
 
 // How a call's tensors are cut.
 struct Plan {
@@ -119,7 +101,7 @@ template <class T> class Scratch {
  public:
   explicit Scratch(const Plan& plan)
       : tile_(plan.tile_pixels * plan.slab_channels),
-        stride_((plan.lanes + kAlignment - 1) / kAlignment * kAlignment),
+        stride_((plan.lanes + kLine - 1) / kLine * kLine),
         vectors_(kVectors * stride_),
         channels_(plan.slab_channels) {}
 
@@ -214,14 +196,11 @@ template <class T> class Pixels {
   bool joined_, dense_;  // a row's numbers lie behind one another; all of a slab's do
 };
 
-struct PerChannel {
-  const lf_per_channel *weight, *bias, *scale, *shift;
-};
-
-// Affine and FiLM as one pair a channel, n * gain + offset: a row for each frame or clip, or one where all have the same.
+// Affine and FiLM as one pair a channel, n * gain + offset: a row for each frame or clip, or one where all have the
+// same.
 template <class A> class Modulation {
  public:
-  Modulation(const Plan& plan, const PerChannel& given) : channels_(plan.channels) {
+  Modulation(const Plan& plan, const Modulators& given) : channels_(plan.channels) {
     const auto varies = [&](int axis) {
       const lf_per_channel* all[] = {given.weight, given.bias, given.scale, given.shift};
       return std::any_of(all, all + 4, [&](const lf_per_channel* each) { return each && each->strides[axis] != 0; });
@@ -231,12 +210,8 @@ template <class A> class Modulation {
     gain_.resize(frames / row_frames_ * channels_);
     offset_.resize(gain_.size());
     for (int64_t frame = 0; frame < frames; frame += row_frames_) {
-      const int64_t clip = frame / plan.frames, t = frame % plan.frames, row = frame / row_frames_ * channels_;
-      for (int64_t c = 0; c < channels_; ++c) {
-        const A stretch = 1 + value(given.scale, clip, t, c, 0);
-        gain_[row + c] = value(given.weight, clip, t, c, 1) * stretch;
-        offset_[row + c] = value(given.bias, clip, t, c, 0) * stretch + value(given.shift, clip, t, c, 0);
-      }
+      const int64_t row = frame / row_frames_ * channels_;
+      given.fold(frame / plan.frames, frame % plan.frames, channels_, gain_.data() + row, offset_.data() + row);
     }
   }
 
@@ -244,17 +219,6 @@ template <class A> class Modulation {
   const A* offset(int64_t frame) const { return offset_.data() + frame / row_frames_ * channels_; }
 
  private:
-  static A value(const lf_per_channel* of, int64_t clip, int64_t frame, int64_t channel, A otherwise) {
-    if (of == nullptr) return otherwise;
-    const int64_t at = clip * of->strides[0] + frame * of->strides[1] + channel * of->strides[2];
-    switch (of->dtype) {
-      case LF_FLOAT32: return static_cast<A>(static_cast<const float*>(of->data)[at]);
-      case LF_FLOAT64: return static_cast<A>(static_cast<const double*>(of->data)[at]);
-      case LF_FLOAT16: return widen(static_cast<const Half*>(of->data)[at]);
-      default: return widen(static_cast<const BFloat16*>(of->data)[at]);
-    }
-  }
-
   int64_t channels_, row_frames_;
   std::vector<A> gain_, offset_;
 };
@@ -351,11 +315,14 @@ template <class T> class GroupNorm {
                 A* n_sums) {
     PieceSums pieces(plan_);
     std::vector<ThroughStatistics<A>> through(statistics_.size());
-    const Phase add{[&](int64_t index, Scratch<T>& scratch) { add_piece(index, modulation, silu, gy, scratch, pieces); },
-                    [&](int64_t unit) {
-                      add_pieces(unit, pieces, sums, n_sums);
-                      find_through_statistics(unit, modulation, sums, n_sums, through);
-                    }};
+    const auto add_one = [&](int64_t index, Scratch<T>& scratch) {
+      add_piece(index, modulation, silu, gy, scratch, pieces);
+    };
+    const auto join = [&](int64_t unit) {
+      add_pieces(unit, pieces, sums, n_sums);
+      find_through_statistics(unit, modulation, sums, n_sums, through);
+    };
+    const Phase add{add_one, join};
     const auto differentiate = [&](int64_t index, Scratch<T>& scratch) {
       differentiate_piece(index, modulation, silu, gy, through, scratch, *gx);
     };
@@ -477,7 +444,7 @@ template <class T> class GroupNorm {
     }
   }
 
-  // With the factor that silu() wants.
+  // With the factor that silu_of_scaled() wants.
   Lanes<A> lanes_of(const Piece& piece, const Modulation<A>& modulation, bool silu, Scratch<T>& scratch) const {
     const A scale = silu ? static_cast<A>(kSiluScale) : A{1};
     A *mean = scratch.vector(0), *multiplier = scratch.vector(1), *offset = scratch.vector(2);
@@ -603,14 +570,14 @@ lf_status check(const Input& input) {
   for (int axis = kChannel; axis < kAxes; ++axis) {
     if (input.shape[axis] < 1) return LF_INVALID_SHAPE;
   }
-  const bool divides = input.groups >= 1 && input.shape[kChannel] % input.groups == 0;
-  if (!divides || !(input.eps > 0) || input.num_threads < 1) return LF_INVALID_ARGUMENT;
+  if (input.groups < 1 || input.shape[kChannel] % input.groups != 0) return LF_INVALID_SHAPE;
+  if (!(input.eps > 0) || input.num_threads < 1) return LF_INVALID_ARGUMENT;
   return input.x || input.empty() ? LF_OK : LF_INVALID_ARGUMENT;
 }
 
 lf_dtype arithmetic_of(lf_dtype dtype) { return dtype == LF_FLOAT64 ? LF_FLOAT64 : LF_FLOAT32; }
 
-lf_status check(const Input& input, const PerChannel& given, lf_activation act) {
+lf_status check(const Input& input, const Modulators& given, lf_activation act) {
   if (const lf_status status = check(input); status != LF_OK) return status;
   if (act != LF_NO_ACTIVATION && act != LF_SILU) return LF_INVALID_ARGUMENT;
   for (const lf_per_channel* each : {given.weight, given.bias, given.scale, given.shift}) {
@@ -643,16 +610,6 @@ lf_status check(const Input& input, const Written& written) {
   return shares(input, written, input.x, input.strides) ? LF_SHARED_MEMORY : LF_OK;
 }
 
-// Calls work(T{}) for the dtype's element type T.
-template <class Work> void with_type(lf_dtype dtype, const Work& work) {
-  switch (dtype) {
-    case LF_FLOAT32: return work(float{});
-    case LF_FLOAT64: return work(double{});
-    case LF_FLOAT16: return work(Half{});
-    case LF_BFLOAT16: return work(BFloat16{});
-  }
-}
-
 // A call's parts, which refer to one another.
 template <class T> struct Call {
   const Plan plan;
@@ -665,7 +622,7 @@ template <class T> struct Call {
         norm(plan, x, in.eps, in.num_threads) {}
 };
 
-lf_status forward(const Input& input, const PerChannel& given, lf_activation act, void* out,
+lf_status forward(const Input& input, const Modulators& given, lf_activation act, void* out,
                   const int64_t* out_strides) {
   lf_status status = check(input, given, act);
   if (status != LF_OK || input.empty()) return status;
@@ -697,7 +654,7 @@ lf_status measure(const Input& input, void* mean, const int64_t* mean_strides, v
   return LF_OK;
 }
 
-lf_status backward(const Input& input, const void* gy, const int64_t* gy_strides, const PerChannel& given,
+lf_status backward(const Input& input, const void* gy, const int64_t* gy_strides, const Modulators& given,
                    lf_activation act, void* gx, const int64_t* gx_strides, void* sums, void* n_sums) {
   lf_status status = check(input, given, act);
   if (status != LF_OK || input.empty()) return status;
@@ -717,15 +674,6 @@ lf_status backward(const Input& input, const void* gy, const int64_t* gy_strides
                        static_cast<Acc<T>*>(sums), static_cast<Acc<T>*>(n_sums));
   });
   return LF_OK;
-}
-
-// No exception leaves the library.
-template <class Work> lf_status guarded(const Work& work) noexcept {
-  try {
-    return work();
-  } catch (...) {  // std::bad_alloc, or std::length_error for an absurd count
-    return LF_OUT_OF_MEMORY;
-  }
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// The loops of group_norm over one tile: rows of lanes that lie behind one another in memory. A lane is a channel at one
-// of a few neighbouring pixels, so that what belongs to a channel is a vector along the lanes and the same in every row.
-// Three translation units include this file: for any processor of the architecture, for AVX2 and for AVX-512.
+// The loops of group_norm over one tile: rows of lanes that lie behind one another in memory. A lane is a channel at
+// one of a few neighbouring pixels, so that what belongs to a channel is a vector along the lanes and the same in every
+// row. Three translation units include this file: for any processor of the architecture, for AVX2 and for AVX-512.
 #ifndef LF_GROUP_NORM_KERNELS_H
 #define LF_GROUP_NORM_KERNELS_H
 
@@ -39,8 +39,8 @@ namespace {
 
 constexpr int64_t kRunRows = 16;  // summed by themselves first, so that roundings do not pile up
 
-// Calls add(row, k, first, second) down the rows of a strip, for each of its packs; what it adds to the last two is added
-// to `sum` and `squares`.
+// Calls add(row, k, first, second) down the rows of a strip, for each of its packs; what it adds to the last two is
+// added to `sum` and `squares`.
 template <class S, class A, class Add> inline void add_down(int64_t rows, A* sum, A* squares, const Add& add) {
   using P = typename S::type;
   P total[S::packs], total_squares[S::packs];
@@ -100,19 +100,20 @@ void apply_act(const T* x, int64_t rows, int64_t lanes, const Lanes<Acc<T>>& of,
       for (int64_t lane = at; lane < at + S::packs * S::width; lane += S::width) {
         prefetch(x + lane + ahead);
         const P z = normalise<P>(x + lane, of, lane).z;
-        if constexpr (kSilu) silu(z).store(y + lane);
+        if constexpr (kSilu) silu_of_scaled(z).store(y + lane);
         else z.store(y + lane);
       }
     });
   }
 }
 
-template <class T> void apply(const T* x, int64_t rows, int64_t lanes, Lanes<Acc<T>> of, bool silu, int64_t ahead, T* y) {
+template <class T>
+void apply(const T* x, int64_t rows, int64_t lanes, Lanes<Acc<T>> of, bool silu, int64_t ahead, T* y) {
   silu ? apply_act<true>(x, rows, lanes, of, ahead, y) : apply_act<false>(x, rows, lanes, of, ahead, y);
 }
 
 template <bool kSilu, class P, class T> inline P gradient_of_z(const T* gy, P z) {
-  if constexpr (kSilu) return P::load(gy) * silu_derivative(z);
+  if constexpr (kSilu) return P::load(gy) * silu_derivative_of_scaled(z);
   else return P::load(gy);
 }
 
@@ -147,8 +148,9 @@ void gradient_act(const T* x, const T* gy, int64_t rows, int64_t lanes, const La
       using P = typename S::type;
       for (int64_t lane = at; lane < at + S::packs * S::width; lane += S::width) {
         const Normalised<P> of_x = normalise<P>(x + lane, of, lane);
-        const P through_statistics = multiply_add(of_x.centred, P::load(back.slope + lane), P::load(back.constant + lane));
+        const P slope = P::load(back.slope + lane), constant = P::load(back.constant + lane);
         const P gz = gradient_of_z<kSilu>(gy + lane, of_x.z);
+        const P through_statistics = multiply_add(of_x.centred, slope, constant);
         multiply_add(gz, P::load(back.factor + lane), through_statistics).store(gx + lane);
       }
     });

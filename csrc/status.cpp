@@ -30,9 +30,11 @@ const char* lf_last_cuda_error() noexcept { return lf::last_cuda_error; }
 const char* lf_status_string(lf_status status) noexcept {
   switch (status) {
     case LF_OK: return "success";
-    case LF_INVALID_ARGUMENT: return "invalid argument: a required pointer is null, or a count is out of range";
-    case LF_UNSUPPORTED_DTYPE: return "unsupported dtype code";
-    case LF_INVALID_SHAPE: return "invalid shape: a size is negative or 0, or two shapes do not fit";
+    case LF_INVALID_ARGUMENT:
+      return "invalid argument: a needed pointer is null, or a number is not one of those accepted";
+    case LF_UNSUPPORTED_DTYPE: return "unsupported dtype: no code of one, or none that is taken there";
+    case LF_INVALID_SHAPE:
+      return "invalid shape: a size is not one of those accepted, groups do not divide it, or shapes do not fit";
     case LF_INVALID_STRIDES: return "invalid strides: elements of the output may lie on top of one another";
     case LF_WINDOW_OUT_OF_RANGE: return "a window sticks out of the video";
     case LF_UNCOVERED: return "a position of the video is in no window";

@@ -3,13 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "common/cover.h"
 #include "common/memory.h"
 #include "common/parallel.h"
+#include "common/per_channel.h"
 #include "common/processor.h"
 #include "temporal_conv_kernel.h"
 
@@ -20,25 +19,12 @@ ConvKernels conv_kernels_portable(lf_dtype dtype) noexcept { return kernels_for(
 namespace {
 
 constexpr double kEps = 1e-5;
-constexpr int64_t kCacheFloats = 80 << 10;    // packed frames of one piece: they share half a megabyte of cache with weights
+// Packed frames of one piece: they share half a megabyte of cache with weights.
+constexpr int64_t kCacheFloats = 80 << 10;
 constexpr int64_t kLeastPixels = 12, kMostPixels = 48;  // of a piece, where its frames allow
 constexpr int64_t kMinimalChannels = 24, kMinimalFrames = 4;  // from where minimal filtering is worth its sums
 constexpr int64_t kStreamedFloats = 1 << 19;  // from where y is written past the caches
 constexpr int64_t kSumsWorthAThread = 32;     // multiply-adds that cost as much as an element of an op bound by memory
-
-// Memory that is not filled, from a multiple of 64 bytes.
-class Floats {
- public:
-  explicit Floats(int64_t count)
-      : data_(static_cast<float*>(::operator new(std::max<int64_t>(count, 1) * sizeof(float), std::align_val_t(64)))) {}
-  float* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* data) const { ::operator delete(data, std::align_val_t(64)); }
-  };
-  std::unique_ptr<float, Free> data_;
-};
 
 ConvKernels conv_kernels(lf_dtype dtype) {
 #if defined(LF_WITH_AVX2)
@@ -48,57 +34,30 @@ ConvKernels conv_kernels(lf_dtype dtype) {
   return conv_kernels_portable(dtype);
 }
 
-// --- small operands ---------------------------------------------------------------------------------------------------
-
-template <class T> void read_factors(const lf_per_channel& from, int64_t offset, int64_t count, float* to) {
-  const T* data = static_cast<const T*>(from.data) + offset;
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(widen(data[i * from.strides[2]]));
-}
-
-// Of one frame of a clip.
-void read_factors(const lf_per_channel& from, int64_t clip, int64_t frame, int64_t count, float* to) {
-  const int64_t offset = clip * from.strides[0] + frame * from.strides[1];
-  switch (from.dtype) {
-    case LF_FLOAT32: return read_factors<float>(from, offset, count, to);
-    case LF_FLOAT64: return read_factors<double>(from, offset, count, to);
-    case LF_FLOAT16: return read_factors<Half>(from, offset, count, to);
-    case LF_BFLOAT16: return read_factors<BFloat16>(from, offset, count, to);
-  }
-}
+// --- small operands --------------------------------------------------------------------------------------------------
 
 // The norm folded into one multiplier and one offset of each frame and channel.
 void fold_norm(const lf_temporal_conv& a, int64_t depth, float* multipliers, float* offsets) {
-  const int64_t channels = a.channels_in, of_group = channels / a.norm_groups;
-  std::vector<float> mean(a.norm_groups), rstd(a.norm_groups), factor(channels);
+  const auto given = [](const lf_per_channel& of) { return of.data ? &of : nullptr; };
+  const Modulators modulators{given(a.norm_weight), given(a.norm_bias), given(a.norm_scale), given(a.norm_shift)};
+  const int64_t of_group = a.channels_in / a.norm_groups;
+  std::vector<float> mean(a.norm_groups), rstd(a.norm_groups);
+  std::fill_n(multipliers, a.batch * a.frames * depth, 0.0f);
+  std::fill_n(offsets, a.batch * a.frames * depth, 0.0f);
   for (int64_t i = 0; i < a.batch * a.frames; ++i, multipliers += depth, offsets += depth) {
     const int64_t clip = i / a.frames, frame = i % a.frames;
-    const auto read = [&](const lf_per_channel& from, int64_t count, float* to) {
-      read_factors(from, clip, frame, count, to);
-      return to;
-    };
-    read(a.norm_mean, a.norm_groups, mean.data());
-    read(a.norm_rstd, a.norm_groups, rstd.data());
-    for (int64_t c = 0; c < depth; ++c) multipliers[c] = 1, offsets[c] = 0;
-    if (a.norm_weight.data) read(a.norm_weight, channels, multipliers);
-    if (a.norm_bias.data) read(a.norm_bias, channels, offsets);
-    if (a.norm_scale.data) {
-      read(a.norm_scale, channels, factor.data());
-      for (int64_t c = 0; c < channels; ++c) multipliers[c] *= 1 + factor[c], offsets[c] *= 1 + factor[c];
-    }
-    if (a.norm_shift.data) {
-      read(a.norm_shift, channels, factor.data());
-      for (int64_t c = 0; c < channels; ++c) offsets[c] += factor[c];
-    }
-    for (int64_t g = 0, c = 0; g < a.norm_groups; ++g) {
-      for (const int64_t end = c + of_group; c < end; ++c) {
-        multipliers[c] *= rstd[g];
-        offsets[c] -= mean[g] * multipliers[c];
-      }
+    read_channels(a.norm_mean, clip, frame, a.norm_groups, mean.data());
+    read_channels(a.norm_rstd, clip, frame, a.norm_groups, rstd.data());
+    modulators.fold(clip, frame, a.channels_in, multipliers, offsets);
+    for (int64_t c = 0; c < a.channels_in; ++c) {
+      const int64_t group = c / of_group;
+      multipliers[c] *= rstd[group];
+      offsets[c] -= mean[group] * multipliers[c];
     }
   }
 }
 
-// --- checks -----------------------------------------------------------------------------------------------------------
+// --- checks ----------------------------------------------------------------------------------------------------------
 
 bool divides(int64_t groups, int64_t channels) { return groups == 0 || (groups > 0 && channels % groups == 0); }
 
@@ -141,7 +100,7 @@ lf_status check_y(const lf_temporal_conv& a) {
   return meets_y(a.x, in) || meets_y(a.residual, out) ? LF_SHARED_MEMORY : LF_OK;
 }
 
-// --- the plan ---------------------------------------------------------------------------------------------------------
+// --- the plan --------------------------------------------------------------------------------------------------------
 
 Place place_of(const lf_clip& clip) {
   const int64_t* s = clip.strides;
@@ -165,10 +124,10 @@ class Convolution {
     const int64_t frames = plan_.batch * plan_.frames, pieces = plan_.batch * plan_.rows * plan_.blocks;
     const bool normed = a_.norm_groups > 0;
     const bool many = a_.bias.data && (a_.bias.strides[0] != 0 || a_.bias.strides[1] != 0);
-    const Floats factors(normed ? 2 * frames * plan_.depth : 0), bias((many ? frames : 1) * plan_.padded_out);
-    const Floats weights(plan_.products * plan_.in * plan_.padded_out);
+    const Buffer<float> factors(normed ? 2 * frames * plan_.depth : 0), bias((many ? frames : 1) * plan_.padded_out);
+    const Buffer<float> weights(plan_.products * plan_.in * plan_.padded_out);
     const int64_t threads = std::min(threads_, pieces);
-    const Floats scratch(threads * plan_.scratch_size);
+    const Buffer<float> scratch(threads * plan_.scratch_size);
     std::vector<double> partials(pieces * plan_.frames * plan_.stats_groups * 2);
     plan_.weights = weights.get();
     plan_.partials = partials.data();
@@ -208,7 +167,8 @@ class Convolution {
     plan_.padded_out = (plan_.out + kernels_.lanes - 1) / kernels_.lanes * kernels_.lanes;
   }
 
-  // Where y is more than a core's caches hold, reading its lines before they are overwritten would cost as much as writing.
+  // Where y is more than a core's caches hold, reading its lines before they are overwritten would cost as much as
+  // writing.
   bool can_stream() const {
     constexpr int64_t line = kDepth;
     const Place& y = plan_.y;
@@ -218,7 +178,8 @@ class Convolution {
     return whole && a_.dtype == LF_FLOAT32 && y.channel == 1 && floats >= kStreamedFloats;
   }
 
-  // Pieces as large as the cache takes, for each has to go through all weights; and of few pixels several frames at once.
+  // Pieces as large as the cache takes, for each has to go through all weights; and of few pixels several frames at
+  // once.
   void choose_blocks() {
     const int64_t step = plan_.minimal ? 2 : 1;
     const auto frames_of = [&](int64_t group) {  // in packed memory at once
@@ -260,7 +221,7 @@ class Convolution {
     plan_.frame_bias = rows > 1 ? plan_.padded_out : 0;
     for (int64_t i = 0; i < rows; ++i, to += plan_.padded_out) {
       std::fill(to, to + plan_.padded_out, 0.0f);
-      if (a_.bias.data) read_factors(a_.bias, i / plan_.frames, i % plan_.frames, plan_.out, to);
+      if (a_.bias.data) read_channels(a_.bias, i / plan_.frames, i % plan_.frames, plan_.out, to);
     }
   }
 
@@ -296,16 +257,14 @@ class Convolution {
 
 lf_status lf_temporal_conv_cpu(const lf_temporal_conv* arguments, int32_t num_threads) noexcept {
   if (!arguments || num_threads < 1) return LF_INVALID_ARGUMENT;
-  try {
+  return lf::guarded([&] {
     lf_status status = lf::check_sizes(*arguments);
     if (status == LF_OK) status = lf::check_operands(*arguments);
     if (status != LF_OK || arguments->batch == 0) return status;
     status = lf::check_y(*arguments);
     if (status == LF_OK) lf::Convolution(*arguments, num_threads).run();
     return status;
-  } catch (...) {  // std::bad_alloc, or std::length_error for an absurd count
-    return LF_OUT_OF_MEMORY;
-  }
+  });
 }
 
 int32_t lf_temporal_conv_lanes() noexcept { return static_cast<int32_t>(lf::conv_kernels(LF_FLOAT32).lanes); }

@@ -1,6 +1,6 @@
 // What the two halves of temporal_conv on a CPU share. The plan (temporal_conv.cpp) is made for any processor: checks,
-// memory, threads. The kernels (temporal_conv_kernel.h) are compiled once for each width of vectors, and do one piece of
-// a plan at a time.
+// memory, threads. The kernels (temporal_conv_kernel.h) are compiled once for each width of vectors, and do one piece
+// of a plan at a time.
 //
 // A piece is some pixels of a clip, in all frames: time is convolved, so that pieces need nothing of one another. Its
 // frames are read into packed memory in turn, normalised on the way, where all taps and output channels find them:
@@ -8,8 +8,8 @@
 //   frame    [channel / kDepth][pixel][kDepth]: what a kernel reads next is always a constant distance away
 //   weights  [panel][product][input channel][width of the panel], a panel being the output channels of one kernel call
 //
-// Three taps over enough frames and channels are done by minimal filtering, F(2, 3): of inputs d0..d3 and weights g0..g2
-// both outputs y0 = d0 g0 + d1 g1 + d2 g2 and y1 = d1 g0 + d2 g1 + d3 g2 are had from four products, not six:
+// Three taps over enough frames and channels are done by minimal filtering, F(2, 3): of inputs d0..d3 and weights
+// g0..g2 both outputs y0 = d0 g0 + d1 g1 + d2 g2 and y1 = d1 g0 + d2 g1 + d3 g2 are had from four products, not six:
 //
 //   m3 = (d2 - d1) (g0 - g1 + g2) / 2,  m2 = (d1 + d2) (g0 + g1 + g2) / 2,  m1 = (d0 - d2) g0,  m4 = (d3 - d1) g2
 //   y0 = m2 + m3 + m1,  y1 = m2 - m3 + m4

@@ -3,45 +3,25 @@
 #ifndef LF_TEMPORAL_CONV_KERNEL_H
 #define LF_TEMPORAL_CONV_KERNEL_H
 
-#include <type_traits>
 #include <utility>
 
+#include "common/silu.h"
 #include "temporal_conv.h"
 #include "temporal_conv_lanes.h"
 
 namespace lf {
 namespace {
 
-constexpr int kVectors = 2;                                        // of a panel's width
-constexpr int64_t kPanelWidth = kVectors * kLanes;                      // output channels of one kernel call
-constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;     // with what they are of, the sums leave no register over
-static_assert(kRows <= kMostRows && kPanelWidth <= kMostWidth && kDepth % kLanes == 0, "the plan's memory is for this much");
+constexpr int kVectors = 2;                         // of a panel's width
+constexpr int64_t kPanelWidth = kVectors * kLanes;  // output channels of one kernel call
+// Pixels: with what they are of, the sums leave no register over.
+constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
+static_assert(kRows <= kMostRows && kPanelWidth <= kMostWidth && kDepth % kLanes == 0, "what the plan has room for");
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// --- memory -----------------------------------------------------------------------------------------------------------
-
-template <class T> inline Lanes load(const T* p, int64_t n) {
-  T some[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) some[i] = p[i];
-  return load(some);
-}
-
-template <class T> inline void store(T* p, Lanes x, int64_t n) {
-  T some[kLanes];
-  store(some, x);
-  for (int64_t i = 0; i < n; ++i) p[i] = some[i];
-}
-
-// Calls at(i, n) for each vector of `length` numbers: where it starts, and how many of its lanes are in use.
-template <class At> inline void for_lanes(int64_t length, const At& at) {
-  int64_t i = 0;
-  for (; i + kLanes <= length; i += kLanes) at(i, std::integral_constant<int64_t, kLanes>());
-  if (i < length) at(i, length - i);
-}
-template <class T> inline Lanes load(const T* p, std::integral_constant<int64_t, kLanes>) { return load(p); }
-template <class T> inline void store(T* p, Lanes x, std::integral_constant<int64_t, kLanes>) { store(p, x); }
+// --- memory ----------------------------------------------------------------------------------------------------------
 
 // Elements (r, c), each `row` and `column` elements from the last, of `rows` x `columns`; and the same as dense rows of
 // floats, `stride` apart. A side on which rows lie together is read and written along them.
@@ -53,7 +33,9 @@ template <class T> inline void read_box(float* to, int64_t stride, const T* from
   int64_t columns = 0;
   if (box.column == 1) {
     for (int64_t r = 0; r < box.rows; ++r) {
-      for_lanes(box.columns, [&](int64_t c, auto n) { store(to + r * stride + c, load(from + r * box.row + c, n), n); });
+      for_lanes(box.columns, [&](int64_t c, auto n) {
+        store(to + r * stride + c, load(from + r * box.row + c, n), n);
+      });
     }
     return;
   }
@@ -62,9 +44,9 @@ template <class T> inline void read_box(float* to, int64_t stride, const T* from
       int64_t r = 0;
       for (; r + kLanes <= box.rows; r += kLanes) {
         Lanes square[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) square[i] = load(from + r + (columns + i) * box.column);
+        for (int64_t i = 0; i < kLanes; ++i) square[i] = Lanes::load(from + r + (columns + i) * box.column);
         transpose(square);
-        for (int64_t i = 0; i < kLanes; ++i) store(to + (r + i) * stride + columns, square[i]);
+        for (int64_t i = 0; i < kLanes; ++i) square[i].store(to + (r + i) * stride + columns);
       }
       for (int64_t i = 0; i < kLanes; ++i) {
         for (int64_t rest = r; rest < box.rows; ++rest) {
@@ -82,7 +64,9 @@ template <class T> inline void write_box(T* to, const Box& box, const float* fro
   int64_t columns = 0;
   if (box.column == 1) {
     for (int64_t r = 0; r < box.rows; ++r) {
-      for_lanes(box.columns, [&](int64_t c, auto n) { store(to + r * box.row + c, load(from + r * stride + c, n), n); });
+      for_lanes(box.columns, [&](int64_t c, auto n) {
+        store(to + r * box.row + c, load(from + r * stride + c, n), n);
+      });
     }
     return;
   }
@@ -91,9 +75,9 @@ template <class T> inline void write_box(T* to, const Box& box, const float* fro
       int64_t r = 0;
       for (; r + kLanes <= box.rows; r += kLanes) {
         Lanes square[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) square[i] = load(from + (r + i) * stride + columns);
+        for (int64_t i = 0; i < kLanes; ++i) square[i] = Lanes::load(from + (r + i) * stride + columns);
         transpose(square);
-        for (int64_t i = 0; i < kLanes; ++i) store(to + r + (columns + i) * box.column, square[i]);
+        for (int64_t i = 0; i < kLanes; ++i) square[i].store(to + r + (columns + i) * box.column);
       }
       for (int64_t i = 0; i < kLanes; ++i) {
         for (int64_t rest = r; rest < box.rows; ++rest) {
@@ -107,7 +91,7 @@ template <class T> inline void write_box(T* to, const Box& box, const float* fro
   }
 }
 
-// --- the kernel -------------------------------------------------------------------------------------------------------
+// --- the kernel ------------------------------------------------------------------------------------------------------
 
 // What becomes of the sums after a step.
 enum class Then {
@@ -146,7 +130,7 @@ template <int M, int V> void run_steps(const Call& call) noexcept {
   Lanes sums[M][V];
   const Output* output = call.outputs;
   for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < V; ++v) sums[m][v] = broadcast(0.0f);
+    for (int v = 0; v < V; ++v) sums[m][v] = Lanes::fill(0.0f);
   }
   for (int64_t i = 0; i < call.count; ++i) {
     const float* input = call.steps[i].input;
@@ -155,9 +139,9 @@ template <int M, int V> void run_steps(const Call& call) noexcept {
       const float* const end = input + (left < kDepth ? left : kDepth);
       for (const float* at = input; at != end; ++at, weights += V * kLanes) {
         Lanes w[V];
-        for (int v = 0; v < V; ++v) w[v] = load(weights + v * kLanes);
+        for (int v = 0; v < V; ++v) w[v] = Lanes::load(weights + v * kLanes);
         for (int m = 0; m < M; ++m) {
-          const Lanes h = broadcast(at[m * kDepth]);
+          const Lanes h = Lanes::fill(at[m * kDepth]);
           for (int v = 0; v < V; ++v) sums[m][v] = multiply_add(h, w[v], sums[m][v]);
         }
       }
@@ -167,8 +151,8 @@ template <int M, int V> void run_steps(const Call& call) noexcept {
       case Then::kPark:
         for (int m = 0; m < M; ++m) {
           for (int v = 0; v < V; ++v) {
-            store(call.parked + (m * V + v) * kLanes, sums[m][v]);
-            sums[m][v] = broadcast(0.0f);
+            sums[m][v].store(call.parked + (m * V + v) * kLanes);
+            sums[m][v] = Lanes::fill(0.0f);
           }
         }
         break;
@@ -176,23 +160,23 @@ template <int M, int V> void run_steps(const Call& call) noexcept {
         for (int m = 0; m < M; ++m) {
           for (int v = 0; v < V; ++v) {
             float* parked = call.parked + (m * V + v) * kLanes;
-            const Lanes other = load(parked);
-            store(parked, sums[m][v] - other);
+            const Lanes other = Lanes::load(parked);
+            (sums[m][v] - other).store(parked);
             sums[m][v] = sums[m][v] + other;
           }
         }
         break;
       case Then::kFinish:
         for (int v = 0; v < V; ++v) {
-          const Lanes bias = load(output->bias + v * kLanes);
+          const Lanes bias = Lanes::load(output->bias + v * kLanes);
           const int64_t n = call.columns - v * kLanes;
           for (int m = 0; m < M; ++m) {
             float* to = output->to + m * output->stride + v * kLanes;
             const Lanes sum = sums[m][v] + bias;
             if (call.stream) stream(to, sum);
-            else if (n >= kLanes) store(to, sum);
+            else if (n >= kLanes) sum.store(to);
             else store(to, sum, n);
-            sums[m][v] = load(call.parked + (m * V + v) * kLanes);
+            sums[m][v] = Lanes::load(call.parked + (m * V + v) * kLanes);
           }
         }
         ++output;
@@ -211,10 +195,10 @@ inline RunSteps kernel_of(int64_t rows, int64_t vectors) {
   return vectors == 1 ? kernel_of<1>(rows, all) : kernel_of<kVectors>(rows, all);
 }
 
-// --- weights ----------------------------------------------------------------------------------------------------------
+// --- weights ---------------------------------------------------------------------------------------------------------
 
-// The panel's vectors, each of `kLanes` output channels, taken `kPackedAtOnce` input channels at a time: turned round into
-// scratch [input channel][tap][lane], and from there in the order of the products.
+// The panel's vectors, each of `kLanes` output channels, taken `kPackedAtOnce` input channels at a time: turned round
+// into scratch [input channel][tap][lane], and from there in the order of the products.
 template <class T> void pack_panel(const ConvPlan& plan, int64_t panel, float* scratch) noexcept {
   const int64_t first = panel * kPanelWidth, width = smaller(kPanelWidth, plan.padded_out - first), taps = plan.taps;
   const Place& place = plan.weight;
@@ -241,20 +225,21 @@ template <class T> void pack_panel(const ConvPlan& plan, int64_t panel, float* s
         float* to = packed + (c + i) * width + v;
         const int64_t product = plan.in * width;
         if (plan.minimal) {
-          const Lanes g0 = load(g), g1 = load(g + kLanes), g2 = load(g + 2 * kLanes), half = broadcast(0.5f);
-          store(to, (g0 + g2 - g1) * half);
-          store(to + product, (g0 + g2 + g1) * half);
-          store(to + 2 * product, g0);
-          store(to + 3 * product, g2);
+          const Lanes g0 = Lanes::load(g), g1 = Lanes::load(g + kLanes), g2 = Lanes::load(g + 2 * kLanes);
+          const Lanes half = Lanes::fill(0.5f);
+          ((g0 + g2 - g1) * half).store(to);
+          ((g0 + g2 + g1) * half).store(to + product);
+          g0.store(to + 2 * product);
+          g2.store(to + 3 * product);
         } else {
-          for (int64_t j = 0; j < taps; ++j) store(to + j * product, load(g + j * kLanes));
+          for (int64_t j = 0; j < taps; ++j) Lanes::load(g + j * kLanes).store(to + j * product);
         }
       }
     }
   }
 }
 
-// --- a piece ----------------------------------------------------------------------------------------------------------
+// --- a piece ---------------------------------------------------------------------------------------------------------
 
 template <class T> class Piece {
  public:
@@ -270,7 +255,7 @@ template <class T> class Piece {
 
   void run() {
     if (plan_.minimal && !plan_.replicate) {
-      for (int64_t i = 0; i < plan_.slot_size; i += kLanes) store(scratch_ + plan_.zeros_at + i, broadcast(0.0f));
+      for (int64_t i = 0; i < plan_.slot_size; i += kLanes) Lanes::fill(0.0f).store(scratch_ + plan_.zeros_at + i);
     }
     for (int64_t t = 0; t < plan_.frames; t += plan_.group) {
       const int64_t end = smaller(plan_.frames, t + plan_.group);
@@ -318,8 +303,8 @@ template <class T> class Piece {
     for (int64_t p = 0; p < pixels_; ++p, from += step, to += kDepth) {
       for_lanes(in, [=](int64_t c, auto n) {
         Lanes h = load(from + c, n);
-        if (normed) h = silu(multiply_add(h, load(multiplier + c), load(offset + c)));
-        store(to + c / kDepth * chunk + c % kDepth, h);
+        if (normed) h = silu(multiply_add(h, Lanes::load(multiplier + c), Lanes::load(offset + c)));
+        h.store(to + c / kDepth * chunk + c % kDepth);
       });
     }
   }
@@ -327,10 +312,11 @@ template <class T> class Piece {
   void normalise(float* packed, int64_t channel, int64_t t) {
     const int64_t where = (clip_ * plan_.frames + t) * plan_.depth + channel;
     for (int64_t c = 0; c < kDepth; c += kLanes) {
-      const Lanes multiplier = load(plan_.multiplier + where + c), offset = load(plan_.offset + where + c);
+      const Lanes multiplier = Lanes::load(plan_.multiplier + where + c);
+      const Lanes offset = Lanes::load(plan_.offset + where + c);
       for (int64_t p = 0; p < pixels_; ++p) {
         float* h = packed + p * kDepth + c;
-        store(h, silu(multiply_add(load(h), multiplier, offset)));
+        silu(multiply_add(Lanes::load(h), multiplier, offset)).store(h);
       }
     }
   }
@@ -344,11 +330,12 @@ template <class T> class Piece {
     }
     const int64_t size = plan_.slot_size;
     for (int64_t i = 0; i < size; i += kLanes) {
-      const Lanes d0 = load(d[0] + i), d1 = load(d[1] + i), d2 = load(d[2] + i), d3 = load(d[3] + i);
-      store(to + i, d2 - d1);
-      store(to + i + size, d1 + d2);
-      store(to + i + 2 * size, d0 - d2);
-      store(to + i + 3 * size, d3 - d1);
+      const Lanes d0 = Lanes::load(d[0] + i), d1 = Lanes::load(d[1] + i);
+      const Lanes d2 = Lanes::load(d[2] + i), d3 = Lanes::load(d[3] + i);
+      (d2 - d1).store(to + i);
+      (d1 + d2).store(to + i + size);
+      (d0 - d2).store(to + i + 2 * size);
+      (d3 - d1).store(to + i + 3 * size);
     }
   }
 
@@ -391,8 +378,8 @@ template <class T> class Piece {
     return count;
   }
 
-  // Into y itself where it is floats that lie together, else by way of scratch memory; so too where y is to be streamed,
-  // which is done once, and the sums are not all of it.
+  // Into y itself where it is floats that lie together, else by way of scratch memory; so too where y is to be
+  // streamed, which is done once, and the sums are not all of it.
   void run_tile(int64_t t, int64_t outputs, int64_t pixel, int64_t rows, int64_t column, int64_t count) {
     constexpr bool same = std::is_same<T, float>::value;
     const bool finished = !plan_.silu && !plan_.residual.data && plan_.stats_groups == 0;
@@ -420,7 +407,7 @@ template <class T> class Piece {
 
   void stream_rows(float* to, const Output& from, int64_t rows, int64_t columns) const {
     for (int64_t r = 0; r < rows; ++r, to += plan_.y.pixel) {
-      for (int64_t c = 0; c < columns; c += kLanes) stream(to + c, load(from.to + r * from.stride + c));
+      for (int64_t c = 0; c < columns; c += kLanes) stream(to + c, Lanes::load(from.to + r * from.stride + c));
     }
   }
 
@@ -461,17 +448,17 @@ template <class T> class Piece {
     }
   }
 
-  // Mean of each channel over the pixels so far and the sum of the squared distances from it: those of these rows, each by
-  // two passes, joined to those of the `pixel` rows before as Chan, Golub and LeVeque do.
+  // Mean of each channel over the pixels so far and the sum of the squared distances from it: those of these rows, each
+  // by two passes, joined to those of the `pixel` rows before as Chan, Golub and LeVeque do.
   void add_to_stats(const Output& output, int64_t t, int64_t pixel, int64_t rows, int64_t column, int64_t columns) {
     float* means = scratch_ + plan_.stats_at + 2 * t * plan_.padded_out + column;
     float* squares = means + plan_.padded_out;
     const float share = static_cast<float>(rows) / static_cast<float>(pixel + rows);
-    const Lanes part = broadcast(1.0f / static_cast<float>(rows)), step = broadcast(share);
-    const Lanes weight = broadcast(share * static_cast<float>(pixel));
+    const Lanes part = Lanes::fill(1.0f / static_cast<float>(rows)), step = Lanes::fill(share);
+    const Lanes weight = Lanes::fill(share * static_cast<float>(pixel));
     for_lanes(columns, [&](int64_t c, auto n) {
       const float* y = output.to + c;
-      Lanes mean = broadcast(0.0f), square = broadcast(0.0f);
+      Lanes mean = Lanes::fill(0.0f), square = Lanes::fill(0.0f);
       for (int64_t r = 0; r < rows; ++r) mean = mean + load(y + r * output.stride, n);
       mean = mean * part;
       for (int64_t r = 0; r < rows; ++r) {
@@ -479,12 +466,12 @@ template <class T> class Piece {
         square = multiply_add(distance, distance, square);
       }
       if (pixel > 0) {
-        const Lanes apart = mean - load(means + c);
-        mean = multiply_add(apart, step, load(means + c));
-        square = multiply_add(apart * apart, weight, square + load(squares + c));
+        const Lanes apart = mean - Lanes::load(means + c);
+        mean = multiply_add(apart, step, Lanes::load(means + c));
+        square = multiply_add(apart * apart, weight, square + Lanes::load(squares + c));
       }
-      store(means + c, mean);
-      store(squares + c, square);
+      mean.store(means + c);
+      square.store(squares + c);
     });
   }
 

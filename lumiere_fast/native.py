@@ -282,9 +282,6 @@ def _operands(op: str, name_of: Callable[[int], str], tensors: Sequence[Any]) ->
     return operands[0].dtype, operands[0].device, [x.view for x in operands], operands
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # types whose instances are told by their attributes alone
-
-
 def _on_cpu(op: str, name: str, x: Any, held: list[Any], write: bool = False) -> _View:
     """Where a tensor on the CPU lies. Goes into `held`: what to hold while it is used."""
     if type(x) in _PLAIN and x.is_cpu and x.dtype in _TORCH_NAMES and not x.is_neg():
@@ -457,7 +454,7 @@ def group_norm(
     module, held = load(), list[Any]()
     source = _group_norm_input("group_norm", x, num_groups, held)
     values = _modulation("group_norm", source, weight, bias, scale, shift, held)
-    target = _like("group_norm", "out", out, source, held, write=True)
+    target = _like("group_norm", "out", out, tuple(source[1]), source[3], held, write=True)
     silu = _is_silu("group_norm", act)
     status = module.group_norm_cpu(
         _coded(source), num_groups, *values, silu, eps, per_frame, _coded(target), torch.get_num_threads()
@@ -483,11 +480,9 @@ def group_norm_stats(x: Any, num_groups: int, eps: float, per_frame: bool, *, ou
     shape = (B, T, num_groups) if per_frame else (B, num_groups)
     targets = []
     for name, value in zip(("mean", "rstd"), out, strict=True):
-        address, found, strides, dtype = _on_cpu("group_norm_stats", name, value, held, write=True)
-        if tuple(found) != shape or dtype != _arithmetic(source):
-            raise ValueError(
-                f"group_norm_stats: {name} must be {_arithmetic(source)} {shape}, got {dtype} {tuple(found)}"
-            )
+        address, _, strides, dtype = _like(
+            "group_norm_stats", name, value, shape, _arithmetic(source), held, write=True
+        )
         of_frames = strides if per_frame else (strides[0], 0, strides[1])
         targets.append(_coded((address, shape, of_frames, dtype)))
     status = module.group_norm_stats_cpu(_coded(source), num_groups, eps, per_frame, *targets, torch.get_num_threads())
@@ -526,12 +521,11 @@ def group_norm_backward(
     op = "group_norm_backward"
     source = _group_norm_input(op, x, num_groups, held)
     values = _modulation(op, source, weight, bias, scale, shift, held)
-    above = _like(op, "gradient", gradient, source, held)
-    target = None if out is None else _coded(_like(op, "out", out, source, held, write=True))
-    B, C, T, *_ = source[1]
-    address, shape, _, dtype = _on_cpu(op, "sums", sums, held, write=True)
-    if tuple(shape) != (2, B, T, C) or dtype != _arithmetic(source) or not sums.is_contiguous():
-        raise ValueError(f"{op}: sums must be contiguous {_arithmetic(source)} {(2, B, T, C)}")
+    shape, dtype = tuple(source[1]), source[3]
+    above = _like(op, "gradient", gradient, shape, dtype, held)
+    target = None if out is None else _coded(_like(op, "out", out, shape, dtype, held, write=True))
+    B, C, T, *_ = shape
+    address, *_ = _dense(op, "sums", _like(op, "sums", sums, (2, B, T, C), _arithmetic(source), held, write=True))
     behind = address + sums[0].numel() * sums.element_size()
     status = module.group_norm_backward_cpu(
         _coded(above), _coded(source), num_groups, *values, _is_silu(op, act), eps, per_frame, target, address, behind,
@@ -552,19 +546,36 @@ def _arithmetic(x: _View) -> str:
     return "float64" if x[3] == "float64" else "float32"
 
 
-def _group_norm_input(op: str, x: Any, num_groups: int, held: list[Any]) -> _View:
+def _video(op: str, x: Any, held: list[Any]) -> _View:
     view = _on_cpu(op, "x", x, held)
     if len(view[1]) != 5:
         raise ValueError(f"{op}: x must be (B, C, T, H, W), got {tuple(view[1])}")
+    return view
+
+
+def _group_norm_input(op: str, x: Any, num_groups: int, held: list[Any]) -> _View:
+    view = _video(op, x, held)
     if num_groups < 1 or view[1][1] % num_groups:
         raise ValueError(f"{op}: num_groups must divide the {view[1][1]} channels, got {num_groups}")
     return view
 
 
-def _like(op: str, name: str, y: Any, x: _View, held: list[Any], write: bool = False) -> _View:
+def _like(
+    op: str, name: str, y: Any, shape: tuple[int, ...], dtype: str, held: list[Any], write: bool = False
+) -> _View:
+    """Where `y` lies, which must have that shape and dtype."""
     view = _on_cpu(op, name, y, held, write)
-    if tuple(view[1]) != tuple(x[1]) or view[3] != x[3]:
-        raise ValueError(f"{op}: {name} must be {x[3]} {tuple(x[1])} like x, got {view[3]} {tuple(view[1])}")
+    if tuple(view[1]) != shape or view[3] != dtype:
+        raise ValueError(f"{op}: {name} must be {dtype} {shape}, got {view[3]} {tuple(view[1])}")
+    return view
+
+
+def _dense(op: str, name: str, view: _View) -> _View:
+    """The same, whose rows must lie one behind the other."""
+    _, shape, strides, _ = view
+    wanted = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    if any(size > 1 and found != step for size, found, step in zip(shape, strides, wanted, strict=True)):
+        raise ValueError(f"{op}: {name} must be contiguous, got the strides {tuple(strides)} of {tuple(shape)}")
     return view
 
 
@@ -578,27 +589,28 @@ _PerChannel = tuple[int, tuple[int, ...], int]  # address, strides of (B, T, C),
 
 
 def _modulation(
-    op: str, x: _View, weight: Any, bias: Any, scale: Any, shift: Any, held: list[Any]
+    op: str, x: _View, weight: Any, bias: Any, scale: Any, shift: Any, held: list[Any], prefix: str = ""
 ) -> list[_PerChannel | None]:
     """The four as the module takes them."""
     B, C, T, *_ = x[1]
     affine, film = ((C,),), ((B, C), (B, T, C))
     given = (("weight", weight, affine), ("bias", bias, affine), ("scale", scale, film), ("shift", shift, film))
-    return [None if value is None else _per_channel(op, name, value, shapes, x, held) for name, value, shapes in given]
+    return [_per_channel(op, prefix + name, value, shapes, x, held) for name, value, shapes in given]
 
 
 def _per_channel(
     op: str, name: str, value: Any, shapes: tuple[tuple[int, ...], ...], x: _View, held: list[Any]
-) -> _PerChannel:
+) -> _PerChannel | None:
+    """An operand of one of these shapes, (C,), (B, C) or (B, T, C), as the module takes it."""
+    if value is None:
+        return None
     address, shape, strides, dtype = _on_cpu(op, name, value, held)
     if shape not in shapes:
         raise ValueError(f"{op}: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(shape)}")
     if dtype not in (x[3], _arithmetic(x)):
         raise ValueError(f"{op}: {name} must be {x[3]} like x or {_arithmetic(x)}, got {dtype}")
-    code = load().DTYPES[dtype]
-    if len(shapes) == 1:
-        return address, (0, 0, strides[0]), code
-    return address, (strides[0], 0, strides[1]) if len(shape) == 2 else tuple(strides), code
+    along = {1: (0, 0, *strides), 2: (strides[0], 0, strides[-1]), 3: tuple(strides)}
+    return address, along[len(shape)], load().DTYPES[dtype]
 
 
 def temporal_conv(
@@ -625,7 +637,7 @@ def temporal_conv(
             float32, float16 or bfloat16, all of one. The arithmetic is fp32.
         bias: None, (C_out,) or (B, T, C_out).
         norm_mean, norm_rstd: (B, T, num_groups) of the norm before, or None. norm_weight, norm_bias: None or (C_in,).
-            norm_scale, norm_shift: None, (B, C_in) or (B, T, C_in). Floating, each of its own dtype, as is bias.
+            norm_scale, norm_shift: None, (B, C_in) or (B, T, C_in). Each, as bias too, of x's dtype or float32.
         out: y (B, C_out, T, H, W), of any strides, and with `stats_groups` the statistics mean and rstd
             (B, T, stats_groups), float32 and contiguous; without, the second and third are left alone.
 
@@ -638,49 +650,42 @@ def temporal_conv(
             lies between the first and the last byte of x or the residual.
         NativeUnavailable: the native core is not there.
     """
-    module, op = load(), "temporal_conv"
-    named = {"y": out[0], "x": x, "weight": weight} | ({} if residual is None else {"residual": residual})
-    dtype, device, (y, clip, taps, *added), held = _operands(op, list(named).__getitem__, list(named.values()))
-    _require_cpu(op, "x", device)
-    norm, stats = None, [None, None]
-    held = [held]
-    if norm_mean is not None:
-        factors = (norm_mean, norm_rstd, norm_weight, norm_bias, norm_scale, norm_shift)
-        norm = [norm_mean.shape[-1], *(_factor(op, "an operand of the norm", value, held) for value in factors)]
+    module, op, held = load(), "temporal_conv", list[Any]()
+    source, taps = _video(op, x, held), _on_cpu(op, "weight", weight, held)
+    B, C, T, H, W = source[1]
+    if len(taps[1]) != 3 or taps[1][1] != C or taps[3] != source[3]:
+        raise ValueError(f"{op}: weight must be {source[3]} (C_out, {C}, k), got {taps[3]} {tuple(taps[1])}")
+    channels = taps[1][0]
+    shape = (B, channels, T, H, W)
+    y = _like(op, "y", out[0], shape, source[3], held, write=True)
+    added = None if residual is None else _coded(_like(op, "residual", residual, shape, source[3], held))
+    stats: list[Any] = [None, None]
     if stats_groups is not None:
-        kind, device, stats, _ = _operands(op, ("mean", "rstd").__getitem__, out[1:])
-        _require_cpu(op, "mean", device)
-        if kind != "float32":
-            raise ValueError(f"{op}: mean and rstd must be float32, got {kind}")
+        rows = (B, T, stats_groups)
+        for i, name in enumerate(("mean", "rstd")):
+            stats[i] = _coded(_dense(op, name, _like(op, name, out[1 + i], rows, "float32", held, write=True)))
+    norm = None
+    if norm_mean is not None:
+        groups = norm_mean.shape[-1]
+        norm = [
+            groups,
+            _per_channel(op, "norm_mean", norm_mean, ((B, T, groups),), source, held),
+            _per_channel(op, "norm_rstd", norm_rstd, ((B, T, groups),), source, held),
+            *_modulation(op, source, norm_weight, norm_bias, norm_scale, norm_shift, held, "norm_"),
+        ]
     status = module.temporal_conv_cpu(
-        module.DTYPES[dtype],
-        clip,
-        taps,
-        _factor(op, "bias", bias, held),
+        _coded(source),
+        _coded(taps),
+        _per_channel(op, "bias", bias, ((channels,), (B, T, channels)), source, held),
         padding_mode == "replicate",
-        act == "silu",
-        added[0] if added else None,
+        _is_silu(op, act),
+        added,
         stats_groups or 0,
         norm,
-        y,
+        _coded(y),
         *stats,
         torch.get_num_threads(),
     )
     del held
     if status != module.OK:
         _raise(op, status)
-
-
-def _factor(op: str, name: str, value: Any, held: list[Any]) -> tuple[Any, int] | None:
-    """View and dtype code of a small operand, which has a dtype of its own; `held` keeps its memory."""
-    if value is None:
-        return None
-    dtype, device, (view,), memory = _operands(op, lambda _: name, [value])
-    _require_cpu(op, name, device)
-    held.append(memory)
-    return view, load().DTYPES[dtype]
-
-
-def _require_cpu(op: str, name: str, device: int | None) -> None:
-    if device is not None:
-        raise ValueError(f"{op}: {name} must be on the CPU, got cuda:{device}")

@@ -6,11 +6,11 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/memory.h"
 #include "lumiere_fast.h"
 
 namespace lf {
 
-enum Axis { kBatch, kChannel, kTime, kHeight, kWidth, kAxes };
 constexpr int kBlended = 3;  // T, H, W can be blended
 
 using Shape = std::array<int64_t, kAxes>;

@@ -7,7 +7,7 @@ namespace lf {
 bool elements_apart(const int64_t* shape, const int64_t* strides, int axes) {
   for (int axis = 0; axis < axes; ++axis) {
     if (shape[axis] <= 1) continue;
-      uint64_t reach = 0;  // of the axes of smaller strides
+    uint64_t reach = 0;  // of the axes of smaller strides
     for (int other = 0; other < axes; ++other) {
       const uint64_t step = magnitude(strides[other]), steps = shape[other] - 1;
       if (other == axis || steps == 0 || step > magnitude(strides[axis])) continue;

@@ -1,10 +1,17 @@
-// Where a strided tensor lies in memory.
+// Where a strided tensor lies in memory, and memory to work in.
 #ifndef LF_COMMON_MEMORY_H
 #define LF_COMMON_MEMORY_H
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <new>
+
+#include "lumiere_fast.h"
 
 namespace lf {
+
+enum Axis { kBatch, kChannel, kTime, kHeight, kWidth, kAxes };  // of a video
 
 // Also of INT64_MIN.
 inline uint64_t magnitude(int64_t stride) { return stride < 0 ? -static_cast<uint64_t>(stride) : stride; }
@@ -21,6 +28,32 @@ struct Span {
 Span span_of(const void* data, const int64_t* shape, const int64_t* strides, int axes, int64_t element_size);
 
 bool meet(const Span& a, const Span& b);
+
+constexpr int64_t kLine = 64;  // bytes of the cache's
+
+// Memory that starts with a line of the cache; not filled.
+template <class T> class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size)
+      : data_(static_cast<T*>(operator new(std::max<int64_t>(size, 1) * sizeof(T), std::align_val_t{kLine}))) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Delete {
+    void operator()(T* data) const { operator delete(data, std::align_val_t{kLine}); }
+  };
+  std::unique_ptr<T, Delete> data_;
+};
+
+// What work() returns. No exception leaves the library.
+template <class Work> lf_status guarded(const Work& work) noexcept {
+  try {
+    return work();
+  } catch (...) {  // std::bad_alloc, or std::length_error for an absurd count
+    return LF_OUT_OF_MEMORY;
+  }
+}
 
 }  // namespace lf
 

@@ -8,6 +8,10 @@
 #include "common/scalar.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of the intrinsics' own operands that do not matter
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #endif
 
@@ -92,7 +96,9 @@ template <> struct Pack<float, 16> {
 
   static Pack fill(float x) { return {_mm512_set1_ps(x)}; }
   static Pack load(const float* at) { return {_mm512_loadu_ps(at)}; }
-  static Pack load(const Half* at) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)))}; }
+  static Pack load(const Half* at) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)))};
+  }
   static Pack load(const BFloat16* at) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};

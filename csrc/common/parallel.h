@@ -27,8 +27,8 @@ class Team {
   std::atomic<int64_t> workers_{0}, next_{0};
 };
 
-// For how many elements another thread is worth what it costs: few where threads are borrowed and wait already, more where
-// they are started.
+// For how many elements another thread is worth what it costs: few where threads are borrowed and wait already, more
+// where they are started.
 int64_t elements_worth_a_thread() noexcept;
 
 // Has up to `num_threads` threads drain the team, the caller's among them, and returns when all have left it.

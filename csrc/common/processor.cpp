@@ -20,8 +20,8 @@ bool detect_avx2() {
 
 bool detect_avx512() {
   if (!has_avx2() || is_set("LUMIERE_FAST_NO_AVX512")) return false;
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && 
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
 #else

@@ -8,7 +8,8 @@ namespace lf {
 // LUMIERE_FAST_PORTABLE=1, which is read once.
 bool has_avx2();
 
-// Whether the code built for AVX-512 (F, BW, DQ, VL) may run: as above, and not switched off by LUMIERE_FAST_NO_AVX512=1.
+// Whether the code built for AVX-512 (F, BW, DQ, VL) may run: as above, and not switched off by
+// LUMIERE_FAST_NO_AVX512=1.
 bool has_avx512();
 
 }  // namespace lf

@@ -1,8 +1,9 @@
-// SiLU and its derivative on packs. They take t = -log2(e) * z in place of z, whose factor the caller has in numbers that
-// it multiplies z from anyway: then 2^t = exp(-z) at no further cost.
+// SiLU and its derivative on packs: silu(z) = z / (1 + exp(-z)) is within 3 ulp for z > -1, and within 2 |z| ulp below;
+// of -inf it is NaN as torch has it.
 //
-// silu(z) = z / (1 + exp(-z)) is within 2 ulp for z > -1, and within a few |z| ulp below; silu(-inf) is NaN as torch has
-// it. Of a z that is over 2/3 of the largest number t is infinite, and so is silu(z).
+// Where each operation counts, and z is a product that a factor can be taken into at no cost, t = kSiluScale * z is
+// given in place of z: then 2^t = exp(-z). It is infinite where z is over 2/3 of the largest number, and so is what
+// comes of it.
 #ifndef LF_COMMON_SILU_H
 #define LF_COMMON_SILU_H
 
@@ -10,7 +11,7 @@
 
 namespace lf {
 
-constexpr double kSiluScale = -1.4426950408889634074;  // t / z
+constexpr double kSiluScale = -1.4426950408889634074;  // t / z: -log2(e)
 
 namespace {
 
@@ -45,13 +46,17 @@ template <class A, int N> inline Pack<A, N> exp2(Pack<A, N> t) {
   return times_power(power, parts.whole);
 }
 
+template <class A, int N> inline Pack<A, N> silu(Pack<A, N> z) {
+  return z / (Pack<A, N>::fill(1) + exp2(z * Pack<A, N>::fill(static_cast<A>(kSiluScale))));
+}
+
 // z / (1 + 2^t) is t / (scale + scale * 2^t).
-template <class A, int N> inline Pack<A, N> silu(Pack<A, N> t) {
+template <class A, int N> inline Pack<A, N> silu_of_scaled(Pack<A, N> t) {
   const Pack<A, N> scale = Pack<A, N>::fill(static_cast<A>(kSiluScale));
   return t / multiply_add(scale, exp2(t), scale);
 }
 
-template <class A, int N> inline Pack<A, N> silu_derivative(Pack<A, N> t) {
+template <class A, int N> inline Pack<A, N> silu_derivative_of_scaled(Pack<A, N> t) {
   const Pack<A, N> one = Pack<A, N>::fill(1), sigmoid = one / (one + exp2(t));
   const Pack<A, N> z = t * Pack<A, N>::fill(static_cast<A>(1 / kSiluScale));
   return sigmoid * multiply_add(z, one - sigmoid, one);

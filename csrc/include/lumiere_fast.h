@@ -41,9 +41,9 @@ LF_API const char* lf_build_info(void) LF_NOEXCEPT;
 typedef int32_t lf_status;
 enum {
   LF_OK = 0,
-  LF_INVALID_ARGUMENT = 1,    /* a pointer that must not be null is null, or a count is not one of those accepted */
-  LF_UNSUPPORTED_DTYPE = 2,   /* the dtype code is none of the codes below */
-  LF_INVALID_SHAPE = 3,       /* a size is negative or 0 where it may not be, or two shapes do not fit */
+  LF_INVALID_ARGUMENT = 1,    /* a pointer that must not be null is null, or a number is not one of those accepted */
+  LF_UNSUPPORTED_DTYPE = 2,   /* the code is none of those below, or of a dtype that is not taken there */
+  LF_INVALID_SHAPE = 3,       /* a size is not one of those accepted, groups do not divide it, or shapes do not fit */
   LF_INVALID_STRIDES = 4,     /* elements of an output may lie on top of one another */
   LF_WINDOW_OUT_OF_RANGE = 5, /* a window sticks out of the video */
   LF_UNCOVERED = 6,           /* a position of the video is in no window */
@@ -142,9 +142,9 @@ typedef struct {
 } lf_per_channel;
 
 /* group_norm: y = act(z) with z = (n * weight + bias) * (1 + scale) + shift and n = (x - mean) / sqrt(variance + eps).
- * mean and the biased variance are those of a group's channels and all pixels of a frame, or of a clip. Arithmetic is in
- * fp32 at least, and rounded once at the end. Results do not depend on the number of threads; on another processor they
- * may differ in the last bits.
+ * mean and the biased variance are those of a group's channels and all pixels of a frame, or of a clip. Arithmetic is
+ * in fp32 at least, and rounded once at the end. Results do not depend on the number of threads; on another processor
+ * they may differ in the last bits.
  *
  * dtype        of x and of what is written in its place
  * shape        5 sizes (B, C, T, H, W); nothing may be 0 but B
@@ -171,8 +171,9 @@ LF_API lf_status lf_group_norm_stats_cpu(lf_dtype dtype, const void* x, const in
                                          const int64_t* mean_strides, void* rstd, const int64_t* rstd_strides,
                                          int32_t num_threads) LF_NOEXCEPT;
 
-/* Backward: from the gradient of y that of x, and what those of the other arguments are made of: the sums over a frame's
- * pixels of the gradient of z, and of the same times n. With them (sums over what an argument does not depend on)
+/* Backward: from the gradient of y that of x, and what those of the other arguments are made of: the sums over a
+ * frame's pixels of the gradient of z, and of the same times n. With them (sums over what an argument does not depend
+ * on)
  *
  *   of weight: n_sums * (1 + scale)           of scale: n_sums * weight + sums * bias
  *   of bias:   sums * (1 + scale)             of shift: sums
@@ -188,17 +189,18 @@ LF_API lf_status lf_group_norm_backward_cpu(lf_dtype dtype, const void* gy, cons
                                             const int64_t* gx_strides, void* sums, void* n_sums,
                                             int32_t num_threads) LF_NOEXCEPT;
 
-/* temporal_conv: at each pixel, with r = k / 2 and h = silu(x * multiplier + offset) where there is a norm, h = x elsewhere,
+/* temporal_conv: at each pixel, with r = k / 2 and h = silu(x * multiplier + offset) where there is a norm, else h = x,
  *
  *   y[t, o] = act(sum_j sum_c weight[o, c, j] h[t + j - r, c] + bias[t, o]) + residual[t, o]
  *
- * Frames outside the clip are zeros, or copies of its first and last h. The norm's factors are, of the group g that c is in,
+ * Frames outside the clip are zeros, or copies of its first and last h. The norm's factors, with the group g of c, are
  *
  *   multiplier = rstd[t, g] * weight[c] * (1 + scale[t, c])
  *   offset = (bias[c] - mean[t, g] * rstd[t, g] * weight[c]) * (1 + scale[t, c]) + shift[t, c]
  *
- * Sums are in fp32, y is rounded once. The statistics of y are taken in each frame over the pixels and the channels of a
- * group, before y is rounded: the mean, and 1 / sqrt(variance + 1e-5). They, and y, do not depend on the number of threads.
+ * Sums are in fp32, y is rounded once. The statistics of y are taken in each frame over the pixels and the channels of
+ * a group, before y is rounded: the mean, and 1 / sqrt(variance + 1e-5). They, and y, do not depend on the number of
+ * threads.
  *
  * A tensor is a pointer to its first element, the code of its dtype, and its strides in elements. Where `data` is null
  * there is no such tensor. */
@@ -217,7 +219,7 @@ typedef struct lf_temporal_conv {
   lf_clip x, residual, y;    /* residual is optional. y may not share memory with another: as for blend_windows' out */
   const void* weight;        /* (channels_out, channels_in, k) */
   int64_t weight_strides[3];
-  lf_per_channel bias;           /* (B, T, channels_out), optional, as all below but norm_mean and norm_rstd of a norm */
+  lf_per_channel bias;       /* (B, T, channels_out), optional, as all below but norm_mean and norm_rstd of a norm */
   lf_per_channel norm_mean, norm_rstd; /* (B, T, norm_groups) */
   lf_per_channel norm_weight, norm_bias, norm_scale, norm_shift; /* (B, T, channels_in) */
   float* mean;               /* (B, T, stats_groups), one row behind the other, written */

@@ -12,7 +12,8 @@
 
 enum { AXES = 5, MAX_CHANNELS = 512, MAX_FRAMES = 64 };
 
-/* Memory of exactly the tensor's size, so that the sanitizers see a step outside; `order` from the outermost axis in. */
+/* Memory of exactly the tensor's size, so that the sanitizers see a step outside; `order` is from the outermost axis.
+ * */
 typedef struct {
   unsigned char* data;
   int64_t strides[AXES];
@@ -34,7 +35,8 @@ static const int CONTIGUOUS[AXES] = {0, 1, 2, 3, 4};
 static const int CHANNELS_LAST[AXES] = {0, 2, 3, 4, 1};
 static const int ODD[AXES] = {4, 0, 2, 1, 3};
 
-static double weight[MAX_CHANNELS], bias[MAX_CHANNELS], scale[MAX_FRAMES * MAX_CHANNELS], shift[MAX_FRAMES * MAX_CHANNELS];
+static double weight[MAX_CHANNELS], bias[MAX_CHANNELS];
+static double scale[MAX_FRAMES * MAX_CHANNELS], shift[MAX_FRAMES * MAX_CHANNELS];
 
 static int64_t count_of(const Case* c) {
   return c->shape[0] * c->shape[1] * c->shape[2] * c->shape[3] * c->shape[4];
@@ -228,7 +230,8 @@ static void check_backward(const Case* c) {
       *moved[k] = kept - step;
       const double expected = (above - objective(c, &x, &given, &gy, &y)) / (2 * step);
       *moved[k] = kept;
-      if (!(fabs(got[k] - expected) <= 1e-6 * (1 + fabs(expected)))) complain(c, "gradient of affine", got[k], expected);
+      const double most = 1e-6 * (1 + fabs(expected));
+      if (!(fabs(got[k] - expected) <= most)) complain(c, "gradient of affine", got[k], expected);
     }
   }
   free(sums), free(n_sums);
@@ -254,7 +257,8 @@ static void check_grid(lf_dtype dtype, const int order[AXES]) {
   for (unsigned i = 0; i < sizeof sizes / sizeof *sizes; ++i) {
     for (int film = 0; film < 3; ++film) {
       const int64_t* s = sizes[i];
-      Case c = {"grid", dtype, {s[0], s[1], s[2], s[3], s[4]}, s[5], film != 1, film, film ? LF_SILU : LF_NO_ACTIVATION, order, 0};
+      const lf_activation act = film ? LF_SILU : LF_NO_ACTIVATION;
+      Case c = {"grid", dtype, {s[0], s[1], s[2], s[3], s[4]}, s[5], film != 1, film, act, order, 0};
       check(c);
       if (dtype == LF_FLOAT64) check_backward(&c);
     }
@@ -286,8 +290,8 @@ static void check_errors(void) {
   CHECK(NORM(LF_FLOAT32, x, shape, NULL, 2, &affine, LF_SILU, 1e-5, y, strides, 1) == LF_INVALID_ARGUMENT);
   CHECK(NORM(LF_FLOAT32, x, shape, strides, 2, &affine, LF_SILU, 1e-5, NULL, strides, 1) == LF_INVALID_ARGUMENT);
   CHECK(NORM(LF_FLOAT32, x, shape, strides, 2, &affine, LF_SILU, 1e-5, y, NULL, 1) == LF_INVALID_ARGUMENT);
-  CHECK(NORM(LF_FLOAT32, x, shape, strides, 3, &affine, LF_SILU, 1e-5, y, strides, 1) == LF_INVALID_ARGUMENT);
-  CHECK(NORM(LF_FLOAT32, x, shape, strides, 0, &affine, LF_SILU, 1e-5, y, strides, 1) == LF_INVALID_ARGUMENT);
+  CHECK(NORM(LF_FLOAT32, x, shape, strides, 3, &affine, LF_SILU, 1e-5, y, strides, 1) == LF_INVALID_SHAPE);
+  CHECK(NORM(LF_FLOAT32, x, shape, strides, 0, &affine, LF_SILU, 1e-5, y, strides, 1) == LF_INVALID_SHAPE);
   CHECK(NORM(LF_FLOAT32, x, shape, strides, 2, &nowhere, LF_SILU, 1e-5, y, strides, 1) == LF_INVALID_ARGUMENT);
   CHECK(NORM(LF_FLOAT32, x, shape, strides, 2, &affine, 2, 1e-5, y, strides, 1) == LF_INVALID_ARGUMENT);
   CHECK(NORM(LF_FLOAT32, x, shape, strides, 2, &affine, LF_SILU, 0, y, strides, 1) == LF_INVALID_ARGUMENT);

@@ -1,4 +1,5 @@
-/* temporal_conv through the C ABI against its formula in double: dtypes, layouts, odd sizes, every option, threads, errors. */
+/* temporal_conv through the C ABI against its formula in double: dtypes, layouts, sizes, every option, threads, errors.
+ * */
 #include "lumiere_fast.h"
 
 #include "check.h"
@@ -43,7 +44,9 @@ static double get(const void* data, int64_t i, lf_dtype dtype) {
   }
   const int exponent = bits >> 10 & 31;
   const double fraction = bits & 1023;
-  const double magnitude = exponent == 31 ? NAN : exponent == 0 ? ldexp(fraction, -24) : ldexp(1024 + fraction, exponent - 25);
+  const double magnitude = exponent == 31  ? NAN
+                           : exponent == 0 ? ldexp(fraction, -24)
+                                           : ldexp(1024 + fraction, exponent - 25);
   return bits >> 15 ? -magnitude : magnitude;
 }
 
@@ -54,10 +57,14 @@ static void set(void* data, int64_t i, lf_dtype dtype, double value) {
   if (dtype == LF_FLOAT32) ((float*)data)[i] = single;
   else if (dtype == LF_FLOAT64) ((double*)data)[i] = value;
   else if (dtype == LF_BFLOAT16) ((uint16_t*)data)[i] = (uint16_t)(wide >> 16);
-  else ((uint16_t*)data)[i] = (uint16_t)((wide >> 16 & 0x8000) | (value == 0 ? 0 : ((wide & 0x7fffffff) - 0x38000000) >> 13));
+  else {
+    const uint32_t half = value == 0 ? 0 : ((wide & 0x7fffffff) - 0x38000000) >> 13;
+    ((uint16_t*)data)[i] = (uint16_t)((wide >> 16 & 0x8000) | half);
+  }
 }
 
-static void* memory(int64_t elements, lf_dtype dtype) { /* exactly as much, so that the sanitizer sees any step outside */
+/* Exactly as much, so that the sanitizer sees any step outside. */
+static void* memory(int64_t elements, lf_dtype dtype) {
   void* data = malloc((size_t)(elements * size_of(dtype)));
   if (!data) abort();
   memset(data, 0xff, (size_t)(elements * size_of(dtype))); /* NaN in every dtype */
@@ -155,8 +162,8 @@ static void compare(const lf_temporal_conv* a, const char* name) {
 
 static lf_per_channel factors(int64_t batch, int64_t frames, int64_t channels, lf_dtype dtype) {
   const lf_per_channel made = {numbers((batch ? batch : 1) * (frames ? frames : 1) * channels, dtype),
-                           dtype,
-                           {batch ? (frames ? frames : 1) * channels : 0, frames ? channels : 0, 1}};
+                               {batch ? (frames ? frames : 1) * channels : 0, frames ? channels : 0, 1},
+                               dtype};
   return made;
 }
 
@@ -165,8 +172,8 @@ static lf_temporal_conv make(Sizes s, int options, const int order[AXES], const 
   const int64_t out[AXES] = {s.batch, s.out, s.frames, s.height, s.width};
   lf_temporal_conv a = {s.dtype, s.batch, s.in, s.out, s.frames, s.height, s.width, s.taps, 0, 0, 0, 0,
                         clip(in, order, numbers(elements_of(in), s.dtype)), {NULL, {0}},
-                        clip(out, out_order, memory(elements_of(out), s.dtype)), NULL, {0}, {NULL, 0, {0}},
-                        {NULL, 0, {0}}, {NULL, 0, {0}}, {NULL, 0, {0}}, {NULL, 0, {0}}, {NULL, 0, {0}}, {NULL, 0, {0}},
+                        clip(out, out_order, memory(elements_of(out), s.dtype)), NULL, {0}, {NULL, {0}, 0},
+                        {NULL, {0}, 0}, {NULL, {0}, 0}, {NULL, {0}, 0}, {NULL, {0}, 0}, {NULL, {0}, 0}, {NULL, {0}, 0},
                         NULL, NULL};
   const int64_t stats = s.batch * s.frames;
   a.weight = numbers(s.out * s.in * s.taps, s.dtype);
@@ -213,7 +220,8 @@ static void run(const char* name, Sizes sizes, int options, const int order[AXES
 }
 
 static void every_option(Sizes sizes) {
-  static const int options[] = {0, BIAS, FRAME_BIAS | SILU, RESIDUAL, SILU | RESIDUAL, NORM, NORM | FILM, STATS, REPLICATE, ALL};
+  static const int options[] = {0,    BIAS,        FRAME_BIAS | SILU, RESIDUAL,  SILU | RESIDUAL,
+                                NORM, NORM | FILM, STATS,             REPLICATE, ALL};
   for (lf_dtype dtype = LF_FLOAT32; dtype <= LF_BFLOAT16; ++dtype) {
     if (dtype == LF_FLOAT64) continue;
     sizes.dtype = dtype;
@@ -262,7 +270,9 @@ static void statistics_do_not_cancel(void) {
   for (int64_t t = 0; t < 2; ++t) {
     for (int64_t g = 0; g < 3; ++g) {
       double mean = 0, squares = 0;
-      for (int64_t i = 0; i < 2 * 155; ++i) mean += at(&a.y, LF_FLOAT32, 0, 2 * g + i % 2, t, i / 2 / 5, i / 2 % 5) / 310;
+      for (int64_t i = 0; i < 2 * 155; ++i) {
+        mean += at(&a.y, LF_FLOAT32, 0, 2 * g + i % 2, t, i / 2 / 5, i / 2 % 5) / 310;
+      }
       for (int64_t i = 0; i < 2 * 155; ++i) {
         const double apart = at(&a.y, LF_FLOAT32, 0, 2 * g + i % 2, t, i / 2 / 5, i / 2 % 5) - mean;
         squares += apart * apart / 310;

@@ -492,11 +492,37 @@ def test_cpu_statistics_do_not_cancel() -> None:
 
 @needs_core
 def test_cpu_silu_of_extreme_sums() -> None:
-    x = torch.tensor([-math.inf, -1e30, -100.0, -88.5, -20.0, -1e-30, 0.0, 1e-30, 20.0, 88.5, 1e30, math.nan])
+    x = torch.tensor([-math.inf, -1e30, -100.0, -88.5, -20.0, -1e-30, 0.0, 1e-30, 20.0, 88.5, 3e38, math.nan])
     expected = F.silu(x.double()).float()
     for backend in ("cpu", "reference"):
         y = temporal_conv(x.reshape(1, 1, 1, 1, -1), torch.ones(1, 1, 1), act="silu", backend=backend).flatten()
         torch.testing.assert_close(y[1:], expected[1:], rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    {
+        r"x must be \(B, C, T, H, W\)": {"x": torch.ones(4, 3, 2, 2)},
+        r"weight must be float32 \(C_out, 4, k\), got float32 \(6, 5, 3\)": {"weight": torch.ones(6, 5, 3)},
+        r"bias must have shape \(6,\) or \(1, 3, 6\), got \(1, 6\)": {"bias": torch.ones(1, 6)},
+        "bias must be float32 like x or float32, got float64": {"bias": torch.ones(6).double()},
+        r"residual must be float32 \(1, 6, 3, 2, 2\)": {"residual": torch.ones(1, 6, 3, 2, 1)},
+        r"norm_rstd must have shape \(1, 3, 2\)": {"norm_mean": torch.ones(1, 3, 2), "norm_rstd": torch.ones(1, 2)},
+        r"y must be float32 \(1, 6, 3, 2, 2\)": {"y": torch.ones(1, 6, 3, 2, 1)},
+        r"mean must be float32 \(1, 3, 2\)": {"mean": torch.ones(1, 3, 3)},
+        "rstd must be contiguous": {"rstd": torch.ones(1, 2, 3).mT},
+        "the output lies in the memory of an input": {"y": (whole := torch.ones(1, 6, 3, 2, 2)), "residual": whole},
+    }.items(),
+)
+def test_native_says_what_does_not_fit(message: str, changes: dict[str, Tensor]) -> None:
+    arguments = {"x": torch.ones(1, 4, 3, 2, 2), "weight": torch.ones(6, 4, 3), "bias": None, "padding_mode": "zeros"}
+    arguments |= {"act": None, "residual": None, "stats_groups": 2}
+    results = {"y": torch.ones(1, 6, 3, 2, 2), "mean": torch.ones(1, 3, 2), "rstd": torch.ones(1, 3, 2)}
+    out = tuple({**results, **changes}[name] for name in results)
+    given = {**arguments, **{name: value for name, value in changes.items() if name not in results}}
+    with pytest.raises(ValueError, match=message):
+        native.temporal_conv(**given, out=out)
 
 
 @needs_core
