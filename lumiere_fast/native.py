@@ -642,8 +642,8 @@ def temporal_conv(
             (B, T, stats_groups), float32 and contiguous; without, the second and third are left alone.
 
     It takes at most `torch.get_num_threads()` threads; their number changes no result. Three taps are done by minimal
-    filtering, F(2, 3), where there are at least 4 frames and 24 channels: two thirds of the multiplications, and errors
-    up to twice a plain sum's.
+    filtering, F(2, 3), where there are at least 4 frames and 24 channels: two thirds of the multiplications, and an
+    error of rounding is relative to the largest of the four frames around; infinity among them may come out as NaN.
 
     Raises:
         ValueError: what does not fit: shapes, dtypes, devices, a y whose elements may lie on top of one another or that
@@ -655,6 +655,12 @@ def temporal_conv(
     B, C, T, H, W = source[1]
     if len(taps[1]) != 3 or taps[1][1] != C or taps[3] != source[3]:
         raise ValueError(f"{op}: weight must be {source[3]} (C_out, {C}, k), got {taps[3]} {tuple(taps[1])}")
+    if padding_mode not in ("zeros", "replicate"):
+        raise ValueError(f"{op}: padding_mode must be 'zeros' or 'replicate', got {padding_mode!r}")
+    if (norm_mean is None) != (norm_rstd is None):
+        raise ValueError(f"{op}: norm_mean and norm_rstd come together or not at all")
+    if norm_mean is None and any(each is not None for each in (norm_weight, norm_bias, norm_scale, norm_shift)):
+        raise ValueError(f"{op}: the norm's parameters need norm_mean and norm_rstd")
     channels = taps[1][0]
     shape = (B, channels, T, H, W)
     y = _like(op, "y", out[0], shape, source[3], held, write=True)
