@@ -229,8 +229,8 @@ typedef struct lf_temporal_conv {
 /* With at most `num_threads` >= 1 threads, the caller's among them; little work takes only that one. */
 LF_API lf_status lf_temporal_conv_cpu(const lf_temporal_conv* arguments, int32_t num_threads) LF_NOEXCEPT;
 
-/* Lanes of the vectors that the function above computes with on this processor: 16 or 8, or 4 where it has neither
- * AVX-512 nor AVX2 (or may not use them), which is no faster than a plain loop. */
+/* Lanes of the vectors that the function above computes with on this processor: 16 or 8, or at most 4 where it has
+ * neither AVX-512 nor AVX2 (or may not use them), which is no faster than a plain loop. */
 LF_API int32_t lf_temporal_conv_lanes(void) LF_NOEXCEPT;
 
 #ifdef __cplusplus
