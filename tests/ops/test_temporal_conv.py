@@ -529,7 +529,10 @@ def test_native_says_what_does_not_fit(message: str, changes: dict[str, Tensor])
 def test_cpu_is_chosen_and_captured() -> None:
     draw = Draw(56, torch.float32)
     x, residual = draw.clip(2, 32, 4, 2, 2), draw.clip(2, 16, 4, 2, 2)
-    inputs, norm = (x, draw(16, 32, 3), draw(16)), NormArgs(draw(2, 4, 2), draw(2, 4, 2), draw(32), None, 2, draw(2, 32))
+    inputs, norm = (
+        (x, draw(16, 32, 3), draw(16)),
+        NormArgs(draw(2, 4, 2), draw(2, 4, 2), draw(32), None, 2, draw(2, 32)),
+    )
     with dispatch.record_backends() as used:
         check_compiled(temporal_conv, *inputs, norm=norm, residual=residual, stats_groups=2)
     assert used == {"cpu"}
