@@ -666,11 +666,11 @@ def _norm_arguments(x: Tensor, norm: Norm, act: str | None) -> tuple[list[Tensor
 
 
 def _frame_strides(values: Tensor | None) -> Integers:
-    """(b, t, c) of a (B, T, C), or a (B, C) that holds for all frames."""
+    """(b, t, c) of a (B, T, C), or a (B, C) or (C,) that holds for all frames, or clips."""
     if values is None:
         return (0, 0, 0)
-    strides = tuple(map(int, values.stride()))
-    return strides if len(strides) == 3 else (strides[0], 0, strides[1])
+    *lead, c = map(int, values.stride())
+    return (*lead, *[0] * (2 - len(lead)), c)
 
 
 def _gradient_sums(grad: Tensor, x: Tensor, norm: Norm, act: str | None) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ._configs import cases, chosen, shipped
 from ._launch import Variant, aligned, launch, traced
-from .group_norm import finish_stats, normalize
+from .group_norm import _frame_strides, _silu, finish_stats, normalize
 
 OP = "temporal_conv"
 EPS = 1e-5
@@ -187,11 +187,6 @@ def case_of(dtype: torch.dtype, c_out: int, taps: int, rows: int, normed: bool) 
     kind = f"{'k1' if taps == 1 else 'kn'}-{'norm' if normed else 'plain'}"
     few = _cdiv(int(rows), 128) * _cdiv(int(c_out), 128) < FEW_TILES
     return f"{width}-{channels}-{kind}-{'few' if few else 'many'}"
-
-
-@triton.jit
-def _silu(z):  # type: ignore[no-untyped-def]
-    return z / (1.0 + tl.exp(-z))
 
 
 @triton.jit
@@ -763,14 +758,6 @@ def _pixel_strides(clip: Tensor) -> Strides:
 def _weight_strides(weight: Tensor) -> tuple[int, int, int]:
     w_out, w_in, w_tap = (int(step) if n > 1 else 0 for n, step in zip(weight.shape, weight.stride(), strict=True))
     return w_out, w_in if weight.shape[1] > 1 else 1, w_tap
-
-
-def _frame_strides(values: Tensor | None) -> tuple[int, int, int]:
-    """(b, t, c) of values (C,), (B, C) or (B, T, C)."""
-    if values is None:
-        return 0, 0, 0
-    *lead, c = map(int, values.stride())
-    return (*lead, *[0] * (2 - len(lead)), c)  # type: ignore[return-value]
 
 
 def _affine(

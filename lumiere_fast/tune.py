@@ -236,7 +236,7 @@ class Trial:
 
     @functools.cached_property
     def exact(self) -> list[Tensor]:
-        return _tensors(self.public(**_in_double(self.inputs), backend="reference"))
+        return _tensors(self.public(**_selfcheck._mapped(_selfcheck._double, self.inputs), backend="reference"))
 
     def side(self, config: Config) -> Side:
         def call() -> Any:
@@ -258,12 +258,10 @@ class Trial:
             return f"{type(raised).__name__}: {' '.join(str(raised).split())[:LONGEST_REASON]}"
 
     def _differences(self, ours: Sequence[Tensor], exact: Sequence[Tensor]) -> Iterator[str]:
-        """By the rule of the self-check: twice the reference's own error, and a little more where that is exact."""
+        """By the rule of the self-check."""
         for mine, other, truth in zip(ours, self.theirs, exact, strict=True):
-            error = _selfcheck.relative_error(mine, truth)
-            bound = _selfcheck.FACTOR * _selfcheck.relative_error(other, truth) + _selfcheck.FLOORS[mine.dtype]
-            if not error <= bound:  # NaN is wrong
-                yield f"wrong at {self.name}: off by {error:.2e} of the largest value, {bound:.2e} is allowed"
+            if wrong := _selfcheck.too_far_off(mine, other, truth, _selfcheck.FACTOR):
+                yield f"wrong at {self.name}: {wrong}"
 
 
 def _concluded(op: str, case: str, outcomes: Sequence[Outcome]) -> Tuned:
@@ -346,17 +344,6 @@ def _plain(config: Any) -> Config:
 
 def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [tensor for part in result for tensor in _tensors(part)]
-
-
-def _in_double(value: Any) -> Any:
-    """Arguments with every floating tensor in fp64, those in dictionaries and named tuples too."""
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {name: _in_double(each) for name, each in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_in_double, value))
-    return value
 
 
 def render(rows: Sequence[Tuned]) -> str:

@@ -62,7 +62,12 @@ def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """A value with every tensor in it put through a function."""
     if isinstance(value, Tensor):
         return function(value)
-    return type(value)(_mapped(function, each) for each in value) if isinstance(value, (tuple, list)) else value
+    if isinstance(value, dict):
+        return {name: _mapped(function, each) for name, each in value.items()}
+    if not isinstance(value, (tuple, list)):
+        return value
+    items = [_mapped(function, each) for each in value]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -118,10 +123,8 @@ def _wrong(op: RegisteredOp, backend: str, arguments: tuple[Any, ...], floor: fl
         theirs = op.definition(*arguments)
         exact = op.definition(*_mapped(_double, arguments))
     for index, (mine, other, truth) in enumerate(zip(_tuple(ours), _tuple(theirs), _tuple(exact), strict=True)):
-        error = relative_error(mine, truth)
-        bound = FACTOR * relative_error(other, truth) + max(floor, FLOORS[mine.dtype])
-        if not error <= bound:  # NaN is wrong
-            yield f"result {index} is off by {error:.2e} of its largest value, {bound:.2e} is allowed"
+        if wrong := too_far_off(mine, other, truth, FACTOR, floor):
+            yield f"result {index} is {wrong}"
 
 
 def _kernel_errors() -> tuple[type[Exception], ...]:
@@ -155,10 +158,8 @@ def _wrong_gradients(op: RegisteredOp, backend: str, leaves: tuple[Any, ...], fl
         if mine is None or mine.shape != truth.shape:
             yield f"{name} has {'none' if mine is None else f'one of shape {tuple(mine.shape)}'}"
             continue
-        error = relative_error(mine, truth)
-        bound = GRADIENT_FACTOR * relative_error(other, truth) + max(floor, FLOORS[mine.dtype])
-        if not error <= bound:  # NaN is wrong
-            yield f"that of {name} is off by {error:.2e} of its largest value, {bound:.2e} is allowed"
+        if wrong := too_far_off(mine, other, truth, GRADIENT_FACTOR, floor):
+            yield f"that of {name} is {wrong}"
 
 
 def _wanting(value: Any) -> list[Tensor]:
@@ -183,6 +184,15 @@ def _gradients(results: Sequence[Tensor], leaves: tuple[Any, ...], seeds: Sequen
 
 def _tuple(results: Any) -> tuple[Tensor, ...]:
     return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
+def too_far_off(mine: Tensor, other: Tensor, truth: Tensor, factor: float, floor: float = 0.0) -> str | None:
+    """What is wrong with a result where the reference has `other` in the same dtype and `truth` in fp64."""
+    error = relative_error(mine, truth)
+    bound = factor * relative_error(other, truth) + max(floor, FLOORS[mine.dtype])
+    if error <= bound:  # NaN is wrong
+        return None
+    return f"off by {error:.2e} of its largest value, {bound:.2e} is allowed"
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:

@@ -300,11 +300,11 @@ _NATIVE_BACKWARD = torch.library.custom_op(
 _NATIVE_BACKWARD.register_fake(_backward_results)
 
 
-def group_norm_stats_backward(
+def group_norm_stats_backward_cpu(
     gradients: Sequence[Tensor | None], x: Tensor, num_groups: int, eps: float, per_frame: bool
 ) -> tuple[Any, ...]:
-    """Of any backend: mean moves by `1 / n` with each of n numbers, and rstd by `-rstd^3 * (x - mean) / n`."""
-    mean, rstd = _GROUP_NORM_STATS((x.detach(), num_groups, eps, per_frame), None)
+    """Mean moves by `1 / n` with each of n numbers, and rstd by `-rstd^3 * (x - mean) / n`."""
+    mean, rstd = _GROUP_NORM_STATS((x.detach(), num_groups, eps, per_frame), "cpu")
     of_mean, of_rstd = gradients
     count = x.shape[1:].numel() // mean.shape[1:].numel()
     slope = torch.zeros_like(mean) if of_rstd is None else -of_rstd * rstd.pow(3) / count
@@ -339,7 +339,9 @@ _GROUP_NORM_STATS = register(
     describe_stats,
     backends=(
         Backend("triton", f"{_KERNELS}:group_norm_stats", _TRITON, backward=f"{_KERNELS}:group_norm_stats_backward"),
-        Backend("cpu", "lumiere_fast.native:group_norm_stats", _CPU, backward=f"{__name__}:group_norm_stats_backward"),
+        Backend(
+            "cpu", "lumiere_fast.native:group_norm_stats", _CPU, backward=f"{__name__}:group_norm_stats_backward_cpu"
+        ),
     ),
 )
 
