@@ -53,7 +53,9 @@ enum {
   LF_CUDA_ERROR = 10,         /* CUDA reported an error: lf_last_cuda_error() says which */
   LF_TOO_MANY = 11,           /* more windows over one position, or more weights, than one launch can take */
   LF_UNEVEN_WEIGHTS = 12,     /* the largest weight of an axis is over 1e100 times its least */
-  LF_SHARED_MEMORY = 13       /* an output lies in the memory of an input */
+  LF_SHARED_MEMORY = 13,      /* an output lies in the memory of an input */
+  LF_NO_WORKSPACE = 14,       /* the working memory is missing, too small, or not aligned */
+  LF_UNSUPPORTED_DEVICE = 15  /* the device cannot run what was asked for */
 };
 
 /* A short English sentence for a status, "unknown status" for a code that is none of the above. The string is
@@ -232,6 +234,74 @@ LF_API lf_status lf_temporal_conv_cpu(const lf_temporal_conv* arguments, int32_t
 /* Lanes of the vectors that the function above computes with on this processor: 16 or 8, or at most 4 where it has
  * neither AVX-512 nor AVX2 (or may not use them), which is no faster than a plain loop. */
 LF_API int32_t lf_temporal_conv_lanes(void) LF_NOEXCEPT;
+
+/* space_time_downsample and space_time_upsample: a clip divided, or multiplied, by factor = (t, h, w).
+ *
+ * Fixed taps are separable. With y[i] = sum_j tap(i, j) x[j] along an axis of factor f:
+ *
+ *   down  LF_NEAREST  y[i] = x[f i]
+ *         LF_LINEAR   y[i] = x[f i + f / 2] for odd f, for even f the mean of that sample and the one before
+ *         LF_AREA     y[i] = the mean of x[f i] .. x[f i + f - 1]
+ *         LF_BLUR     y[i] = (x[f i - 1] + 2 x[f i] + x[f i + 1]) / 4 with x[-1] = x[0]; for f = 1 y[i] = x[i]
+ *   up    LF_NEAREST  y[f i + p] = x[i] for 0 <= p < f
+ *         LF_LINEAR   y[f i + p] = x at i + (p + 1/2) / f - 1/2 between its neighbours, beyond the ends the end sample
+ *
+ * Where there is a weight the resize in time is learned: LF_NEAREST .. LF_BLUR act on H and W alone and give s, and
+ *
+ *   down  y[i, o] = bias[o] + sum_k sum_c weight[o, c, k] s[t i - taps / 2 + k, c]
+ *   up    y[j, o] = bias[o] + sum_k sum_c weight[o, c, k] s[(j - taps / 2 + k) / t, c]    (the quotient rounded down)
+ *
+ * with zeros outside the clip. Arithmetic is in fp32 at least and is rounded once; between a learned resize in time and
+ * one in space there is one rounding more. Results do not depend on the number of threads. */
+typedef int32_t lf_resize_mode;
+enum { LF_NEAREST = 0, LF_LINEAR = 1, LF_AREA = 2, LF_BLUR = 3 };
+
+typedef struct lf_space_time {
+  lf_dtype dtype;      /* of x, y, weight and bias; with a weight LF_FLOAT16, LF_BFLOAT16 or, on a CPU, LF_FLOAT32 */
+  lf_resize_mode mode; /* up there are LF_NEAREST and LF_LINEAR */
+  int64_t batch, channels, frames, height, width; /* of x; nothing may be 0 but the batch */
+  int64_t factor[3];   /* t, h, w, each >= 1. Going down by fixed taps it divides the sizes; frames need not be
+                          divisible where there is a weight: there are ceil(frames / t) then */
+  lf_clip x, y;        /* strides of any sign; fastest where channels lie behind one another. What is written may not
+                          share memory with another, as for blend_windows' out */
+  const void* weight;  /* (channels_out, channels, taps), taps odd; null for fixed taps. The next 5 are its own */
+  int64_t weight_strides[3];
+  int64_t channels_out, taps;
+  const void* bias;    /* (channels_out), or null */
+  int64_t bias_stride;
+  int32_t wgmma;       /* on a CUDA device with a weight: 1 for warpgroup instructions and bulk copies, of a device of
+                          compute capability 9.0 alone; 0 for those that any from 8.0 on has */
+  void* workspace;     /* memory to work in, on the device, at a multiple of 64 bytes; null where none is needed */
+  int64_t workspace_size; /* its bytes, at least as many as asked for */
+} lf_space_time;
+
+/* How many bytes of working memory a call takes: on the CPU with `num_threads`, on a CUDA device with 0. 0 for fixed
+ * taps. x, y, bias and the workspace are not looked at, so that they may be null. */
+LF_API lf_status lf_space_time_downsample_workspace(const lf_space_time* arguments, int32_t num_threads,
+                                                    int64_t* bytes) LF_NOEXCEPT;
+LF_API lf_status lf_space_time_upsample_workspace(const lf_space_time* arguments, int32_t num_threads,
+                                                  int64_t* bytes) LF_NOEXCEPT;
+
+/* With at most `num_threads` >= 1 threads, the caller's among them; little work takes only that one.
+ * LF_NO_WORKSPACE: it is null, too small or not at a multiple of 64 bytes. */
+LF_API lf_status lf_space_time_downsample_cpu(const lf_space_time* arguments, int32_t num_threads) LF_NOEXCEPT;
+LF_API lf_status lf_space_time_upsample_cpu(const lf_space_time* arguments, int32_t num_threads) LF_NOEXCEPT;
+
+/* The adjoint of fixed taps, x[j] = sum_i tap(i, j) y[i]: y is read and x written. There may be no weight. */
+LF_API lf_status lf_space_time_downsample_adjoint_cpu(const lf_space_time* arguments, int32_t num_threads) LF_NOEXCEPT;
+LF_API lf_status lf_space_time_upsample_adjoint_cpu(const lf_space_time* arguments, int32_t num_threads) LF_NOEXCEPT;
+
+/* The same on CUDA device `device`, queued on `stream`, as for blend_windows: nothing is allocated, and a graph can
+ * capture it. With `wgmma` LF_UNSUPPORTED_DEVICE: the device's compute capability is not 9.0; LF_INVALID_STRIDES: not
+ * all of x lies as bulk copies need it: channels behind one another, rows of pixels too, and the address and all other
+ * strides at multiples of 16 bytes. */
+LF_API lf_status lf_space_time_downsample_cuda(const lf_space_time* arguments, int32_t device,
+                                               void* stream) LF_NOEXCEPT;
+LF_API lf_status lf_space_time_upsample_cuda(const lf_space_time* arguments, int32_t device, void* stream) LF_NOEXCEPT;
+LF_API lf_status lf_space_time_downsample_adjoint_cuda(const lf_space_time* arguments, int32_t device,
+                                                       void* stream) LF_NOEXCEPT;
+LF_API lf_status lf_space_time_upsample_adjoint_cuda(const lf_space_time* arguments, int32_t device,
+                                                     void* stream) LF_NOEXCEPT;
 
 #ifdef __cplusplus
 } /* extern "C" */

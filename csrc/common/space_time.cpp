@@ -1,0 +1,184 @@
+#include "common/space_time.h"
+
+namespace lf {
+namespace {
+
+// False where the product, or the sum below, is none of int64.
+bool multiply(int64_t a, int64_t b, int64_t& product) {
+  if (a != 0 && b > INT64_MAX / a) return false;
+  product = a * b;
+  return true;
+}
+
+// Whether a tensor of these sizes, each >= 0, has as many bytes as can be counted.
+bool countable(const Sizes& shape, int64_t element_size) {
+  int64_t bytes = element_size;
+  for (const int64_t size : shape) {
+    if (size > 0 && !multiply(size, bytes, bytes)) return false;
+  }
+  return true;
+}
+
+// Whether no element is further from the first than can be addressed.
+bool reachable(const Sizes& shape, const int64_t* strides, int64_t element_size) {
+  uint64_t reach = 0;
+  const uint64_t most = static_cast<uint64_t>(INT64_MAX / element_size - 1);
+  for (int axis = 0; axis < kAxes; ++axis) {
+    const uint64_t step = magnitude(strides[axis]), steps = static_cast<uint64_t>(shape[axis] - 1);
+    if (shape[axis] <= 1 || step == 0) continue;
+    if (steps > (most - reach) / step) return false;
+    reach += steps * step;
+  }
+  return true;
+}
+
+lf_clip packed(const Sizes& shape) {  // channels last
+  const int64_t C = shape[kChannel], W = shape[kWidth], H = shape[kHeight], T = shape[kTime];
+  return {nullptr, {T * H * W * C, 1, H * W * C, W * C, C}};
+}
+
+class Reader {
+ public:
+  Reader(const lf_space_time& a, Direction direction, Purpose purpose, SpaceTimeCall& call)
+      : a_(a), down_(direction == Direction::kDown), purpose_(purpose), call_(call) {
+    call_ = {};
+    call_.temporal.direction = direction;
+  }
+
+  lf_status read() {
+    lf_status status = lf_dtype_size(a_.dtype, &element_size_);
+    if (status == LF_OK) status = check_numbers();
+    if (status == LF_OK) status = shape();
+    if (status != LF_OK) return status;
+    call_.empty = a_.batch == 0;
+    call_.learned = a_.weight != nullptr;
+    call_.fixed = !call_.learned || a_.factor[1] * a_.factor[2] > 1;
+    call_.learned_first = call_.learned && !down_;
+    if (purpose_ != Purpose::kWorkspace && !call_.empty) status = check_memory();
+    if (status == LF_OK) take_apart();
+    return status;
+  }
+
+ private:
+  lf_status check_numbers() const {
+    if (a_.mode < LF_NEAREST || a_.mode > (down_ ? LF_BLUR : LF_LINEAR)) return LF_INVALID_ARGUMENT;
+    if (purpose_ == Purpose::kAdjoint && a_.weight) return LF_INVALID_ARGUMENT;
+    if (a_.weight && a_.dtype == LF_FLOAT64) return LF_UNSUPPORTED_DTYPE;
+    if (a_.weight && (a_.taps < 1 || a_.taps % 2 == 0 || a_.channels_out < 1)) return LF_INVALID_SHAPE;
+    return LF_OK;
+  }
+
+  lf_status shape() {
+    x_ = {a_.batch, a_.channels, a_.frames, a_.height, a_.width};
+    if (a_.batch < 0 || std::min({a_.channels, a_.frames, a_.height, a_.width}) < 1) return LF_INVALID_SHAPE;
+    y_ = x_;
+    if (a_.weight) y_[kChannel] = a_.channels_out;
+    for (int i = 0; i < 3; ++i) {
+      const int64_t factor = a_.factor[i];
+      int64_t& size = y_[kTime + i];
+      if (factor < 1) return LF_INVALID_SHAPE;
+      if (!down_) {
+        if (!multiply(size, factor, size)) return LF_INVALID_SHAPE;
+      } else if (a_.weight && i == 0) {
+        size = size / factor + (size % factor != 0);
+      } else {
+        if (size % factor) return LF_INVALID_SHAPE;
+        size /= factor;
+      }
+    }
+    const Sizes weights{a_.channels_out, a_.channels, a_.taps, 1, 1};
+    bool fits = !a_.weight || countable(weights, sizeof(float));
+    for (const Sizes& shape : {x_, y_, between()}) fits = fits && countable(shape, element_size_);
+    return fits ? LF_OK : LF_INVALID_SHAPE;
+  }
+
+  lf_status check_memory() const {
+    if (!a_.x.data || !a_.y.data) return LF_INVALID_ARGUMENT;
+    const bool adjoint = purpose_ == Purpose::kAdjoint;
+    const lf_clip &in = adjoint ? a_.y : a_.x, &out = adjoint ? a_.x : a_.y;
+    const Sizes &in_shape = adjoint ? y_ : x_, &out_shape = adjoint ? x_ : y_;
+    const bool apart = elements_apart(out_shape.data(), out.strides, kAxes);
+    if (!apart || !reachable(out_shape, out.strides, element_size_)) return LF_INVALID_STRIDES;
+    if (!reachable(in_shape, in.strides, element_size_)) return LF_INVALID_STRIDES;
+    const Span written = span_of(out.data, out_shape.data(), out.strides, kAxes, element_size_);
+    if (meet(span_of(in.data, in_shape.data(), in.strides, kAxes, element_size_), written)) return LF_SHARED_MEMORY;
+    return a_.weight ? check_parameters(written) : LF_OK;
+  }
+
+  lf_status check_parameters(const Span& written) const {
+    const Sizes weights{a_.channels_out, a_.channels, a_.taps, 1, 1}, biases{a_.channels_out, 1, 1, 1, 1};
+    const int64_t of_weight[kAxes] = {a_.weight_strides[0], a_.weight_strides[1], a_.weight_strides[2], 0, 0};
+    const int64_t of_bias[kAxes] = {a_.bias_stride, 0, 0, 0, 0};
+    const auto meets = [&](const void* data, const Sizes& shape, const int64_t* strides) {
+      return meet(span_of(data, shape.data(), strides, kAxes, element_size_), written);
+    };
+    if (!reachable(weights, of_weight, element_size_)) return LF_INVALID_STRIDES;
+    if (meets(a_.weight, weights, of_weight)) return LF_SHARED_MEMORY;
+    if (!a_.bias) return LF_OK;
+    if (!reachable(biases, of_bias, element_size_)) return LF_INVALID_STRIDES;
+    return meets(a_.bias, biases, of_bias) ? LF_SHARED_MEMORY : LF_OK;
+  }
+
+  // Of the clip between a resize in space and a learned one in time: the smaller of the two there could be.
+  Sizes between() const {
+    Sizes shape = x_;
+    if (down_) shape[kHeight] = y_[kHeight], shape[kWidth] = y_[kWidth];
+    else shape[kChannel] = y_[kChannel], shape[kTime] = y_[kTime];
+    return shape;
+  }
+
+  void take_apart() {
+    const bool adjoint = purpose_ == Purpose::kAdjoint;
+    Resample& r = call_.resample;
+    r.dtype = a_.dtype;
+    r.from = adjoint ? a_.y : a_.x, r.from_shape = adjoint ? y_ : x_;
+    r.to = adjoint ? a_.x : a_.y, r.to_shape = adjoint ? x_ : y_;
+    const Sizes& coarse = down_ ? y_ : x_;
+    for (int i = 0; i < 3; ++i) r.axes[i] = {coarse[kTime + i], a_.factor[i], a_.mode};
+    if (!call_.learned) return;
+    TemporalResize& t = call_.temporal;
+    t.dtype = a_.dtype;
+    t.batch = a_.batch, t.in = a_.channels, t.out = a_.channels_out, t.frames = a_.frames, t.out_frames = y_[kTime];
+    t.height = a_.height, t.width = a_.width, t.factor = a_.factor[0], t.taps = a_.taps;
+    t.x = a_.x, t.y = a_.y;
+    t.weight = a_.weight, t.bias = a_.bias, t.bias_stride = a_.bias_stride;
+    std::copy_n(a_.weight_strides, 3, t.weight_strides);
+    if (!call_.fixed) return;
+    const Sizes shape = between();
+    call_.between = element_size_;
+    for (const int64_t size : shape) call_.between *= size;
+    call_.between = whole_units(call_.between);
+    r.axes[0] = {shape[kTime], 1, a_.mode};
+    (down_ ? r.to_shape : r.from_shape) = shape;
+    (down_ ? r.to : r.from) = (down_ ? t.x : t.y) = packed(shape);
+    if (down_) t.height = shape[kHeight], t.width = shape[kWidth];
+  }
+
+  const lf_space_time& a_;
+  const bool down_;
+  const Purpose purpose_;
+  SpaceTimeCall& call_;
+  int64_t element_size_ = 0;
+  Sizes x_{}, y_{};
+};
+
+}  // namespace
+
+lf_status read_call(const lf_space_time* arguments, Direction direction, Purpose purpose,
+                    SpaceTimeCall& call) noexcept {
+  return arguments ? Reader(*arguments, direction, purpose, call).read() : LF_INVALID_ARGUMENT;
+}
+
+lf_status workspace(const lf_space_time* arguments, Direction direction, int64_t num_threads, int64_t* bytes) noexcept {
+  if (!bytes || num_threads < 0) return LF_INVALID_ARGUMENT;
+  SpaceTimeCall call;
+  const lf_status status = read_call(arguments, direction, Purpose::kWorkspace, call);
+  if (status != LF_OK) return status;
+  *bytes = call.between;
+  if (!call.learned || call.empty) return LF_OK;
+  *bytes += num_threads ? temporal_resize_cpu_bytes(call.temporal, num_threads)
+                        : temporal_resize_cuda_bytes(call.temporal, arguments->wgmma != 0);
+  return LF_OK;
+}
+
+}  // namespace lf

@@ -1,0 +1,98 @@
+// What space_time_downsample and space_time_upsample share: the checks of a call, and its parts as each engine takes
+// them. An op is fixed taps, or a learned resize in time; where that one also resizes space, first the one, then the
+// other, with a clip in the workspace between them.
+#ifndef LF_COMMON_SPACE_TIME_H
+#define LF_COMMON_SPACE_TIME_H
+
+#include <array>
+
+#include "common/resized_axis.h"
+#include "common/memory.h"
+#include "lumiere_fast.h"
+
+namespace lf {
+
+enum class Direction { kDown, kUp };
+
+using Sizes = std::array<int64_t, kAxes>;
+
+// Fixed taps, forward or adjoint: each element of `to` is gathered from `from`.
+struct Resample {
+  lf_dtype dtype;
+  Sizes from_shape, to_shape;
+  lf_clip from, to;
+  ResizedAxis axes[3];  // T, H, W
+};
+
+// A learned resize in time. Frame i of the result is bias + sum_k weight[:, :, k] x[frame(i, k)], with r = taps / 2 and
+//
+//   down  frame(i, k) = factor i - r + k      up  frame(i, k) = floor((i - r + k) / factor)
+//
+// where that is a frame of x, and 0 where not.
+struct TemporalResize {
+  lf_dtype dtype;
+  Direction direction;
+  int64_t batch, in, out, frames, out_frames, height, width, factor, taps;
+  lf_clip x, y;
+  const void* weight;
+  int64_t weight_strides[3];  // of the output channel, the input channel, the tap
+  const void* bias;           // null for none
+  int64_t bias_stride;
+};
+
+// A call taken apart.
+struct SpaceTimeCall {
+  bool empty, fixed, learned, learned_first;
+  Resample resample;
+  TemporalResize temporal;
+  int64_t between;  // bytes of the clip between the two
+};
+
+// What a call is looked at for.
+enum class Purpose { kForward, kAdjoint, kWorkspace };
+
+lf_status read_call(const lf_space_time* arguments, Direction direction, Purpose purpose, SpaceTimeCall& call) noexcept;
+
+constexpr int64_t kWorkspaceUnit = 64;
+
+inline int64_t whole_units(int64_t bytes) { return (bytes + kWorkspaceUnit - 1) / kWorkspaceUnit * kWorkspaceUnit; }
+
+// Runs the parts of a call: resample(Resample), and learned(TemporalResize, void* workspace), which needs
+// `own_bytes(TemporalResize)` of it. Both return a status.
+template <class Fixed, class Learned, class OwnBytes>
+lf_status run_call(const lf_space_time& arguments, SpaceTimeCall& call, const Fixed& resample, const Learned& learned,
+                   const OwnBytes& own_bytes) {
+  if (call.empty) return LF_OK;
+  if (!call.learned) return resample(call.resample);
+  const int64_t needed = call.between + own_bytes(call.temporal);
+  const auto address = reinterpret_cast<uintptr_t>(arguments.workspace);
+  const bool fits = address != 0 && address % kWorkspaceUnit == 0 && arguments.workspace_size >= needed;
+  if (needed > 0 && !fits) return LF_NO_WORKSPACE;
+  auto* const workspace = static_cast<char*>(arguments.workspace);
+  const auto run_learned = [&] { return learned(call.temporal, workspace + call.between); };
+  if (!call.fixed) return run_learned();
+  call.resample.to.data = call.learned_first ? call.resample.to.data : workspace;
+  call.resample.from.data = call.learned_first ? workspace : call.resample.from.data;
+  call.temporal.x.data = call.learned_first ? call.temporal.x.data : workspace;
+  call.temporal.y.data = call.learned_first ? workspace : call.temporal.y.data;
+  const lf_status status = call.learned_first ? run_learned() : resample(call.resample);
+  if (status != LF_OK) return status;
+  return call.learned_first ? resample(call.resample) : run_learned();
+}
+
+// lf_space_time_*_workspace.
+lf_status workspace(const lf_space_time* arguments, Direction direction, int64_t num_threads, int64_t* bytes) noexcept;
+
+// The engines: common/resample*.* for fixed taps, common/temporal_resize*.* for learned ones.
+template <class Taps> lf_status gather_fine_cpu(const Resample& resample, int64_t num_threads);    // to the coarse side
+template <class Taps> lf_status gather_coarse_cpu(const Resample& resample, int64_t num_threads);  // to the fine side
+
+int64_t temporal_resize_cpu_bytes(const TemporalResize& resize, int64_t num_threads);
+lf_status temporal_resize_cpu(const TemporalResize& resize, void* workspace, int64_t num_threads);
+
+// Known without a CUDA half too. Of weights as warpgroup instructions take them, where they do not lie so already.
+int64_t temporal_resize_cuda_bytes(const TemporalResize& resize, bool wgmma);
+
+}  // namespace lf
+
+#endif  // LF_COMMON_SPACE_TIME_H

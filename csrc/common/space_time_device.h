@@ -1,0 +1,21 @@
+// The engines of the space-time ops on a CUDA device. The device the call is for is current.
+#ifndef LF_COMMON_SPACE_TIME_DEVICE_H
+#define LF_COMMON_SPACE_TIME_DEVICE_H
+
+#include "common/device.h"
+#include "common/space_time.h"
+
+namespace lf {
+
+template <class Taps> lf_status gather_fine_cuda(const Resample&, cudaStream_t) { return LF_NOT_BUILT; }
+template <class Taps> lf_status gather_coarse_cuda(const Resample&, cudaStream_t) { return LF_NOT_BUILT; }
+
+// By mma.sync (common/temporal_resize_mma.cu), or by wgmma and bulk copies (common/temporal_resize_wgmma.cu).
+inline lf_status temporal_resize_cuda(const TemporalResize&, bool /*wgmma*/, void* /*workspace*/, int /*device*/,
+                                      cudaStream_t) {
+  return LF_NOT_BUILT;
+}
+
+}  // namespace lf
+
+#endif  // LF_COMMON_SPACE_TIME_DEVICE_H
