@@ -1,0 +1,37 @@
+# The pool lf_compile: how many compilations Ninja runs at a time. An nvcc with its children, or a C++ compiler at the
+# vectorised loops, may take over 1 GB, and there are machines with many cores and little memory.
+
+# GiB that this machine, or the container that we are in, lets us have.
+function(lf_memory result)
+  cmake_host_system_information(RESULT memory QUERY AVAILABLE_PHYSICAL_MEMORY) # MiB
+  foreach(limit IN ITEMS /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes)
+    if(EXISTS "${limit}")
+      file(STRINGS "${limit}" bytes LIMIT_COUNT 1)
+      if(bytes MATCHES "^[0-9]+$")
+        math(EXPR limited "${bytes} >> 20")
+        if(limited LESS memory)
+          set(memory ${limited})
+        endif()
+      endif()
+    endif()
+  endforeach()
+  math(EXPR memory "${memory} / 1024")
+  set(${result} ${memory} PARENT_SCOPE)
+endfunction()
+
+set(lf_jobs "${LF_MAX_JOBS}")
+if(NOT lf_jobs)
+  cmake_host_system_information(RESULT lf_jobs QUERY NUMBER_OF_LOGICAL_CORES)
+  lf_memory(memory)
+  math(EXPR fitting "${memory} / 2")
+  if(fitting LESS lf_jobs)
+    set(lf_jobs ${fitting})
+  endif()
+  if(lf_jobs LESS 1)
+    set(lf_jobs 1)
+  endif()
+elseif(NOT lf_jobs MATCHES "^[1-9][0-9]*$")
+  message(FATAL_ERROR "LF_MAX_JOBS (or MAX_JOBS in the environment) is ${lf_jobs}; it takes a number of processes")
+endif()
+message(STATUS "Compilations at a time: ${lf_jobs}")
+set_property(GLOBAL APPEND PROPERTY JOB_POOLS lf_compile=${lf_jobs})
