@@ -12,18 +12,21 @@ import platform
 
 # mallopt's parameters, as malloc.h numbers them, and what they are set to.
 M_TRIM_THRESHOLD, KEPT = -1, 2**31 - 1  # bytes at the top of the heap that may lie free: the most an int can say
-M_MMAP_THRESHOLD, LARGEST = -3, 2**30  # a block from this size on is the system's as before
+M_MMAP_THRESHOLD, LARGEST = -3, 2**30  # a block from this size on goes back to the system as before
+M_MMAP_MAX = -4  # how many blocks may be such
 
 # Whoever sets one of these, as a variable of its own or in GLIBC_TUNABLES, has decided.
 SETTINGS = ("mmap_threshold", "trim_threshold", "top_pad", "mmap_max")
 
 
 def keep_freed_memory() -> bool:
-    """Have this process reuse freed memory of large blocks. False where malloc is not glibc's or the user's say."""
+    """Have this process reuse the memory of large blocks. False where malloc is not glibc's, or is set by the user."""
     if platform.libc_ver()[0] != "glibc" or _set_by_user():
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, KEPT))
+    # Until glibc 2.35 or so there is no such threshold above 32 MB, but one can do without mmap.
+    reused = mallopt(M_MMAP_THRESHOLD, LARGEST) or mallopt(M_MMAP_MAX, 0)
+    return bool(reused and mallopt(M_TRIM_THRESHOLD, KEPT))
 
 
 def _set_by_user() -> bool:

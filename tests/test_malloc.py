@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +70,20 @@ def test_any_such_setting_is_the_user_s(name: str, monkeypatch: pytest.MonkeyPat
         assert not _malloc.keep_freed_memory()
     monkeypatch.setenv("GLIBC_TUNABLES", f"glibc.rtld.nns=2:glibc.malloc.{name}=1")
     assert not _malloc.keep_freed_memory()
+
+
+def test_a_glibc_that_refuses_the_threshold_goes_without_mmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def mallopt(parameter: int, value: int) -> int:
+        asked.append((parameter, value))
+        return int(parameter != _malloc.M_MMAP_THRESHOLD or value <= 32 * 2**20)
+
+    monkeypatch.setattr(_malloc, "_set_by_user", lambda: False)
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    assert _malloc.keep_freed_memory()
+    assert asked[1:] == [(_malloc.M_MMAP_MAX, 0), (_malloc.M_TRIM_THRESHOLD, 2**31 - 1)]
 
 
 def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
