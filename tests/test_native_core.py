@@ -112,7 +112,11 @@ class TestBuildSettings:
             self.configure(tmp_path / "c", "-DLF_MAX_JOBS=many")
 
     @pytest.mark.skipif(sys.platform == "win32", reason="the tools here are shell scripts")
-    def test_it_compiles_through_ccache_unless_told_otherwise(self, tmp_path: Path) -> None:
+    def test_it_compiles_through_ccache_unless_told_otherwise(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for language in ("C", "CXX"):
+            monkeypatch.delenv(f"CMAKE_{language}_COMPILER_LAUNCHER", raising=False)
         ccache = tmp_path / "bin" / "ccache"
         ccache.parent.mkdir()
         ccache.write_text('#!/bin/sh\nexec "$@"\n')
@@ -120,7 +124,7 @@ class TestBuildSettings:
         path = f"{ccache.parent}{os.pathsep}{os.environ['PATH']}"
 
         def launched(name: str, *settings: str) -> bool:
-            self.configure(tmp_path / name, *settings, PATH=path, CMAKE_CXX_COMPILER_LAUNCHER="")
+            self.configure(tmp_path / name, *settings, PATH=path)
             return str(ccache) in run("ninja", "-C", str(tmp_path / name), "-t", "commands")
 
         assert launched("found")
@@ -195,7 +199,7 @@ class TestInstalledLibrary:
     ) -> None:
         (cmake,), (program,) = snippets("cmake"), snippets("c")
         (tmp_path / "CMakeLists.txt").write_text(
-            f"cmake_minimum_required(VERSION 3.22)\nproject(app LANGUAGES C CXX)\nadd_executable(app app.c)\n{cmake}"
+            f"cmake_minimum_required(VERSION 3.22)\nproject(app LANGUAGES C)\nadd_executable(app app.c)\n{cmake}"
         )
         (tmp_path / "app.c").write_text(program)
         build = consumer(tmp_path, request.getfixturevalue(kind), tmp_path / "build")
