@@ -225,6 +225,7 @@ int main(int argc, char** argv) {
   uint32_t state = 1;
   for (int i = 0; i < COUNT; ++i) clip[i] = (unsigned char)((state = state * 1664525u + 1013904223u) >> 24);
   write_file("clip.u8", clip, sizeof clip);
+  write_file("out.u8.part", clip, 1); /* as a run that was killed leaves it */
   for (size_t i = 0; i < sizeof factors / sizeof *factors; ++i) {
     for (int mode = 0; mode < 4; ++mode) check_bytes(down[mode], 0, factors[i]);
     for (int mode = 0; mode < 2; ++mode) check_bytes(down[mode], 1, factors[i]);
