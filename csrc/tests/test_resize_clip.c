@@ -209,7 +209,8 @@ static void check_writing_fails(void) {
 }
 
 static void remove_files(void) {
-  const char* const names[] = {"clip.u8", "clip.f32", "clip.f16", "out.u8", "out.f32", "out.f16", "said.txt"};
+  const char* const names[] = {"clip.u8", "clip.f32",    "clip.f16", "out.u8",       "out.f32",
+                               "out.f16", "out.u8.part", "none.u8",  "none.u8.part", "said.txt"};
   for (size_t i = 0; i < sizeof names / sizeof *names; ++i) remove(names[i]);
 }
 
