@@ -129,9 +129,40 @@ struct Call {
   bool stream;      // past the caches
 };
 
+// Calls at(m, v) for each sum. Unrolled: only what is known when compiled can tell one register from another.
+#if defined(__clang__)
+#define LF_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define LF_UNROLL _Pragma("GCC unroll 16")
+#else
+#define LF_UNROLL
+#endif
+template <int M, int V, class At> inline void for_sums(const At& at) {
+  LF_UNROLL for (int m = 0; m < M; ++m) {
+    LF_UNROLL for (int v = 0; v < V; ++v) at(m, v);
+  }
+}
+
 template <int M, int V> inline void begin(Lanes (&sums)[M][V], const float* at) {
-  for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < V; ++v) sums[m][v] = at ? Lanes::load(at + (m * V + v) * kLanes) : Lanes::fill(0.0f);
+  if (at) for_sums<M, V>([&](int m, int v) { sums[m][v] = Lanes::load(at + (m * V + v) * kLanes); });
+  else for_sums<M, V>([&](int m, int v) { sums[m][v] = Lanes::fill(0.0f); });
+}
+
+template <int M, int V> inline void write(const Lanes (&sums)[M][V], const Output& output, const Call& call) {
+  float* to = output.to;
+  for (int64_t i = 0; i < output.copies; ++i, to += output.step) {
+    const auto at = [=](int m, int v) { return to + m * output.stride + v * kLanes; };
+    if (call.stream) {
+      for_sums<M, V>([&](int m, int v) { stream(at(m, v), sums[m][v]); });
+    } else if (call.columns >= V * kLanes) {
+      for_sums<M, V>([&](int m, int v) { sums[m][v].store(at(m, v)); });
+    } else {
+      for_sums<M, V>([&](int m, int v) {
+        const int64_t n = call.columns - v * kLanes;
+        if (n >= kLanes) sums[m][v].store(at(m, v));
+        else store(at(m, v), sums[m][v], n);
+      });
+    }
   }
 }
 
@@ -139,15 +170,6 @@ template <int M, int V> inline void begin(Lanes (&sums)[M][V], const float* at) 
 template <int M, int V> void run_steps(const Call& call) noexcept {
   Lanes sums[M][V];
   const Output* output = call.outputs;
-  const auto put = [&](Lanes sum, int m, int v) {
-    const int64_t n = call.columns - v * kLanes;
-    float* to = output->to + m * output->stride + v * kLanes;
-    for (int64_t i = 0; i < output->copies; ++i, to += output->step) {
-      if (call.stream) stream(to, sum);
-      else if (n >= kLanes) sum.store(to);
-      else store(to, sum, n);
-    }
-  };
   begin(sums, nullptr);
   for (int64_t i = 0; i < call.count; ++i) {
     const Step& step = call.steps[i];
@@ -156,55 +178,44 @@ template <int M, int V> void run_steps(const Call& call) noexcept {
     for (int64_t left = call.depth; left > 0; left -= kDepth, input += call.chunk) {
       const float* const end = input + (left < kDepth ? left : kDepth);
       for (const float* at = input; at != end; ++at, weights += V * kLanes) {
-        Lanes w[V];
-        for (int v = 0; v < V; ++v) w[v] = Lanes::load(weights + v * kLanes);
-        for (int m = 0; m < M; ++m) {
-          const Lanes h = Lanes::fill(at[m * kDepth]);
-          for (int v = 0; v < V; ++v) sums[m][v] = multiply_add(h, w[v], sums[m][v]);
-        }
+        for_sums<M, V>([&](int m, int v) {
+          sums[m][v] = multiply_add(Lanes::fill(at[m * kDepth]), Lanes::load(weights + v * kLanes), sums[m][v]);
+        });
       }
     }
+    float* const tile = step.tile;
+    const auto parked = [=](int m, int v) { return tile + (m * V + v) * kLanes; };
     switch (step.then) {
       case Then::kGoOn: break;
       case Then::kPark:
-        for (int m = 0; m < M; ++m) {
-          for (int v = 0; v < V; ++v) sums[m][v].store(step.tile + (m * V + v) * kLanes);
-        }
+        for_sums<M, V>([&](int m, int v) { sums[m][v].store(parked(m, v)); });
         begin(sums, step.next);
         break;
       case Then::kSplit:
-        for (int m = 0; m < M; ++m) {
-          for (int v = 0; v < V; ++v) {
-            float* tile = step.tile + (m * V + v) * kLanes;
-            const Lanes other = Lanes::load(tile);
-            (sums[m][v] - other).store(tile);
-            sums[m][v] = sums[m][v] + other;
-          }
-        }
-        break;
-      case Then::kFinish:
-        for (int v = 0; v < V; ++v) {
-          const Lanes bias = Lanes::load(output->bias + v * kLanes);
-          for (int m = 0; m < M; ++m) put(sums[m][v] + bias, m, v);
-        }
-        begin(sums, step.next);
-        ++output;
+        for_sums<M, V>([&](int m, int v) {
+          const Lanes other = Lanes::load(parked(m, v));
+          (sums[m][v] - other).store(parked(m, v));
+          sums[m][v] = sums[m][v] + other;
+        });
         break;
       case Then::kPair:
-        for (int v = 0; v < V; ++v) {
-          const Lanes bias = Lanes::load(output->bias + v * kLanes);
-          for (int m = 0; m < M; ++m) {
-            float* tile = step.tile + (m * V + v) * kLanes;
-            put(sums[m][v] + Lanes::load(tile) + bias, m, v);
-            sums[m][v].store(tile);
-          }
-        }
+        for_sums<M, V>([&](int m, int v) {
+          const Lanes other = Lanes::load(parked(m, v));
+          sums[m][v].store(parked(m, v));
+          sums[m][v] = sums[m][v] + other;
+        });
+        [[fallthrough]];
+      case Then::kFinish: {
+        const float* const bias = output->bias;
+        for_sums<M, V>([&](int m, int v) { sums[m][v] = sums[m][v] + Lanes::load(bias + v * kLanes); });
+        write(sums, *output++, call);
         begin(sums, step.next);
-        ++output;
         break;
+      }
     }
   }
 }
+#undef LF_UNROLL
 
 using RunSteps = void (*)(const Call&) noexcept;
 template <int V, int... M> inline RunSteps kernel_of(int64_t rows, std::integer_sequence<int, M...>) {
@@ -444,37 +455,42 @@ template <class T> class Piece {
   void convolve(int64_t t, int64_t end, int64_t column) {
     const int64_t strips = (pixels_ + kRows - 1) / kRows;
     for (int64_t turn = t; turn < end; turn += plan_.step) {
+      const float* known = filtered(turn - t);
       for (int64_t i = 0; i < strips; ++i) {
         const int64_t pixel = pixels_ * i / strips;
         const Tile tile{pixel, pixels_ * (i + 1) / strips - pixel, column};
-        const float* known = filtered(turn - t);
-        switch (plan_.schedule) {
-          case ConvSchedule::kDirect: direct(turn, tile); break;
-          case ConvSchedule::kPhases: phases(turn, tile); break;
-          case ConvSchedule::kFiltered: filtered_plain(turn, known, tile); break;
-          case ConvSchedule::kFilteredDown: filtered_down(turn, known, tile); break;
-          case ConvSchedule::kFilteredUp: filtered_up(turn, known, tile); break;
+        for (int64_t phase = 0; phase < task_.copies;) {
+          phase = prepare(turn, phase, known, tile);
+          run_tile(tile);
         }
       }
     }
+  }
+
+  // Of a turn the next kernel call; the phase to go on with.
+  int64_t prepare(int64_t turn, int64_t phase, const float* known, const Tile& tile) {
+    switch (plan_.schedule) {
+      case ConvSchedule::kDirect: direct(turn, tile); break;
+      case ConvSchedule::kPhases: return phases(turn, phase, tile);
+      case ConvSchedule::kFiltered: filtered_plain(turn, known, tile); break;
+      case ConvSchedule::kFilteredDown: filtered_down(turn, known, tile); break;
+      case ConvSchedule::kFilteredUp: filtered_up(turn, known, tile); break;
+    }
+    return task_.copies;
   }
 
   void direct(int64_t i, const Tile& tile) {
     const int64_t first = task_.stride * i - plan_.radius;
     for (int64_t j = 0; j < task_.taps; ++j) add_frame(first + j, j, tile);
     finish(i, 1);
-    run_tile(tile);
   }
 
-  void phases(int64_t v, const Tile& tile) {
-    int64_t product = 0;
-    for (int64_t phase = 0; phase < task_.copies;) {
-      const Phases phases = phases_from(phase, plan_.radius, task_.copies);
-      for (int64_t i = phases.first_frame; i <= phases.last_frame; ++i) add_frame(v + i, product++, tile);
-      finish(task_.copies * v + phase, phases.end - phase);
-      run_tile(tile);
-      phase = phases.end;
-    }
+  int64_t phases(int64_t v, int64_t phase, const Tile& tile) {
+    if (phase == 0) product_ = 0;
+    const Phases phases = phases_from(phase, plan_.radius, task_.copies);
+    for (int64_t i = phases.first_frame; i <= phases.last_frame; ++i) add_frame(v + i, product_++, tile);
+    finish(task_.copies * v + phase, phases.end - phase);
+    return phases.end;
   }
 
   void filtered_plain(int64_t t, const float* known, const Tile& tile) {
@@ -483,7 +499,6 @@ template <class T> class Piece {
     add(known + plan_.slot_size, 1, tile), then(Then::kSplit, parked);
     add(known + 2 * plan_.slot_size, 2, tile), finish(t, 1, parked);
     if (t + 1 < task_.frames) add(known + 3 * plan_.slot_size, 3, tile), finish(t + 1, 1);
-    run_tile(tile);
   }
 
   void filtered_down(int64_t i, const float* known, const Tile& tile) {
@@ -494,7 +509,6 @@ template <class T> class Piece {
     add(frame(2 * i), 1, tile), finish(i, 1, parked);
     add(known + plan_.slot_size, 2, tile);
     add(frame(2 * i + 2), 1, tile), finish(i + 1, 1);
-    run_tile(tile);
   }
 
   // The last of m and p so far is carried from turn to turn.
@@ -504,7 +518,7 @@ template <class T> class Piece {
     const int64_t copies = task_.copies;
     if (v == task_.frames) {
       add(frame(v - 1), 0, tile), pair(copies * v - 1, carried);
-      return run_tile(tile);
+      return;
     }
     add(frame(v), kOuter, tile), then(Then::kPark, parked, parked);
     add(known, 0, tile);
@@ -513,7 +527,6 @@ template <class T> class Piece {
     copies_of(v, tile, carried, parked);
     add(known + plan_.slot_size, 2, tile), pair(copies * (v + 1) - 1, carried);
     if (v + 1 < task_.frames) copies_of(v + 1, tile, carried, nullptr);
-    run_tile(tile);
   }
 
   // All but the last.
@@ -681,6 +694,7 @@ template <class T> class Piece {
   Step* const steps_;
   Run runs_[kMostRuns];
   int64_t count_ = 0, outputs_ = 0;
+  int64_t product_ = 0;  // of kPhases, the next
 };
 
 template <class T> void run_piece(const ConvPlan& plan, int64_t index, float* scratch) noexcept {
