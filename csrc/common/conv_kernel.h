@@ -96,10 +96,10 @@ template <class T> inline void write_box(T* to, const Box& box, const float* fro
 // What becomes of the sums after a step.
 enum class Then {
   kGoOn,    // the next step adds to them
-  kPark,    // to the tile
-  kSplit,   // plus the tile to the next step, minus it to the tile
+  kPark,    // to memory
+  kSplit,   // plus what is parked to the next step, minus it to where it was parked
   kFinish,  // to the next output
-  kPair,    // plus the tile to the next output; to the tile
+  kPair,    // plus what is carried to the next output, and carried from now on themselves
 };
 
 // Sums of packed input times packed weights over all input channels.
@@ -107,11 +107,10 @@ struct Step {
   const float* input;
   const float* weights;
   Then then;
-  float* tile;        // of kPark, kSplit and kPair
-  const float* next;  // where the sums of the next step begin after kPark, kFinish and kPair; null for 0
+  bool resume;  // after kPark, kFinish and kPair: the next step begins at what is parked, not at 0
 };
 
-// Some frames of the same sums.
+// Frames of the same sums; there may be none.
 struct Output {
   float* to;
   int64_t stride;     // from pixel to pixel
@@ -122,8 +121,10 @@ struct Output {
 struct Call {
   const Step* steps;
   int64_t count;
+  int64_t pixel;  // floats from the steps' inputs to the first pixel's
   int64_t depth;  // input channels
   int64_t chunk;  // floats from kDepth of them to the next
+  float *parked, *carried;
   const Output* outputs;
   int64_t columns;  // to be stored
   bool stream;      // past the caches
@@ -173,7 +174,7 @@ template <int M, int V> void run_steps(const Call& call) noexcept {
   begin(sums, nullptr);
   for (int64_t i = 0; i < call.count; ++i) {
     const Step& step = call.steps[i];
-    const float* input = step.input;
+    const float* input = step.input + call.pixel;
     const float* weights = step.weights;
     for (int64_t left = call.depth; left > 0; left -= kDepth, input += call.chunk) {
       const float* const end = input + (left < kDepth ? left : kDepth);
@@ -183,25 +184,26 @@ template <int M, int V> void run_steps(const Call& call) noexcept {
         });
       }
     }
-    float* const tile = step.tile;
-    const auto parked = [=](int m, int v) { return tile + (m * V + v) * kLanes; };
+    float* const tile = step.then == Then::kPair ? call.carried : call.parked;
+    const auto kept = [=](int m, int v) { return tile + (m * V + v) * kLanes; };
+    const float* const next = step.resume ? call.parked : nullptr;
     switch (step.then) {
       case Then::kGoOn: break;
       case Then::kPark:
-        for_sums<M, V>([&](int m, int v) { sums[m][v].store(parked(m, v)); });
-        begin(sums, step.next);
+        for_sums<M, V>([&](int m, int v) { sums[m][v].store(kept(m, v)); });
+        begin(sums, next);
         break;
       case Then::kSplit:
         for_sums<M, V>([&](int m, int v) {
-          const Lanes other = Lanes::load(parked(m, v));
-          (sums[m][v] - other).store(parked(m, v));
+          const Lanes other = Lanes::load(kept(m, v));
+          (sums[m][v] - other).store(kept(m, v));
           sums[m][v] = sums[m][v] + other;
         });
         break;
       case Then::kPair:
         for_sums<M, V>([&](int m, int v) {
-          const Lanes other = Lanes::load(parked(m, v));
-          sums[m][v].store(parked(m, v));
+          const Lanes other = Lanes::load(kept(m, v));
+          sums[m][v].store(kept(m, v));
           sums[m][v] = sums[m][v] + other;
         });
         [[fallthrough]];
@@ -209,7 +211,7 @@ template <int M, int V> void run_steps(const Call& call) noexcept {
         const float* const bias = output->bias;
         for_sums<M, V>([&](int m, int v) { sums[m][v] = sums[m][v] + Lanes::load(bias + v * kLanes); });
         write(sums, *output++, call);
-        begin(sums, step.next);
+        begin(sums, next);
         break;
       }
     }
@@ -446,124 +448,113 @@ template <class T> class Piece {
 
   // --- turns ---
 
-  // Of some pixels and the output channels of one panel.
-  struct Tile {
-    int64_t pixel, rows, column;
-  };
-
-  // Turns [t, end) of one panel.
+  // Turns [t, end) of the output channels of one panel.
   void convolve(int64_t t, int64_t end, int64_t column) {
     const int64_t strips = (pixels_ + kRows - 1) / kRows;
+    column_ = column;
     for (int64_t turn = t; turn < end; turn += plan_.step) {
       const float* known = filtered(turn - t);
-      for (int64_t i = 0; i < strips; ++i) {
-        const int64_t pixel = pixels_ * i / strips;
-        const Tile tile{pixel, pixels_ * (i + 1) / strips - pixel, column};
-        for (int64_t phase = 0; phase < task_.copies;) {
-          phase = prepare(turn, phase, known, tile);
-          run_tile(tile);
+      for (int64_t phase = 0; phase < task_.copies;) {
+        count_ = outputs_ = 0;
+        phase = prepare(turn, phase, known);
+        for (int64_t i = 0; i < strips; ++i) {
+          const int64_t pixel = pixels_ * i / strips;
+          run_tile(pixel, pixels_ * (i + 1) / strips - pixel);
         }
       }
     }
   }
 
-  // Of a turn the next kernel call; the phase to go on with.
-  int64_t prepare(int64_t turn, int64_t phase, const float* known, const Tile& tile) {
+  // Steps and outputs from a phase of a turn on; the phase to go on with.
+  int64_t prepare(int64_t turn, int64_t phase, const float* known) {
     switch (plan_.schedule) {
-      case ConvSchedule::kDirect: direct(turn, tile); break;
-      case ConvSchedule::kPhases: return phases(turn, phase, tile);
-      case ConvSchedule::kFiltered: filtered_plain(turn, known, tile); break;
-      case ConvSchedule::kFilteredDown: filtered_down(turn, known, tile); break;
-      case ConvSchedule::kFilteredUp: filtered_up(turn, known, tile); break;
+      case ConvSchedule::kDirect: direct(turn); break;
+      case ConvSchedule::kPhases: return phases(turn, phase);
+      case ConvSchedule::kFiltered: filtered_plain(turn, known); break;
+      case ConvSchedule::kFilteredDown: filtered_down(turn, known); break;
+      case ConvSchedule::kFilteredUp: filtered_up(turn, known); break;
     }
     return task_.copies;
   }
 
-  void direct(int64_t i, const Tile& tile) {
+  void direct(int64_t i) {
     const int64_t first = task_.stride * i - plan_.radius;
-    for (int64_t j = 0; j < task_.taps; ++j) add_frame(first + j, j, tile);
+    for (int64_t j = 0; j < task_.taps; ++j) add_frame(first + j, j);
     finish(i, 1);
   }
 
-  int64_t phases(int64_t v, int64_t phase, const Tile& tile) {
+  int64_t phases(int64_t v, int64_t phase) {
     if (phase == 0) product_ = 0;
     const Phases phases = phases_from(phase, plan_.radius, task_.copies);
-    for (int64_t i = phases.first_frame; i <= phases.last_frame; ++i) add_frame(v + i, product_++, tile);
+    for (int64_t i = phases.first_frame; i <= phases.last_frame; ++i) add_frame(v + i, product_++);
     finish(task_.copies * v + phase, phases.end - phase);
     return phases.end;
   }
 
-  void filtered_plain(int64_t t, const float* known, const Tile& tile) {
-    float* const parked = scratch_ + plan_.parked_at;
-    add(known, 0, tile), then(Then::kPark, parked);
-    add(known + plan_.slot_size, 1, tile), then(Then::kSplit, parked);
-    add(known + 2 * plan_.slot_size, 2, tile), finish(t, 1, parked);
-    if (t + 1 < task_.frames) add(known + 3 * plan_.slot_size, 3, tile), finish(t + 1, 1);
+  void filtered_plain(int64_t t, const float* known) {
+    add(known, 0), then(Then::kPark);
+    add(known + plan_.slot_size, 1), then(Then::kSplit);
+    add(known + 2 * plan_.slot_size, 2), finish(t, 1, kResume);
+    if (t + 1 < task_.frames) add(known + 3 * plan_.slot_size, 3), finish(t + 1, 1);
   }
 
-  void filtered_down(int64_t i, const float* known, const Tile& tile) {
-    if (i + 1 == task_.out_frames) return direct(i, tile);
-    float* const parked = scratch_ + plan_.parked_at;
-    add(frame(2 * i + 1), kOuter, tile), then(Then::kPark, parked, parked);
-    add(known, 0, tile);
-    add(frame(2 * i), 1, tile), finish(i, 1, parked);
-    add(known + plan_.slot_size, 2, tile);
-    add(frame(2 * i + 2), 1, tile), finish(i + 1, 1);
+  void filtered_down(int64_t i, const float* known) {
+    if (i + 1 == task_.out_frames) return direct(i);
+    add(frame(2 * i + 1), kOuter), then(Then::kPark, kResume);
+    add(known, 0);
+    add(frame(2 * i), 1), finish(i, 1, kResume);
+    add(known + plan_.slot_size, 2);
+    add(frame(2 * i + 2), 1), finish(i + 1, 1);
   }
 
-  // The last of m and p so far is carried from turn to turn.
-  void filtered_up(int64_t v, const float* known, const Tile& tile) {
-    float* const parked = scratch_ + plan_.parked_at;
-    float* const carried = scratch_ + plan_.carried_at + tile.column * pixels_ + tile.pixel * width_at(tile.column);
-    const int64_t copies = task_.copies;
+  // What is carried is the last of m and p so far, from turn to turn.
+  void filtered_up(int64_t v, const float* known) {
+    const int64_t next = task_.copies * v;
     if (v == task_.frames) {
-      add(frame(v - 1), 0, tile), pair(copies * v - 1, carried);
+      add(frame(v - 1), 0), pair(next - 1, 1);
       return;
     }
-    add(frame(v), kOuter, tile), then(Then::kPark, parked, parked);
-    add(known, 0, tile);
-    if (v == 0) then(Then::kPark, carried);
-    else pair(copies * v - 1, carried);
-    copies_of(v, tile, carried, parked);
-    add(known + plan_.slot_size, 2, tile), pair(copies * (v + 1) - 1, carried);
-    if (v + 1 < task_.frames) copies_of(v + 1, tile, carried, nullptr);
+    add(frame(v), kOuter), then(Then::kPark, kResume);
+    add(known, 0), pair(next - 1, v > 0);
+    all_but_last_of(v, kResume);
+    add(known + plan_.slot_size, 2), pair(next + task_.copies - 1, 1);
+    if (v + 1 < task_.frames) all_but_last_of(v + 1);
   }
 
-  // All but the last.
-  void copies_of(int64_t v, const Tile& tile, float* carried, const float* next) {
-    const int64_t copies = task_.copies;
-    add(frame(v), 1, tile), pair(copies * v, carried, copies > 2 ? nullptr : next);
-    if (copies > 2) add(frame(v), kWhole, tile), finish(copies * v + 1, copies - 2, next);
+  void all_but_last_of(int64_t v, bool resume = false) {
+    const int64_t first = task_.copies * v, others = task_.copies - 2;
+    add(frame(v), 1), pair(first, 1, resume && others == 0);
+    if (others > 0) add(frame(v), kWhole), finish(first + 1, others, resume);
   }
 
   // --- what a kernel is called with ---
 
-  void add(const float* input, int64_t product, const Tile& tile) {
-    const float* weights = plan_.weights + (tile.column * plan_.products + product * width_at(tile.column)) * task_.in;
-    steps_[count_++] = {input + tile.pixel * kDepth, weights, Then::kGoOn, nullptr, nullptr};
+  void add(const float* input, int64_t product) {
+    const float* weights = plan_.weights + (column_ * plan_.products + product * width()) * task_.in;
+    steps_[count_++] = {input, weights, Then::kGoOn, false};
   }
-  void add_frame(int64_t t, int64_t product, const Tile& tile) {
-    if (const float* input = frame(t)) add(input, product, tile);
+  void add_frame(int64_t t, int64_t product) {
+    if (const float* input = frame(t)) add(input, product);
   }
-  void then(Then what, float* tile, const float* next = nullptr) {
+  void then(Then what, bool resume = false) {
     Step& step = steps_[count_ - 1];
-    step.then = what, step.tile = tile, step.next = next;
+    step.then = what, step.resume = resume;
   }
-  void finish(int64_t t, int64_t copies, const float* next = nullptr) {
-    then(Then::kFinish, nullptr, next);
+  void finish(int64_t t, int64_t copies, bool resume = false) {
+    then(Then::kFinish, resume);
     runs_[outputs_++] = {t, copies};
   }
-  void pair(int64_t t, float* tile, const float* next = nullptr) {
-    then(Then::kPair, tile, next);
-    runs_[outputs_++] = {t, 1};
+  void pair(int64_t t, int64_t copies, bool resume = false) {
+    then(Then::kPair, resume);
+    runs_[outputs_++] = {t, copies};
   }
-  int64_t width_at(int64_t column) const { return smaller(kPanelWidth, plan_.padded_out - column); }
+  int64_t width() const { return smaller(kPanelWidth, plan_.padded_out - column_); }
 
   // Into y itself where it is floats that lie together, else by way of scratch memory; so too where y is to be
   // streamed, which is done once, and the sums are not all of it.
-  void run_tile(const Tile& tile) {
+  void run_tile(int64_t pixel, int64_t rows) {
     constexpr bool same = std::is_same<T, float>::value;
-    const int64_t pixel = tile.pixel, rows = tile.rows, column = tile.column;
+    const int64_t column = column_;
     const bool finished = !task_.silu && !task_.residual.data && task_.stats_groups == 0;
     const bool straight = same && plan_.y.channel == 1 && (finished || !plan_.stream);
     const int64_t columns = smaller(kPanelWidth, task_.out - column);
@@ -574,9 +565,11 @@ template <class T> class Piece {
       output[i] = {scratch_ + plan_.tiles_at + i * kMostRows * kMostWidth, kPanelWidth, bias, 1, 0};
       if (straight) output[i] = {at<float>(plan_.y, t, pixel) + column, plan_.y.pixel, bias, copies, plan_.y.frame};
     }
-    const Call call{steps_, count_, task_.in, chunk_, output, straight ? columns : kPanelWidth,
-                    straight && plan_.stream};
-    kernel_of(rows, width_at(column) / kLanes)(call);
+    float* const parked = scratch_ + plan_.parked_at;
+    float* const carried = scratch_ + plan_.carried_at + column * pixels_ + pixel * width();
+    const Call call{steps_,  count_, pixel * kDepth,                  task_.in, chunk_, parked,
+                    carried, output, straight ? columns : kPanelWidth, straight && plan_.stream};
+    kernel_of(rows, width() / kLanes)(call);
     for (int64_t i = 0; i < outputs_; ++i) {
       auto [t, copies] = runs_[i];
       finish_rows(output[i], t, pixel, rows, column, columns);
@@ -586,7 +579,6 @@ template <class T> class Piece {
         else write_box(to, {rows, columns, plan_.y.pixel, plan_.y.channel}, output[i].to, output[i].stride);
       }
     }
-    count_ = outputs_ = 0;
   }
 
   void stream_rows(float* to, const Output& from, int64_t rows, int64_t columns) const {
@@ -687,10 +679,12 @@ template <class T> class Piece {
   float* const scratch_;
   int64_t read_ = 0;  // frames
 
-  // Of the tile at hand: steps, and the output frames of each of their sums.
+  // At hand: a panel, steps of its sums, and the frames of y that each of the sums is.
   struct Run {
     int64_t frame, copies;
   };
+  static constexpr bool kResume = true;
+  int64_t column_ = 0;
   Step* const steps_;
   Run runs_[kMostRuns];
   int64_t count_ = 0, outputs_ = 0;
