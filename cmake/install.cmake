@@ -19,6 +19,7 @@ install(FILES
 
 # Relative to the file itself: `cmake --install --prefix` may put it anywhere.
 file(RELATIVE_PATH lf_prefix "${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig" "${CMAKE_INSTALL_PREFIX}")
+string(REGEX REPLACE "/$" "" lf_prefix "${lf_prefix}")
 set(lf_pc_cflags "")
 set(lf_pc_libs "")
 if(NOT BUILD_SHARED_LIBS)

@@ -32,7 +32,7 @@ OPS = (
 # Lowest first. A module may import from its own entry and from any line below it, not from its neighbours on a line.
 LAYERS = (
     ("kernels",),
-    ("native", "timing"),
+    ("native", "timing", "_malloc"),
     ("evidence",),
     ("dispatch",),
     ("ops",),
