@@ -1,23 +1,14 @@
-// The instructions of compute capability 9.0 that common/temporal_resize_wgmma.cu is made of, a function each: barriers
-// in shared memory, bulk copies of tensor tiles, and matrix products of a warpgroup. Shared memory is addressed in 32
-// bits. csrc/tests/emulation/ has the same functions for a host.
+// Instructions of compute capability 9.0 (sm_90a) that C++ has no words for: barriers in shared memory, bulk copies of
+// tensor tiles, and matrix products of a warpgroup. csrc/tests/emulation/common/ptx_sm90.h says the same for a
+// processor of the host.
 #ifndef LF_COMMON_PTX_SM90_H
 #define LF_COMMON_PTX_SM90_H
 
 #include <cuda.h>
 
-#include "common/scalar.h"
+#include "common/ptx.h"
 
 namespace lf {
-
-__device__ inline char* dynamic_shared() {
-  extern __shared__ __align__(1024) char lf_dynamic_shared[];
-  return lf_dynamic_shared;
-}
-
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // A barrier's phase is over when `count` arrivals and all expected bytes are in.
 __device__ inline void barrier_init(uint32_t barrier, uint32_t count) {
@@ -80,19 +71,6 @@ template <int kRegisters> __device__ inline void give_up_registers() {
 }
 template <int kRegisters> __device__ inline void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-// Two values as one register holds them, the first in its lower half; rounded to nearest, ties to even.
-template <class T> __device__ uint32_t pack_pair(float low, float high);
-template <> __device__ inline uint32_t pack_pair<BFloat16>(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-template <> __device__ inline uint32_t pack_pair<Half>(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
 }
 
 // Before the first product, and wherever its registers were touched since the last one.

@@ -34,17 +34,14 @@ namespace {
 
 constexpr int kPixels = 128;   // of a tile
 constexpr int kDepth = 64;     // channels of a tile: rows of 128 bytes, which the tensor cores read by a fixed pattern
-constexpr int kDepthStep = 16; // of one instruction
 constexpr int kPart = 64;      // output channels that leave at once
 constexpr int kWarp = 32, kConsumers = 256, kThreads = kConsumers + 128;  // the producer's warpgroup is the last
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;          // of the 168 that each thread starts with
 constexpr int kSharedTaps = 3;
 
 constexpr int kRowBytes = 2 * kDepth;
 constexpr int kPixelBytes = kPixels * kRowBytes;
 constexpr int kWarpRows = 16;
 constexpr int kStagingBytes = kWarpRows * 2 * kPart;  // of a warp
-constexpr int kSwizzleBytes = 1024;                   // what the pattern of rows repeats after
 constexpr int kBiasBytes = 1024;
 constexpr int kSharedLimit = 227 * 1024;
 constexpr int kMostStages = 8, kFewestStages = 4;
@@ -67,23 +64,22 @@ struct Plan {
   bool packs;              // whether 16 bytes of y can be written at once
 };
 
-// Where a block's shared memory has what; addresses.
+// Where a block's shared memory has what, as addresses. Tiles begin at multiples of 1024 bytes, as their pattern does.
 template <int kColumns> struct Memory {
   static constexpr int kWeightBytes = kColumns * kRowBytes;
 
   LF_HD static int slots(const Plan& p, int taps) { return p.resident ? taps * p.depth_tiles : p.stages; }
   LF_HD static int bytes(const Plan& p, int taps) {
-    return kSwizzleBytes + p.stages * kPixelBytes + slots(p, taps) * kWeightBytes +
-           kConsumers / kWarp * kStagingBytes + kBiasBytes + (2 * p.stages + 1) * 8;
+    return p.stages * kPixelBytes + slots(p, taps) * kWeightBytes + kConsumers / kWarp * kStagingBytes + kBiasBytes +
+           (2 * p.stages + 1) * 8;
   }
 
   __device__ Memory(const Plan& p, int taps) {
-    char* const start = dynamic_shared();
-    const uint32_t address = shared_address(start);
-    pixels = (address + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
+    char* const start = shared_memory();
+    pixels = shared_address(start);
     weights = pixels + p.stages * kPixelBytes;
     const uint32_t staged = weights + slots(p, taps) * kWeightBytes;
-    staging = start + (staged - address);
+    staging = start + (staged - pixels);
     bias = reinterpret_cast<float*>(staging + kConsumers / kWarp * kStagingBytes);
     full = staged + kConsumers / kWarp * kStagingBytes + kBiasBytes;
     empty = full + 8 * p.stages;
@@ -94,6 +90,16 @@ template <int kColumns> struct Memory {
   char* staging;
   float* bias;
 };
+
+// Of device code the passes for other architectures see the kernels' names alone: the host asks no other device.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define LF_SM90A(work) work
+
+constexpr int kDepthStep = 16;  // channels of one instruction
+
+// Of the 168 registers that each thread starts with.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(128 * kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * kThreads);
 
 // A place in the ring of stages. Producer and consumers go round it alike.
 struct Ring {
@@ -178,10 +184,10 @@ template <int kColumns, int kTaps> class Producer {
   Ring ring_;
 };
 
-// Of a matrix in shared memory whose rows of 128 bytes lie behind one another, swizzled: the pattern's name, 1024 bytes
-// from 8 rows to the next 8, and its address. All lengths are in 16 bytes.
+// Of a matrix in shared memory whose rows of 128 bytes lie behind one another, swizzled: the pattern's name, the bytes
+// from 8 rows to the next 8, and the address. All lengths are in 16 bytes; the one at bit 16 has no meaning here.
 __device__ uint64_t matrix_at(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kStride = uint64_t{kSwizzleBytes / 16} << 32;
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kStride = uint64_t{8 * kRowBytes / 16} << 32;
   return kSwizzle128 | kStride | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
 }
 
@@ -232,7 +238,7 @@ template <class T, int kColumns> class Consumer {
 #pragma unroll
     for (int i = 0; i < kPart / 2; i += 2) {
       const int unit = i / 4, row = lane_ / 4 + i % 4 / 2 * 8;
-      const uint32_t pair = pack_pair<T>(value(i) + bias[8 * unit], value(i + 1) + bias[8 * unit + 1]);
+      const uint32_t pair = narrow_pair<T>(value(i) + bias[8 * unit], value(i + 1) + bias[8 * unit + 1]);
       memcpy(staging + row * 2 * kPart + (unit ^ row % 8) * 16 + lane_ % 4 * 4, &pair, sizeof pair);
     }
     __syncwarp();
@@ -393,23 +399,20 @@ template <class T> __device__ void share(const Plan& p) {
   }
 }
 
-// The instructions exist on sm_90a alone; the host asks no other device for them.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
-#define LF_IF_SM90A(work) work
 #else
-#define LF_IF_SM90A(work)
+#define LF_SM90A(work)
 #endif
 
 template <class T, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1) gather_kernel(const __grid_constant__ Plan plan) {
-  LF_IF_SM90A((gather<T, kColumns>(plan)));
+  LF_SM90A((gather<T, kColumns>(plan)));
 }
 
 template <class T> __global__ void __launch_bounds__(kThreads, 1) share_kernel(const __grid_constant__ Plan plan) {
-  LF_IF_SM90A(share<T>(plan));
+  LF_SM90A(share<T>(plan));
 }
 
-#undef LF_IF_SM90A
+#undef LF_SM90A
 
 // Copies of 2-byte elements to (taps, out, in), rows of `row` elements.
 struct Packing {
