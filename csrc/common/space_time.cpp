@@ -164,6 +164,8 @@ class Reader {
 
 }  // namespace
 
+int64_t temporal_resize_cuda_bytes(const TemporalResize& /*resize*/, bool /*wgmma*/) { return 0; }
+
 lf_status read_call(const lf_space_time* arguments, Direction direction, Purpose purpose,
                     SpaceTimeCall& call) noexcept {
   return arguments ? Reader(*arguments, direction, purpose, call).read() : LF_INVALID_ARGUMENT;

@@ -6,8 +6,6 @@ namespace lf {
 
 int64_t temporal_resize_cpu_bytes(const TemporalResize&, int64_t) { return 0; }
 
-int64_t temporal_resize_cuda_bytes(const TemporalResize&, bool) { return 0; }
-
 lf_status temporal_resize_cpu(const TemporalResize& r, void*, int64_t) {
   with_type(r.dtype, [&](auto element) {
     using T = decltype(element);
