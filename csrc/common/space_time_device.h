@@ -10,8 +10,7 @@ namespace lf {
 template <class Taps> lf_status gather_fine_cuda(const Resample&, cudaStream_t) { return LF_NOT_BUILT; }
 template <class Taps> lf_status gather_coarse_cuda(const Resample&, cudaStream_t) { return LF_NOT_BUILT; }
 
-// Of temporal_resize_cuda the part by wgmma and bulk copies: common/temporal_resize_wgmma.cu. The workspace is as large as
-// temporal_resize_wgmma_bytes() asks for.
+// LF_UNSUPPORTED_DEVICE too where the library was not built for sm_90a.
 lf_status temporal_resize_wgmma(const TemporalResize& resize, void* workspace, int device, cudaStream_t stream);
 
 // By mma.sync (common/temporal_resize_mma.cu), or by wgmma and bulk copies (common/temporal_resize_wgmma.cu).

@@ -456,10 +456,10 @@ lf_status temporal_resize_mma(const TemporalResize& r, int device, cudaStream_t 
 
 }  // namespace
 
-lf_status temporal_resize_cuda(const TemporalResize& r, bool wgmma, void* /*workspace*/, int device,
+lf_status temporal_resize_cuda(const TemporalResize& r, bool wgmma, void* workspace, int device,
                                cudaStream_t stream) {
   if (r.dtype != LF_BFLOAT16 && r.dtype != LF_FLOAT16) return LF_UNSUPPORTED_DTYPE;
-  return wgmma ? LF_UNSUPPORTED_DEVICE : temporal_resize_mma(r, device, stream);
+  return wgmma ? temporal_resize_wgmma(r, workspace, device, stream) : temporal_resize_mma(r, device, stream);
 }
 
 }  // namespace lf

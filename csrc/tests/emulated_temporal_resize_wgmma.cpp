@@ -58,12 +58,17 @@ class Call {
     r_.batch = c.batch, r_.in = c.in, r_.out = c.out, r_.frames = c.frames, r_.out_frames = c.out_frames();
     r_.height = c.height, r_.width = c.width, r_.factor = c.factor, r_.taps = c.taps;
     x_ = drawn(c.batch * c.frames * pixels * pixel);
+    for (int64_t i = 0; i < c.batch * c.frames * pixels; ++i) forget(aligned(x_) + i * pixel, c.in, pixel);
     r_.x = {aligned(x_), {c.frames * pixels * pixel, 1, pixels * pixel, c.width * pixel, pixel}};
     weight_ = drawn(c.out * c.taps * ((c.in + 7) / 8 * 8));
     r_.weight = aligned(weight_);
     const int64_t row = (c.in + 7) / 8 * 8;
-    if (c.layout == WeightLayout::kInPlace) set_strides(row, 1, c.out * row);
-    else set_strides(c.in * c.taps, c.taps, 1);
+    if (c.layout == WeightLayout::kInPlace) {
+      set_strides(row, 1, c.out * row);
+      for (int64_t i = 0; i < c.out * c.taps; ++i) forget(aligned(weight_) + i * row, c.in, row);
+    } else {
+      set_strides(c.in * c.taps, c.taps, 1);
+    }
     if (c.identity) make_identity();
     bias_ = drawn(2 * c.out);
     r_.bias = c.bias ? aligned(bias_) : nullptr;
@@ -108,6 +113,9 @@ class Call {
     for (uint16_t& element : bits) element = bits_of(c_.dtype, number());
     return bits;
   }
+
+  // What lies between the elements of a tensor is NaN.
+  static void forget(uint16_t* row, int64_t begin, int64_t end) { std::fill(row + begin, row + end, kUntouched); }
 
   void set_strides(int64_t out, int64_t in, int64_t tap) {
     r_.weight_strides[0] = out, r_.weight_strides[1] = in, r_.weight_strides[2] = tap;
