@@ -123,9 +123,8 @@ template <class T, class Tile, bool kPacked> class Loader {
     aim();
   }
 
-  // Loads a stage; does nothing once all are.
-  __device__ void load(int stage) {
-    if (segments_.count == 0) return;
+  // Loads a stage; once all are, zeros.
+  __device__ void load(uint32_t stage) {
     char* const to = shared_memory() + stage * Tile::stage_bytes + to_;
     const TemporalResize& r = p_.resize;
 #pragma unroll
@@ -140,7 +139,17 @@ template <class T, class Tile, bool kPacked> class Loader {
       load_pack(to + Tile::x_bytes + row * kRowBytes, weight_ + offset, kPacked ? 1 : r.weight_strides[1],
                 channels_inside_ >> i & 1);
     }
-    advance();
+    channel_ += kDepth;
+    x_ += kPacked ? kDepth : kDepth * r.x.strides[1];
+    weight_ += kPacked ? kDepth : kDepth * r.weight_strides[1];
+  }
+
+  // To be called between two loads: goes on to the next segment where it is time. Apart, since `load` has no branches
+  // and so mixes with products.
+  __device__ void advance() {
+    if (channel_ - pack_ * kPack < p_.resize.in) return;
+    ++segments_.tap;
+    if (--segments_.count > 0) aim();
   }
 
  private:
@@ -168,16 +177,6 @@ template <class T, class Tile, bool kPacked> class Loader {
     if (Tile::taps == 1) weight_ += segments_.tap * r.weight_strides[2];
   }
 
-  __device__ void advance() {
-    const TemporalResize& r = p_.resize;
-    channel_ += kDepth;
-    x_ += kPacked ? kDepth : kDepth * r.x.strides[1];
-    weight_ += kPacked ? kDepth : kDepth * r.weight_strides[1];
-    if (channel_ - pack_ * kPack < r.in) return;
-    ++segments_.tap;
-    if (--segments_.count > 0) aim();
-  }
-
   const Problem& p_;
   Segments segments_;  // what is left; of a walk `frame` + `tap` is the frame
   const int pack_;
@@ -198,14 +197,16 @@ template <Taps kWhich> LF_HD constexpr bool takes(int tap, int taps) {
   return kWhich == Taps::kAll || tap == (kWhich == Taps::kFirst ? 0 : taps - 1);
 }
 
-// Adds the products of a stage.
-template <class T, class Tile, Taps kWhich> __device__ void multiply(int stage, Sums<Tile>& sums) {
+// Adds the products of a stage, and calls `between` when half of them are on their way.
+template <class T, class Tile, Taps kWhich, class Between>
+__device__ void multiply(uint32_t stage, Sums<Tile>& sums, const Between& between) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t base = shared_address(shared_memory()) + stage * Tile::stage_bytes;
   const uint32_t rows = base + warp / Tile::warp_columns * Tile::row_tiles * 16 * kRowBytes;
   const uint32_t columns = base + Tile::x_bytes + warp % Tile::warp_columns * Tile::groups * 32 * kRowBytes;
 #pragma unroll
   for (int k = 0; k < kPacks; k += 2) {
+    if (k == kPacks / 2) between();
     uint32_t a[Tile::row_tiles][4];
 #pragma unroll
     for (int m = 0; m < Tile::row_tiles; ++m) {
@@ -237,21 +238,26 @@ template <class T, class Tile, bool kPacked> class Pipeline {
     for (int i = 0; i < kStages - 1; ++i) {
       loader_.load(i);
       close_copies();
+      loader_.advance();
     }
   }
 
   template <Taps kWhich> __device__ void step(Sums<Tile>& sums) {
     wait_for_copies<kStages - 2>();
-    __syncthreads();  // all see the stage, and are done with the one before, which is loaded over now
-    loader_.load((stage_ + kStages - 1) % kStages);
-    close_copies();
-    multiply<T, Tile, kWhich>(stage_, sums);
+    __syncthreads();  // all see the stage, and are done with the one before, which is loaded over next
+    multiply<T, Tile, kWhich>(stage_, sums, [&] {
+      loader_.load((stage_ + kStages - 1) % kStages);
+      close_copies();
+    });
+    loader_.advance();
     stage_ = (stage_ + 1) % kStages;
   }
 
+  __device__ void finish() const { wait_for_copies<0>(); }
+
  private:
   Loader<T, Tile, kPacked> loader_;
-  int stage_ = 0;
+  uint32_t stage_ = 0;
 };
 
 template <class T, class Tile> __device__ float* load_bias(const Problem& p, const Place<Tile>& place) {
@@ -316,6 +322,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) gather_kernel(con
   for (int64_t i = segments.count * stages_of_segment(p.resize); i > 0; --i) {
     pipeline.template step<Taps::kAll>(sums);
   }
+  pipeline.finish();
   store<T, Tile, kPacked>(p, place, bias, place.piece, [&](int m, int n, int i) { return sums[0][m][n][i]; });
 }
 
@@ -363,6 +370,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) walk_kernel(const
       }
     }
   }
+  pipeline.finish();
   if (end == p.resize.frames) write(t * end - 1, [&](int m, int n, int i) { return upto[m][n][i]; });
 }
 

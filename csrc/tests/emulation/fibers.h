@@ -82,7 +82,7 @@ Meeting& meeting_of(int& threads);  // kWholeBlock becomes their number
 template <class Operand, class Work> void meet(const char* name, int threads, Operand& mine, const Work& work) {
   Meeting& meeting = meeting_of(threads);
   if (meeting.arrived == 0) meeting.name = name;
-  if (std::strcmp(meeting.name, name) != 0) fail("%s meets %s", name, meeting.name);
+  if (meeting.name != name && std::strcmp(meeting.name, name) != 0) fail("%s meets %s", name, meeting.name);
   meeting.operands[thread_index() % threads] = &mine;
   got_further();
   if (++meeting.arrived < threads) {
