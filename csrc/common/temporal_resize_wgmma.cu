@@ -79,15 +79,15 @@ template <int kColumns> struct Memory {
     pixels = shared_address(start);
     weights = pixels + p.stages * kPixelBytes;
     const uint32_t staged = weights + slots(p, taps) * kWeightBytes;
-    staging = start + (staged - pixels);
-    bias = reinterpret_cast<float*>(staging + kConsumers / kWarp * kStagingBytes);
+    staging = reinterpret_cast<uint32_t*>(start + (staged - pixels));
+    bias = reinterpret_cast<float*>(start + (staged - pixels) + kConsumers / kWarp * kStagingBytes);
     full = staged + kConsumers / kWarp * kStagingBytes + kBiasBytes;
     empty = full + 8 * p.stages;
     resident = empty + 8 * p.stages;
   }
 
   uint32_t pixels, weights, full, empty, resident;  // the last three are barriers
-  char* staging;
+  uint32_t* staging;
   float* bias;
 };
 
@@ -233,25 +233,23 @@ template <class T, int kColumns> class Consumer {
   // among those of this thread (see wgmma). Each warp for itself: its 16 pixels go through shared memory, so that 8
   // threads write a row's 128 bytes. Its 16-byte units are swapped about so that no two accesses want one bank.
   template <class Value> __device__ void write(const Work& work, int32_t j, int part, const Value& value) const {
-    char* const staging = memory_.staging + warp_ * kStagingBytes;
+    uint32_t* const staging = memory_.staging + warp_ * (kStagingBytes / 4);
     const float* const bias = memory_.bias + part * kPart + lane_ % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kPart / 2; i += 2) {
       const int unit = i / 4, row = lane_ / 4 + i % 4 / 2 * 8;
-      const uint32_t pair = narrow_pair<T>(value(i) + bias[8 * unit], value(i + 1) + bias[8 * unit + 1]);
-      memcpy(staging + row * 2 * kPart + (unit ^ row % 8) * 16 + lane_ % 4 * 4, &pair, sizeof pair);
+      staging[row * (kPart / 2) + (unit ^ row % 8) * 4 + lane_ % 4] =
+          narrow_pair<T>(value(i) + bias[8 * unit], value(i + 1) + bias[8 * unit + 1]);
     }
     __syncwarp();
-    const int32_t channel = channel_ + part * kPart + lane_ % 8 * 8;
     T* const frame = static_cast<T*>(p_.y) + work.clip * p_.strides[kBatch] + j * p_.strides[kTime];
+    const int32_t channel = channel_ + part * kPart;
+    if (p_.packs && channel + kPart <= p_.out) {
 #pragma unroll
-    for (int i = 0; i < kWarpRows / 4; ++i) {
-      const int row = i * 4 + lane_ / 8;
-      const int32_t pixel = work.pixel + warp_ * kWarpRows + row;
-      if (pixel < p_.pixels) {
-        const char* const unit = staging + row * 2 * kPart + (lane_ % 8 ^ row % 8) * 16;
-        write_unit(frame + offset_of(pixel), channel, *reinterpret_cast<const uint4*>(unit));
-      }
+      for (int i = 0; i < kWarpRows / 4; ++i) write_unit<true>(work, frame, channel, i, staging);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kWarpRows / 4; ++i) write_unit<false>(work, frame, channel, i, staging);
     }
     __syncwarp();
   }
@@ -263,22 +261,25 @@ template <class T, int kColumns> class Consumer {
     held_ = 0;
   }
 
+  // The 8 channels of a pixel that are this thread's in round i of 4.
+  template <bool kWhole>
+  __device__ void write_unit(const Work& work, T* frame, int32_t first, int i, const uint32_t* staging) const {
+    const int row = i * 4 + lane_ / 8, at = lane_ % 8;
+    const int32_t pixel = work.pixel + warp_ * kWarpRows + row, channel = first + 8 * at;
+    if (pixel >= p_.pixels) return;
+    const uint32_t* const unit = staging + row * (kPart / 2) + (at ^ row % 8) * 4;
+    T* const to = frame + offset_of(pixel);
+    const bool whole = kWhole || (p_.packs && channel + 8 <= p_.out);
+    if (whole) *reinterpret_cast<uint4*>(to + channel) = *reinterpret_cast<const uint4*>(unit);
+#pragma unroll 1
+    for (int c = 0; !whole && c < 8 && channel + c < p_.out; ++c) {
+      to[(channel + c) * p_.strides[kChannel]] = T{static_cast<uint16_t>(unit[c / 2] >> (c % 2 * 16))};
+    }
+  }
+
   __device__ int64_t offset_of(int32_t pixel) const {
     if (pixel < p_.width) return pixel * p_.strides[kWidth];
     return pixel / p_.width * p_.strides[kHeight] + pixel % p_.width * p_.strides[kWidth];
-  }
-
-  __device__ void write_unit(T* pixel, int32_t channel, const uint4& unit) const {
-    if (p_.packs && channel + 8 <= p_.out) {
-      *reinterpret_cast<uint4*>(pixel + channel) = unit;
-      return;
-    }
-    const uint32_t words[4] = {unit.x, unit.y, unit.z, unit.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const auto bits = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
-      if (channel + i < p_.out) pixel[(channel + i) * p_.strides[kChannel]] = T{bits};
-    }
   }
 
   const Plan& p_;
@@ -477,7 +478,7 @@ lf_status encode(CUtensorMap& map, lf_dtype dtype, const void* data, int rank, c
   const auto type = dtype == LF_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
       &map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(data), dims, steps + 1, tile, ones,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? LF_OK : cuda_error("cuTensorMapEncodeTiled", "refused a tensor");
 }
@@ -560,7 +561,7 @@ class Launcher {
                                                       weight);
     }
     const int64_t works = r_.batch * plan_.pixel_tiles * r_.out_frames;
-    return bytes_streamed<256>() < bytes_streamed<128>()
+    return cycles<256>(works) < cycles<128>(works)
                ? launch<256, 1>(&gather_kernel<T, 256>, plan_.taps, works, weight)
                : launch<128, 1>(&gather_kernel<T, 128>, plan_.taps, works, weight);
   }
@@ -579,11 +580,13 @@ class Launcher {
     }
   }
 
-  // For 64 channels of x and one tap, over all tiles of output channels.
-  template <int kColumns> int64_t bytes_streamed() {
+  // About how many all takes for 64 channels of x and one tap: those of the tensor cores, 2048 products each, or of the
+  // L2 cache, 32 bytes each.
+  template <int kColumns> int64_t cycles(int64_t works) {
     place<kColumns>(plan_, plan_.taps);
-    const int64_t weights = plan_.resident ? 0 : Memory<kColumns>::kWeightBytes;
-    return tiles_of(r_.out, kColumns) * (kPixelBytes + weights);
+    const int64_t bytes = kPixelBytes + (plan_.resident ? 0 : Memory<kColumns>::kWeightBytes);
+    const int64_t products = int64_t{kPixels} * kDepth * kColumns;
+    return tiles_of(works * tiles_of(r_.out, kColumns), processors_) * std::max(products / 2048, bytes / 32);
   }
 
   template <int kColumns, int kTaps, class Kernel>

@@ -16,7 +16,7 @@ using lf::Direction;
 using lf::TemporalResize;
 using Bits = std::vector<uint16_t>;
 
-enum class WeightLayout { kInPlace, kTapsLast };  // bulk copies can take the first as it lies
+enum class WeightLayout { kInPlace, kTapsLast, kEveryOther };  // bulk copies can take the first as it lies
 
 // A call, and which of its surroundings are odd.
 struct Case {
@@ -60,14 +60,16 @@ class Call {
     x_ = drawn(c.batch * c.frames * pixels * pixel);
     for (int64_t i = 0; i < c.batch * c.frames * pixels; ++i) forget(aligned(x_) + i * pixel, c.in, pixel);
     r_.x = {aligned(x_), {c.frames * pixels * pixel, 1, pixels * pixel, c.width * pixel, pixel}};
-    weight_ = drawn(c.out * c.taps * ((c.in + 7) / 8 * 8));
+    weight_ = drawn(c.out * c.taps * 2 * ((c.in + 7) / 8 * 8));
     r_.weight = aligned(weight_);
     const int64_t row = (c.in + 7) / 8 * 8;
     if (c.layout == WeightLayout::kInPlace) {
       set_strides(row, 1, c.out * row);
       for (int64_t i = 0; i < c.out * c.taps; ++i) forget(aligned(weight_) + i * row, c.in, row);
-    } else {
+    } else if (c.layout == WeightLayout::kTapsLast) {
       set_strides(c.in * c.taps, c.taps, 1);
+    } else {
+      set_strides(2 * row, 2, c.out * 2 * row);
     }
     if (c.identity) make_identity();
     bias_ = drawn(2 * c.out);
@@ -206,7 +208,7 @@ void check_pixels_and_strides() {
       check(c);
       c.y_gap = 8, c.y_row_gap = 16, c.layout = WeightLayout::kInPlace;
       check(c);
-      c.y_gap = 3;
+      c.y_gap = 3, c.layout = WeightLayout::kEveryOther;
       check(c);
       c.y_planes = true;
       check(c);

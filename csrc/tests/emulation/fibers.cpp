@@ -161,6 +161,7 @@ bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
   body = &thread;
   failed = false;
   ++launches;
+  const bool backwards = scramble(launches) % 2 != 0;
   unsigned number = 0;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
@@ -171,7 +172,7 @@ bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
         shared = memory.get();
         shared_size = shared_bytes;
         std::memset(shared, 0xff, shared_bytes);
-        blockIdx = dim3(x, y, z);
+        blockIdx = dim3(backwards ? grid.x - 1 - x : x, y, z);
         run_block(number++);
       }
     }

@@ -1,5 +1,5 @@
-// The threads of a block as fibers of one thread of the host: each runs until it has to wait for others. Blocks take
-// their threads in different orders, so that a result that hangs on one shows.
+// The threads of a block as fibers of one thread of the host: each runs until it has to wait for others. Launches take
+// their blocks, and blocks their threads, in different orders, so that a result that hangs on one shows.
 #ifndef LF_EMULATION_FIBERS_H
 #define LF_EMULATION_FIBERS_H
 
