@@ -24,11 +24,18 @@ __device__ inline void start_copy(uint32_t to, const void* from, uint32_t bytes)
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// One store to a multiple of 16, which a compiler may make four of where it is left to.
+__device__ inline void store_16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
 // Makes one group of the copies this thread has started since the last.
 __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until all but the latest `kOpen` groups of this thread are done. Others see them only behind a barrier.
-template <int kOpen> __device__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory"); }
+template <int kOpen> __device__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+}
 
 // Four 8 x 8 matrices of 2-byte elements: lane i gives the address of row i % 8 of matrix i / 8, and gets elements
 // 2 (i % 4) and 2 (i % 4) + 1 of row i / 4 of each.

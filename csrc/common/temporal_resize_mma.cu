@@ -4,9 +4,12 @@
 // and the weights are read where they lie. Two kernels:
 //
 //   gather  a block makes a tile of one frame of the result, summing over the taps whose frames there are.
-//   walk    for three taps going up: a block goes from frame to frame of x, multiplies each by all three taps at once,
-//           P_k[i] = W_k x[i], and adds up y[t i] = P0[i - 1] + P1[i] + P2[i], y[t i + t - 1] = P0[i] + P1[i] + P2[i + 1]
-//           and P0[i] + P1[i] + P2[i] between them: three products a frame of x whatever t is.
+//   walk    for three taps going up: a block goes from frame to frame of x and multiplies each by all three taps at
+//           once, P_k[i] = W_k x[i]: three products a frame of x whatever t is. They add up to
+//
+//             y[t i]         = P0[i - 1] + P1[i] + P2[i]
+//             y[t i + p]     = P0[i] + P1[i] + P2[i]      for 0 < p < t - 1
+//             y[t i + t - 1] = P0[i] + P1[i] + P2[i + 1]
 //
 // Where x, the weights and y do not all lie in packs of 16 bytes, `gather` loads and stores element by element.
 #include <algorithm>
@@ -35,6 +38,7 @@ template <int kTaps, int kWarpRows, int kWarpColumns, int kRowTiles, int kGroups
   static constexpr int rows_at_once = threads / kPacks;  // that the threads load, a pack each
   static constexpr int x_loads = pixels / rows_at_once, weight_loads = kTaps * channels / rows_at_once;
   static_assert(rows_at_once % 32 == 0 && pixels % rows_at_once == 0 && channels % rows_at_once == 0, "uneven loads");
+  static_assert(blocks * (shared_bytes + 1024) <= 164 * 1024, "more shared memory than sm_80 has for so many blocks");
 };
 
 using WideGather = Tile<1, 2, 2, 4, 2, 2>;    // 128 pixels x 128 channels
@@ -89,7 +93,9 @@ __device__ inline Segments taps_of(const TemporalResize& r, int64_t at) {
 }
 
 // 16 bytes of a row lie where no two rows of eight meet in a bank, neither when loaded nor when read as matrices.
-__device__ inline int swizzled(int row, int pack) { return row * kRowBytes + ((pack ^ (row >> 1 & (kPacks - 1))) << 4); }
+__device__ inline int swizzled(int row, int pack) {
+  return row * kRowBytes + ((pack ^ (row >> 1 & (kPacks - 1))) << 4);
+}
 
 // Which of 32 channels the columns of four matrices stand for: so that a lane's columns of the product, 2 q and 2 q + 1
 // of each, are eight channels that lie behind one another.
@@ -296,9 +302,8 @@ __device__ void store(const Problem& p, const Place<Tile>& place, const float* b
         }
         if constexpr (kPacked) {
           if (channel >= r.out) continue;
-          *reinterpret_cast<uint4*>(row + channel) =
-              uint4{narrow_pair<T>(values[0], values[1]), narrow_pair<T>(values[2], values[3]),
-                    narrow_pair<T>(values[4], values[5]), narrow_pair<T>(values[6], values[7])};
+          store_16(row + channel, narrow_pair<T>(values[0], values[1]), narrow_pair<T>(values[2], values[3]),
+                   narrow_pair<T>(values[4], values[5]), narrow_pair<T>(values[6], values[7]));
         } else {
 #pragma unroll
           for (int i = 0; i < kPack; ++i) {
@@ -414,7 +419,8 @@ void cut_walk(Problem& p, int64_t slots) {
   }
 }
 
-template <class Kernel> lf_status launch(Kernel* kernel, Problem& p, int threads, int shared_bytes, cudaStream_t stream) {
+template <class Kernel>
+lf_status launch(Kernel* kernel, Problem& p, int threads, int shared_bytes, cudaStream_t stream) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   const int64_t blocks = p.pixel_tiles * p.channel_tiles * p.pieces * p.resize.batch;
   for (p.first_block = 0; p.first_block < blocks && error == cudaSuccess; p.first_block += INT32_MAX) {

@@ -19,6 +19,12 @@ inline void start_copy(uint32_t to, const void* from, uint32_t bytes) {
   else emulation::copies().open.push_back(copy);
 }
 
+inline void store_16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  const uint32_t values[] = {a, b, c, d};
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulation::fail("a misaligned store");
+  std::memcpy(to, values, 16);
+}
+
 inline void close_copies() {
   emulation::Copies& copies = emulation::copies();
   copies.committed.push_back(std::move(copies.open));
