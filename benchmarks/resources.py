@@ -113,13 +113,15 @@ SHARED = {80: 164 * 1024, 90: 228 * 1024}  # its bytes
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may have
 WIDE = 16
 # Of .cu files by their stems: the kernels that promise loads and stores of 16 bytes, the files all of whose kernels
-# promise warp matrix products, and, of those in csrc/common/, the op that their rows are listed with.
+# promise warp matrix products, the kernels that promise warpgroup products and stores of 16 bytes, in files that are for
+# their architecture alone, and, of files in csrc/common/, the op that their rows are listed with.
 CUDA_WIDE = {
     "blend_windows": r"blend_kernel<.*, 1>>",
     "temporal_resize_mma": r"gather_kernel<.*, true>|walk_kernel<.*>",
 }
 CUDA_MMA = {"temporal_resize_mma"}
-COMMON_CUDA = {"temporal_resize_mma": "space_time_upsample"}
+CUDA_WGMMA = {"temporal_resize_wgmma": r"(gather|share)_kernel<.*>"}
+COMMON_CUDA = {"temporal_resize_mma": "space_time_upsample", "temporal_resize_wgmma": "space_time_upsample"}
 
 
 def _at_most(field: str, limit: Callable[[Row], int]) -> Callable[[Row], str | None]:
@@ -196,7 +198,12 @@ def _jobs() -> list[Job]:
     triton = [(path.stem.removesuffix("_backward"), path.stem, "triton") for path in KERNELS.glob("[!_]*.py")]
     cuda = [(path.stem, path.stem, "cuda") for path in CSRC.glob("*.cu")]
     cuda += [(COMMON_CUDA[path.stem], f"common/{path.stem}", "cuda") for path in CSRC.glob("common/*.cu")]
-    return [Job(*file, arch) for file in sorted(triton + cuda) for arch in ARCHITECTURES]
+    return [
+        Job(*file, arch)
+        for file in sorted(triton + cuda)
+        for arch in ARCHITECTURES
+        if arch == 90 or Path(file[1]).name not in CUDA_WGMMA
+    ]
 
 
 def _cached(job: Job) -> list[Row]:
@@ -370,8 +377,12 @@ def cuda_rows(op: str, source: Path, arch: int) -> list[Row]:
     for mangled, figures in usage.items():
         kernel, variant = names[mangled]
         figures |= instructions(code[mangled], SASS)
-        wide = re.fullmatch(CUDA_WIDE.get(source.stem, ""), f"{kernel}<{variant}>") is not None
-        promises = {"wide_loads": int(wide), "wide_stores": int(wide), "promises_mma": source.stem in CUDA_MMA}
+        wide, wgmma = (
+            re.fullmatch(promised.get(source.stem, ""), f"{kernel}<{variant}>") is not None
+            for promised in (CUDA_WIDE, CUDA_WGMMA)
+        )
+        promises = {"wide_loads": int(wide), "wide_stores": int(wide or wgmma)}
+        promises |= {"promises_mma": source.stem in CUDA_MMA, "promises_wgmma": wgmma}
         rows.append(Row(op, "cuda", kernel, variant, arch, **figures, spills=spills[mangled], **promises))
     return rows
 
@@ -389,6 +400,7 @@ def _cmake(pattern: str) -> list[str]:
 
 def _nvcc_flags() -> list[str]:
     own = _cmake(r"set\(lf_cuda_rounding ([^)]*)\)")
+    own += ["-DLF_WITH_SM90A"]  # as the build has it where 90a is among its targets
     return ["-std=c++17", "-O3", "-DNDEBUG", "-DLF_BUILDING", f"-I{CSRC}", f"-I{CSRC / 'include'}", *own]
 
 

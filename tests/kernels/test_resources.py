@@ -98,6 +98,9 @@ def test_every_shipped_configuration_keeps_the_rules() -> None:
         for source in resources.CUDA_MMA:
             op = resources.COMMON_CUDA.get(source, source)
             assert any(row.op == op and row.promises_mma for row in cuda)
+        for source in resources.CUDA_WGMMA:
+            op = resources.COMMON_CUDA.get(source, source)
+            assert any(row.op == op and row.promises_wgmma and row.wide_stores for row in cuda)
     assert all(row.registers > 0 and row.loads and row.stores for row in rows if row.missing is None)
 
 
