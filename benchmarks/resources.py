@@ -3,10 +3,10 @@
     python -m benchmarks.resources [--op NAME] [--json]
 
 Every configuration of every Triton kernel (the `VARIANTS` of kernels/<op>.py) and every kernel of csrc/<op>.cu and
-csrc/common/*.cu is compiled for sm_80 and sm_90 as it would be for a launch. Registers, stack and shared memory come from cuobjdump,
-spilled bytes from ptxas, instructions from the disassembly. The table is held against `RULES`; a broken rule is named,
-and the exit status is 1. It is 3 where nothing could be compiled, and 4 where the check itself fails. Rows are kept in
-the user's cache folder by source, compiler and architecture.
+csrc/common/*.cu is compiled for sm_80 and sm_90 as it would be for a launch. Registers, stack and shared memory come
+from cuobjdump, spilled bytes from ptxas, instructions from the disassembly. The table is held against `RULES`; a broken
+rule is named, and the exit status is 1. It is 3 where nothing could be compiled, and 4 where the check itself fails.
+Rows are kept in the user's cache folder by source, compiler and architecture.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ SHARED = {80: 164 * 1024, 90: 228 * 1024}  # its bytes
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may have
 WIDE = 16
 # Of .cu files by their stems: the kernels that promise loads and stores of 16 bytes, the files all of whose kernels
-# promise warp matrix products, the kernels that promise warpgroup products and stores of 16 bytes, in files that are for
-# their architecture alone, and, of files in csrc/common/, the op that their rows are listed with.
+# promise warp matrix products, the kernels that promise warpgroup products and stores of 16 bytes, in files for
+# sm_90 alone, and, of files in csrc/common/, the op that their rows are listed with.
 CUDA_WIDE = {
     "blend_windows": r"blend_kernel<.*, 1>>",
     "temporal_resize_mma": r"gather_kernel<.*, true>|walk_kernel<.*>",
