@@ -89,7 +89,7 @@ class Reader {
       }
     }
     const Sizes weights{a_.channels_out, a_.channels, a_.taps, 1, 1};
-    constexpr int64_t kPackedBytes = 16;  // at most, of an element of a packed weight, whose rows are rounded up to that
+    constexpr int64_t kPackedBytes = 16;  // of a weight's element at most, where rows are rounded up to that
     bool fits = !a_.weight || countable(weights, kPackedBytes);
     for (const Sizes& shape : {x_, y_, between()}) fits = fits && countable(shape, element_size_);
     return fits ? LF_OK : LF_INVALID_SHAPE;

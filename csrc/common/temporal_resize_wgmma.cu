@@ -468,10 +468,10 @@ lf_status encode(CUtensorMap& map, lf_dtype dtype, const void* data, int rank, c
   cuuint64_t dims[kMostAxes], steps[kMostAxes];
   cuuint32_t tile[kMostAxes], ones[kMostAxes];
   for (int axis = 0; axis < rank; ++axis) {
-    // Of an axis that is not stepped along the stride may be anything, but not for the driver.
-    const bool stepped = sizes[axis] > 1;
     dims[axis] = static_cast<cuuint64_t>(sizes[axis]);
-    steps[axis] = stepped ? static_cast<cuuint64_t>(2 * strides[axis]) : 16;
+    // An axis that is not stepped along may have any stride, but not for the driver.
+    if (axis == 0) steps[axis] = (2 * dims[axis] + 15) / 16 * 16;  // what a second row would be at; not handed over
+    else steps[axis] = sizes[axis] > 1 ? static_cast<cuuint64_t>(2 * strides[axis]) : steps[axis - 1];
     tile[axis] = static_cast<cuuint32_t>(box[axis]);
     ones[axis] = 1;
   }
@@ -556,7 +556,6 @@ class Launcher {
   template <class T> lf_status run(bool shares, const Weight& weight) {
     if (shares) {
       divide_frames();
-      place<kSharedTaps * kPart>(plan_, 1);
       return launch<kSharedTaps * kPart, kSharedTaps>(&share_kernel<T>, 1, r_.batch * plan_.pixel_tiles * plan_.runs,
                                                       weight);
     }

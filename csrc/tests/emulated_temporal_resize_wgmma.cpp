@@ -1,5 +1,5 @@
-// common/temporal_resize_wgmma.cu on the host, against a plain loop. Numbers are such that fp32 holds every sum: results
-// are compared bit for bit.
+// common/temporal_resize_wgmma.cu on the host, against a plain loop. Numbers are such that fp32 holds every sum:
+// results are compared bit for bit.
 #include "../common/temporal_resize_wgmma.cu"
 
 #include <vector>
