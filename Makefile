@@ -26,7 +26,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # What the native core is built from counts too: an edit there rebuilds it, and only what the edit touches.
-CORE := CMakeLists.txt $(shell find csrc -type f -not -path 'csrc/tests/*')
+CORE := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find csrc -type f -not -path 'csrc/tests/*')
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(CORE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'

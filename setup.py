@@ -8,8 +8,7 @@ was missing, and ``python -m lumiere_fast.info`` repeats it. Read from the envir
 
     LUMIERE_FAST_SKIP_NATIVE=1    do not build it
     LUMIERE_FAST_CUDA_ARCHS       architectures of the CUDA half, "80;90a" by default; "none" leaves it out
-    LUMIERE_FAST_CUTLASS_DIR      a CUTLASS source tree for the CUDA half
-    MAX_JOBS                      compiler processes at a time
+    MAX_JOBS                      compilations at a time; by default as many as the cores and the memory allow
     CC, CXX, CUDACXX, CXXFLAGS    as CMake reads them
 """
 
@@ -81,7 +80,7 @@ def _build_halves(report: dict[str, Any]) -> Path:
     """Both halves, or the CPU's with the reason why not CUDA's in the report. Returns the module."""
     if os.environ.get("LUMIERE_FAST_SKIP_NATIVE", "") not in ("", "0"):
         raise StepFailed("LUMIERE_FAST_SKIP_NATIVE was set at the install: unset it and install again")
-    archs, cutlass, jobs = _cuda_archs(), _cutlass_dir(), _jobs()
+    archs, jobs = _cuda_archs(), _jobs()
     _require_compilers()
     folder = _build_folder()
     nvcc = _nvcc()
@@ -95,12 +94,12 @@ def _build_halves(report: dict[str, Any]) -> Path:
         settings = ["-DLF_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DLF_CUDA_ARCHS={archs}"]
         _forget_another_nvcc(folder, nvcc)
         try:
-            _configure(folder, [*settings, f"-DLF_CUTLASS_DIR={cutlass}"])
+            _configure(folder, jobs, settings)
             return _compile(folder, jobs, report, "cuda", "cpu")
         except StepFailed as failure:
             report["cuda"]["why_not"] = f"with nvcc {nvcc}, {failure}"
             report["log"] = failure.log
-    _configure(folder, ["-DLF_CUDA=OFF"])
+    _configure(folder, jobs, ["-DLF_CUDA=OFF"])
     return _compile(folder, jobs, report, "cpu")
 
 
@@ -119,18 +118,12 @@ def _cuda_archs() -> str | None:
     return ";".join(archs)
 
 
-def _cutlass_dir() -> str:
-    given = os.environ.get("LUMIERE_FAST_CUTLASS_DIR", "")
-    if given and not (Path(given) / "include" / "cutlass" / "cutlass.h").is_file():
-        raise SystemExit(f"LUMIERE_FAST_CUTLASS_DIR is {given}, which has no include/cutlass/cutlass.h")
-    return given and str(Path(given).resolve())
-
-
-def _jobs() -> list[str]:
+def _jobs() -> str:
+    """What MAX_JOBS says, "" for nothing."""
     given = os.environ.get("MAX_JOBS", "").strip()
     if given and not (given.isdecimal() and int(given) > 0):
         raise SystemExit(f"MAX_JOBS is {given!r}; it takes a number of processes")
-    return ["-j", given] if given else []
+    return given
 
 
 def _nvcc() -> str | None:
@@ -189,7 +182,7 @@ def _forget_another_nvcc(folder: Path, nvcc: str) -> None:
         shutil.rmtree(folder / "CMakeFiles")
 
 
-def _configure(folder: Path, settings: list[str]) -> None:
+def _configure(folder: Path, jobs: str, settings: list[str]) -> None:
     try:
         import pybind11
     except ImportError:
@@ -203,12 +196,14 @@ def _configure(folder: Path, settings: list[str]) -> None:
         f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DLF_MAX_JOBS={jobs}",
         *settings,
     )
 
 
-def _compile(folder: Path, jobs: list[str], report: dict[str, Any], *halves: str) -> Path:
-    _run("compiling", _tool("cmake"), "--build", str(folder), "--target", "_native", *jobs)
+def _compile(folder: Path, jobs: str, report: dict[str, Any], *halves: str) -> Path:
+    parallel = ["-j", jobs] if jobs else []
+    _run("compiling", _tool("cmake"), "--build", str(folder), "--target", "_native", *parallel)
     report["info"] = json.loads((folder / "generated" / "build_info.json").read_text())
     for half in halves:
         report[half]["built"] = True

@@ -20,6 +20,7 @@ import torch
 import typer
 
 from lumiere_fast import benchmark, dispatch, info, selftest, training, tune
+from lumiere_fast._malloc import keep_freed_memory
 from lumiere_fast.diffusion import PREDICTION_TYPES, SAMPLERS
 from lumiere_fast.models import PRESETS, Preset
 from lumiere_fast.pipelines import LumiereOutput, LumierePipeline
@@ -86,6 +87,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its code. ``arguments`` are ``sys.argv[1:]`` unless given."""
+    keep_freed_memory()
     sys.exit(_run(arguments))
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lumiere_fast import native
@@ -20,6 +21,7 @@ TESTS = {"abi", "blend_windows", "blend_windows_portable", "blend_windows_emulat
 TESTS |= {"emulated_warps", "emulated_temporal_resize", "emulated_temporal_resize_wgmma"}
 TESTS |= {"group_norm", "group_norm_avx2", "group_norm_portable"}
 TESTS |= {"temporal_conv", "temporal_conv_avx2", "temporal_conv_portable"}
+TESTS |= {"resize_clip"}
 TESTS |= {"unload"} if os.name == "posix" else set()
 
 needs_toolchain = pytest.mark.skipif(
@@ -30,8 +32,10 @@ needs_toolchain = pytest.mark.skipif(
 linux = pytest.mark.skipif(sys.platform != "linux", reason="names of shared libraries, nm and ldd are Linux's")
 
 
-def run(*command: str) -> str:
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def run(*command: str, **environment: str) -> str:
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
     return result.stdout
 
@@ -80,6 +84,149 @@ def test_the_c_tests_are_clean_under_the_sanitizers(tmp_path: Path) -> None:
         run("nm", str(folder / "csrc" / "tests" / "test_blend_windows_emulated")) if shutil.which("nm") else "__asan_"
     )
     assert "__asan_" in listed
+
+
+@needs_toolchain
+class TestBuildSettings:
+    """What a configured tree would run; nothing is compiled."""
+
+    def configure(self, folder: Path, *settings: str, **environment: str) -> str:
+        command = ("cmake", "-S", ".", "-B", str(folder), "-G", "Ninja", "-DLF_CUDA=OFF", "-DBUILD_TESTING=OFF")
+        return run(*command, *settings, **{"MAX_JOBS": "", **environment})
+
+    def jobs(self, folder: Path) -> int:
+        (depth,) = re.findall(r"^pool lf_compile\n  depth = (\d+)$", self.rules(folder), flags=re.MULTILINE)
+        return int(depth)
+
+    def rules(self, folder: Path) -> str:
+        return "\n".join(path.read_text() for path in (folder / "build.ninja", folder / "CMakeFiles" / "rules.ninja"))
+
+    def test_compilations_at_a_time_are_bounded_by_cores_memory_and_the_user(self, tmp_path: Path) -> None:
+        self.configure(tmp_path / "a")
+        assert 1 <= self.jobs(tmp_path / "a") <= (os.cpu_count() or 1)
+        assert "pool = lf_compile" in self.rules(tmp_path / "a")
+        self.configure(tmp_path / "a", "-DLF_JOB_MEMORY=1000000000")  # MiB
+        assert self.jobs(tmp_path / "a") == 1
+        self.configure(tmp_path / "b", "-DLF_JOB_MEMORY=1000000000", MAX_JOBS="17")
+        assert self.jobs(tmp_path / "b") == 17
+        with pytest.raises(AssertionError, match=r"LF_MAX_JOBS .* is many; it takes a number"):
+            self.configure(tmp_path / "c", "-DLF_MAX_JOBS=many")
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="the tools here are shell scripts")
+    def test_it_compiles_through_ccache_unless_told_otherwise(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for language in ("C", "CXX"):
+            monkeypatch.delenv(f"CMAKE_{language}_COMPILER_LAUNCHER", raising=False)
+        ccache = tmp_path / "bin" / "ccache"
+        ccache.parent.mkdir()
+        ccache.write_text('#!/bin/sh\nexec "$@"\n')
+        ccache.chmod(0o755)
+        path = f"{ccache.parent}{os.pathsep}{os.environ['PATH']}"
+
+        def launched(name: str, *settings: str) -> bool:
+            self.configure(tmp_path / name, *settings, PATH=path)
+            return str(ccache) in run("ninja", "-C", str(tmp_path / name), "-t", "commands")
+
+        assert launched("found")
+        assert not launched("off", "-DLF_CCACHE=OFF")
+        assert not launched("none", "-DCMAKE_CXX_COMPILER_LAUNCHER=")
+        other = "-DCMAKE_CXX_COMPILER_LAUNCHER=/usr/bin/env"
+        assert not launched("other", other)
+        assert "/usr/bin/env" in run("ninja", "-C", str(tmp_path / "other"), "-t", "commands")
+
+
+@pytest.fixture(scope="module")
+def shared(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(build, tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = ("-DBUILD_SHARED_LIBS=OFF", "-DBUILD_TESTING=OFF", "-DCMAKE_BUILD_TYPE=Debug")
+    return installed(build_in(tmp_path_factory.mktemp("build"), *settings), tmp_path_factory.mktemp("static"))
+
+
+def installed(build: Path, prefix: Path) -> Path:
+    run("cmake", "--install", str(build), "--prefix", str(prefix))
+    return prefix
+
+
+def consumer(source: Path, prefix: Path, folder: Path) -> Path:
+    """A project of somebody else's, built against what is installed in ``prefix`` and nothing else of ours."""
+    run("cmake", "-S", str(source), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run("cmake", "--build", str(folder))
+    return folder
+
+
+def resizes(program: Path, folder: Path, **environment: str) -> None:
+    clip = np.random.default_rng(5).integers(0, 256, (4, 6, 8, 3), np.uint8)
+    (folder / "in.rgb").write_bytes(clip.tobytes())
+    run(str(program), str(folder / "in.rgb"), str(folder / "out.rgb"), "4x6x8x3", "down", "2x2x2", **environment)
+    sums = clip.reshape(2, 2, 3, 2, 4, 2, 3).sum((1, 3, 5))
+    assert (folder / "out.rgb").read_bytes() == ((sums + 4) // 8).astype(np.uint8).tobytes()
+
+
+def snippets(language: str) -> list[str]:
+    section = (ROOT / "examples" / "c" / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+
+
+@needs_toolchain
+@linux
+class TestInstalledLibrary:
+    def test_what_is_installed(self, shared: Path) -> None:
+        version = project_version()
+        minor = version.rpartition(".")[0]
+        names = {path.relative_to(shared).as_posix() for path in shared.rglob("*") if not path.is_dir()}
+        package = {name.rpartition("/")[2] for name in names if "/cmake/" in name}
+        assert {name for name in names if "/cmake/" not in name} == {
+            "include/lumiere_fast.h",
+            *(f"lib/liblumiere_fast.so{suffix}" for suffix in ("", f".{minor}", f".{version}")),
+            "lib/pkgconfig/lumiere_fast.pc",
+        }
+        assert {"lumiere_fastConfig.cmake", "lumiere_fastConfigVersion.cmake", "lumiere_fastTargets.cmake"} <= package
+
+    @pytest.mark.parametrize("kind", ["shared", "static"])
+    def test_the_example_builds_against_it_and_resizes(
+        self, kind: str, request: pytest.FixtureRequest, tmp_path: Path
+    ) -> None:
+        prefix = request.getfixturevalue(kind)
+        resizes(consumer(ROOT / "examples" / "c", prefix, tmp_path) / "resize_clip", tmp_path)
+
+    @pytest.mark.parametrize("kind", ["shared", "static"])
+    def test_what_the_readme_says_builds_and_runs(
+        self, kind: str, request: pytest.FixtureRequest, tmp_path: Path
+    ) -> None:
+        (cmake,), (program,) = snippets("cmake"), snippets("c")
+        (tmp_path / "CMakeLists.txt").write_text(
+            f"cmake_minimum_required(VERSION 3.22)\nproject(app LANGUAGES C)\nadd_executable(app app.c)\n{cmake}"
+        )
+        (tmp_path / "app.c").write_text(program)
+        build = consumer(tmp_path, request.getfixturevalue(kind), tmp_path / "build")
+        assert run(str(build / "app")) == "frames 0, 2, 4, 6 as they are: yes\n"
+
+    @pytest.mark.skipif(not shutil.which("pkg-config"), reason="needs pkg-config")
+    @pytest.mark.parametrize("kind", ["shared", "static"])
+    def test_pkg_config_finds_it(self, kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+        prefix = request.getfixturevalue(kind)
+        search = {"PKG_CONFIG_PATH": str(prefix / "lib" / "pkgconfig")}
+        assert run("pkg-config", "--modversion", "lumiere_fast", **search).strip() == project_version()
+        flags = run("pkg-config", "--cflags", "--libs", "lumiere_fast", **search).split()
+        source = str(ROOT / "examples" / "c" / "resize_clip.c")
+        run("cc", "-std=c99", source, *flags, "-o", str(tmp_path / "resize_clip"))
+        resizes(tmp_path / "resize_clip", tmp_path, LD_LIBRARY_PATH=str(prefix / "lib"))
+
+    def test_another_minor_version_is_not_taken(self, shared: Path, tmp_path: Path) -> None:
+        major, minor, _ = project_version().split(".")
+        for wanted, found in ((f"{major}.{minor}", True), (f"{major}.{int(minor) + 1}", False)):
+            (tmp_path / "CMakeLists.txt").write_text(
+                "cmake_minimum_required(VERSION 3.22)\nproject(app LANGUAGES C)\n"
+                f"find_package(lumiere_fast {wanted} CONFIG QUIET)\n"
+                'message(STATUS "found: ${lumiere_fast_FOUND}")\n'
+            )
+            said = run("cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build"), f"-DCMAKE_PREFIX_PATH={shared}")
+            assert f"found: {int(found)}" in said
 
 
 @needs_toolchain

@@ -14,11 +14,11 @@ static void check_version(const char* expected) {
 }
 
 static void check_status_strings(void) {
-  for (lf_status i = LF_OK; i <= LF_SHARED_MEMORY; ++i) {
+  for (lf_status i = LF_OK; i <= LF_UNSUPPORTED_DEVICE; ++i) {
     for (lf_status j = -1; j < i; ++j) CHECK(strcmp(lf_status_string(i), lf_status_string(j)) != 0);
   }
   CHECK(strcmp(lf_status_string(-1), "unknown status") == 0);
-  CHECK(strcmp(lf_status_string(LF_SHARED_MEMORY + 1), "unknown status") == 0);
+  CHECK(strcmp(lf_status_string(LF_UNSUPPORTED_DEVICE + 1), "unknown status") == 0);
   CHECK(strcmp(lf_last_cuda_error(), "") == 0);
 }
 

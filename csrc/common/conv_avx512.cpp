@@ -1,5 +1,5 @@
 // Compiled for AVX-512; called only where the processor has it.
-#include "temporal_conv_kernel.h"
+#include "common/conv_kernel.h"
 
 namespace lf {
 

@@ -1,7 +1,7 @@
-// What temporal_conv asks of packs of floats besides common/pack.h. Everything has internal linkage: see
+// What convolutions over time ask of packs of floats besides common/pack.h. Everything has internal linkage: see
 // common/scalar.h.
-#ifndef LF_TEMPORAL_CONV_LANES_H
-#define LF_TEMPORAL_CONV_LANES_H
+#ifndef LF_COMMON_CONV_LANES_H
+#define LF_COMMON_CONV_LANES_H
 
 #include <type_traits>
 
@@ -117,4 +117,4 @@ inline void transpose(Lanes (&rows)[kLanes]) {
 }  // namespace
 }  // namespace lf
 
-#endif  // LF_TEMPORAL_CONV_LANES_H
+#endif  // LF_COMMON_CONV_LANES_H

@@ -1,5 +1,5 @@
 // Compiled for AVX2, FMA and F16C; called only where the processor has them.
-#include "temporal_conv_kernel.h"
+#include "common/conv_kernel.h"
 
 namespace lf {
 

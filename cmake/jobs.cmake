@@ -1,0 +1,41 @@
+# The pool lf_compile: how many compilations Ninja runs at a time. No compiler here takes over half a GB, but there are
+# machines, and more often containers, with many cores and little memory for each. To be included before any target.
+
+# MiB that this machine, or the container that we are in, lets us have.
+function(lf_memory result)
+  cmake_host_system_information(RESULT memory QUERY AVAILABLE_PHYSICAL_MEMORY)
+  foreach(limit IN ITEMS /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes)
+    if(EXISTS "${limit}")
+      file(STRINGS "${limit}" bytes LIMIT_COUNT 1)
+      if(bytes MATCHES "^[0-9]+$")
+        math(EXPR limited "${bytes} >> 20")
+        if(limited LESS memory)
+          set(memory ${limited})
+        endif()
+      endif()
+    endif()
+  endforeach()
+  set(${result} ${memory} PARENT_SCOPE)
+endfunction()
+
+set(LF_MAX_JOBS "$ENV{MAX_JOBS}" CACHE STRING
+  "Compilations at a time, with Ninja; by default as many as there are cores and memory for")
+set(LF_JOB_MEMORY 1024 CACHE STRING "MiB of memory that a compilation is reckoned with")
+
+set(lf_jobs "${LF_MAX_JOBS}")
+if(lf_jobs STREQUAL "")
+  cmake_host_system_information(RESULT lf_jobs QUERY NUMBER_OF_LOGICAL_CORES)
+  lf_memory(memory)
+  math(EXPR fitting "${memory} / ${LF_JOB_MEMORY}")
+  if(fitting LESS lf_jobs)
+    set(lf_jobs ${fitting})
+  endif()
+  if(lf_jobs LESS 1)
+    set(lf_jobs 1)
+  endif()
+elseif(NOT lf_jobs MATCHES "^[1-9][0-9]*$")
+  message(FATAL_ERROR "LF_MAX_JOBS (or MAX_JOBS in the environment) is ${lf_jobs}; it takes a number of processes")
+endif()
+message(STATUS "Compilations at a time: ${lf_jobs}")
+set_property(GLOBAL APPEND PROPERTY JOB_POOLS lf_compile=${lf_jobs})
+set(CMAKE_JOB_POOL_COMPILE lf_compile)
