@@ -2,11 +2,11 @@
 
     python -m benchmarks.resources [--op NAME] [--json]
 
-Every configuration of every Triton kernel (the `VARIANTS` of kernels/<op>.py) and every kernel of csrc/<op>.cu is
-compiled for sm_80 and sm_90 as it would be for a launch. Registers, stack and shared memory come from cuobjdump,
-spilled bytes from ptxas, instructions from the disassembly. The table is held against `RULES`; a broken rule is named,
-and the exit status is 1. It is 3 where nothing could be compiled, and 4 where the check itself fails. Rows are kept in
-the user's cache folder by source, compiler and architecture.
+Every configuration of every Triton kernel (the `VARIANTS` of kernels/<op>.py) and every kernel of csrc/<op>.cu and
+csrc/common/*.cu is compiled for sm_80 and sm_90 as it would be for a launch. Registers, stack and shared memory come
+from cuobjdump, spilled bytes from ptxas, instructions from the disassembly. The table is held against `RULES`; a broken
+rule is named, and the exit status is 1. It is 3 where nothing could be compiled, and 4 where the check itself fails.
+Rows are kept in the user's cache folder by source, compiler and architecture.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class Row:
         shared: bytes of static and dynamic shared memory.
         wgmma, mma: warpgroup and warp matrix instructions.
         loads, stores: global instructions by bytes a thread, smallest first.
-        wide_loads: how many 16-byte loads the configuration promises at least.
+        wide_loads, wide_stores: how many 16-byte loads and stores the configuration promises at least.
         promises_wgmma: whether its products must be warpgroup instructions where there are such.
+        promises_mma: whether they must be warp matrix instructions.
         narrow_offsets: pointer offsets computed in less than 64 bits, and products that are widened to 64 bits only
             after they may have wrapped; None where that is not known (CUDA).
         missing: why there are no figures.
@@ -74,7 +75,9 @@ class Row:
     loads: tuple[tuple[int, int], ...] = ()
     stores: tuple[tuple[int, int], ...] = ()
     wide_loads: int = 0
+    wide_stores: int = 0
     promises_wgmma: bool = False
+    promises_mma: bool = False
     narrow_offsets: int | None = None
     missing: str | None = None
 
@@ -109,7 +112,16 @@ REGISTERS, MOST_THREADS, MOST_BLOCKS = 65536, 2048, 32  # of a multiprocessor
 SHARED = {80: 164 * 1024, 90: 228 * 1024}  # its bytes
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may have
 WIDE = 16
-CUDA_WIDE = {"blend_windows": r"blend_kernel<.*, 1>>"}  # the kernels of csrc/<op>.cu that promise 16-byte loads
+# Of .cu files by their stems: the kernels that promise loads and stores of 16 bytes, the files all of whose kernels
+# promise warp matrix products, the kernels that promise warpgroup products and stores of 16 bytes, in files for
+# sm_90 alone, and, of files in csrc/common/, the op that their rows are listed with.
+CUDA_WIDE = {
+    "blend_windows": r"blend_kernel<.*, 1>>",
+    "temporal_resize_mma": r"gather_kernel<.*, true>|walk_kernel<.*>",
+}
+CUDA_MMA = {"temporal_resize_mma"}
+CUDA_WGMMA = {"temporal_resize_wgmma": r"(gather|share)_kernel<.*>"}
+COMMON_CUDA = {"temporal_resize_mma": "space_time_upsample", "temporal_resize_wgmma": "space_time_upsample"}
 
 
 def _at_most(field: str, limit: Callable[[Row], int]) -> Callable[[Row], str | None]:
@@ -134,9 +146,19 @@ RULES = (
         _at_least(lambda row: row.wgmma, lambda row: 1, "wgmma instructions"),
     ),
     Rule(
+        "warp matrix instructions",
+        lambda row: row.promises_mma,
+        _at_least(lambda row: row.mma, lambda row: 1, "warp matrix instructions"),
+    ),
+    Rule(
         "16-byte global loads",
         lambda row: row.wide_loads > 0,
         _at_least(lambda row: dict(row.loads).get(WIDE, 0), lambda row: row.wide_loads, "16-byte global loads"),
+    ),
+    Rule(
+        "16-byte global stores",
+        lambda row: row.wide_stores > 0,
+        _at_least(lambda row: dict(row.stores).get(WIDE, 0), lambda row: row.wide_stores, "16-byte global stores"),
     ),
     Rule("64-bit offsets", lambda row: row.narrow_offsets is not None, _at_most("narrow_offsets", lambda row: 0)),
 )
@@ -163,7 +185,7 @@ class Job(NamedTuple):
     """The kernels of one source for one architecture: what is compiled at once, and cached as one.
 
     Args:
-        source: the stem of its file, the op's name or that and "_backward".
+        source: its file under kernels/ or csrc/, without its ending.
     """
 
     op: str
@@ -173,10 +195,14 @@ class Job(NamedTuple):
 
 
 def _jobs() -> list[Job]:
-    sources = {"triton": KERNELS.glob("[!_]*.py"), "cuda": CSRC.glob("*.cu")}
-    files = sorted((path.stem, backend) for backend, paths in sources.items() for path in paths)
+    triton = [(path.stem.removesuffix("_backward"), path.stem, "triton") for path in KERNELS.glob("[!_]*.py")]
+    cuda = [(path.stem, path.stem, "cuda") for path in CSRC.glob("*.cu")]
+    cuda += [(COMMON_CUDA[path.stem], f"common/{path.stem}", "cuda") for path in CSRC.glob("common/*.cu")]
     return [
-        Job(name.removesuffix("_backward"), name, backend, arch) for name, backend in files for arch in ARCHITECTURES
+        Job(*file, arch)
+        for file in sorted(triton + cuda)
+        for arch in ARCHITECTURES
+        if arch == 90 or Path(file[1]).name not in CUDA_WGMMA
     ]
 
 
@@ -189,7 +215,8 @@ def _cached(job: Job) -> list[Row]:
     tables = [path.read_text("utf-8") for path in sorted(KERNELS.glob("configs/*.json"))]
     parts = (source, str(compiler), Path(__file__).read_text("utf-8"), *tables)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    path = evidence.cache_folder() / "resources" / f"{job.source}-{job.backend}-sm_{job.arch}-{key}.json"
+    name = f"{Path(job.source).name}-{job.backend}-sm_{job.arch}-{key}.json"
+    path = evidence.cache_folder() / "resources" / name
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         return _rows(path.read_text("utf-8"))
     if job.backend == "triton":
@@ -350,8 +377,13 @@ def cuda_rows(op: str, source: Path, arch: int) -> list[Row]:
     for mangled, figures in usage.items():
         kernel, variant = names[mangled]
         figures |= instructions(code[mangled], SASS)
-        wide = int(op in CUDA_WIDE and re.fullmatch(CUDA_WIDE[op], f"{kernel}<{variant}>") is not None)
-        rows.append(Row(op, "cuda", kernel, variant, arch, **figures, spills=spills[mangled], wide_loads=wide))
+        wide, wgmma = (
+            re.fullmatch(promised.get(source.stem, ""), f"{kernel}<{variant}>") is not None
+            for promised in (CUDA_WIDE, CUDA_WGMMA)
+        )
+        promises = {"wide_loads": int(wide), "wide_stores": int(wide or wgmma)}
+        promises |= {"promises_mma": source.stem in CUDA_MMA, "promises_wgmma": wgmma}
+        rows.append(Row(op, "cuda", kernel, variant, arch, **figures, spills=spills[mangled], **promises))
     return rows
 
 
@@ -368,6 +400,7 @@ def _cmake(pattern: str) -> list[str]:
 
 def _nvcc_flags() -> list[str]:
     own = _cmake(r"set\(lf_cuda_rounding ([^)]*)\)")
+    own += ["-DLF_WITH_SM90A"]  # as the build has it where 90a is among its targets
     return ["-std=c++17", "-O3", "-DNDEBUG", "-DLF_BUILDING", f"-I{CSRC}", f"-I{CSRC / 'include'}", *own]
 
 

@@ -1,5 +1,7 @@
 #include "common/space_time.h"
 
+#include "common/temporal_resize_wgmma.h"
+
 namespace lf {
 namespace {
 
@@ -87,7 +89,8 @@ class Reader {
       }
     }
     const Sizes weights{a_.channels_out, a_.channels, a_.taps, 1, 1};
-    bool fits = !a_.weight || countable(weights, sizeof(float));
+    constexpr int64_t kPackedBytes = 16;  // of a weight's element at most, where rows are rounded up to that
+    bool fits = !a_.weight || countable(weights, kPackedBytes);
     for (const Sizes& shape : {x_, y_, between()}) fits = fits && countable(shape, element_size_);
     return fits ? LF_OK : LF_INVALID_SHAPE;
   }
@@ -163,6 +166,10 @@ class Reader {
 };
 
 }  // namespace
+
+int64_t temporal_resize_cuda_bytes(const TemporalResize& resize, bool wgmma) {
+  return wgmma ? temporal_resize_wgmma_bytes(resize) : 0;
+}
 
 lf_status read_call(const lf_space_time* arguments, Direction direction, Purpose purpose,
                     SpaceTimeCall& call) noexcept {

@@ -10,11 +10,12 @@ namespace lf {
 template <class Taps> lf_status gather_fine_cuda(const Resample&, cudaStream_t) { return LF_NOT_BUILT; }
 template <class Taps> lf_status gather_coarse_cuda(const Resample&, cudaStream_t) { return LF_NOT_BUILT; }
 
+// LF_UNSUPPORTED_DEVICE too where the library was not built for sm_90a.
+lf_status temporal_resize_wgmma(const TemporalResize& resize, void* workspace, int device, cudaStream_t stream);
+
 // By mma.sync (common/temporal_resize_mma.cu), or by wgmma and bulk copies (common/temporal_resize_wgmma.cu).
-inline lf_status temporal_resize_cuda(const TemporalResize&, bool /*wgmma*/, void* /*workspace*/, int /*device*/,
-                                      cudaStream_t) {
-  return LF_NOT_BUILT;
-}
+lf_status temporal_resize_cuda(const TemporalResize& resize, bool wgmma, void* workspace, int device,
+                               cudaStream_t stream);
 
 }  // namespace lf
 

@@ -23,8 +23,6 @@ int64_t temporal_resize_cpu_bytes(const TemporalResize& resize, int64_t num_thre
   return whole_units(conv_bytes(task_of(resize), num_threads));
 }
 
-int64_t temporal_resize_cuda_bytes(const TemporalResize&, bool) { return 0; }
-
 lf_status temporal_resize_cpu(const TemporalResize& resize, void* workspace, int64_t num_threads) {
   ConvPlan plan = plan_conv(task_of(resize), num_threads);
   run_conv(plan, workspace);

@@ -91,8 +91,16 @@ def test_every_shipped_configuration_keeps_the_rules() -> None:
     if shutil.which("nvcc"):
         for path in resources.CSRC.glob("*.cu"):
             assert {(path.stem, "cuda", arch) for arch in (80, 90)} <= measured
-        for op in resources.CUDA_WIDE:
-            assert any(row.op == op and row.backend == "cuda" and row.wide_loads for row in rows)
+        cuda = [row for row in rows if row.backend == "cuda"]
+        for source in resources.CUDA_WIDE:
+            op = resources.COMMON_CUDA.get(source, source)
+            assert any(row.op == op and row.wide_loads and row.wide_stores for row in cuda)
+        for source in resources.CUDA_MMA:
+            op = resources.COMMON_CUDA.get(source, source)
+            assert any(row.op == op and row.promises_mma for row in cuda)
+        for source in resources.CUDA_WGMMA:
+            op = resources.COMMON_CUDA.get(source, source)
+            assert any(row.op == op and row.promises_wgmma and row.wide_stores for row in cuda)
     assert all(row.registers > 0 and row.loads and row.stores for row in rows if row.missing is None)
 
 
@@ -181,7 +189,9 @@ def test_a_method_of_a_scalar_that_is_one_is_seen(tmp_path: Path) -> None:
         ("shared memory fits", {"shared": 227 * 1024 + 1}),
         ("shared memory fits", {"shared": 163 * 1024 + 1, "arch": 80}),
         ("wgmma on sm_90", {"wgmma": 0, "mma": 64}),
+        ("warp matrix instructions", {"promises_mma": True}),
         ("16-byte global loads", {"wide_loads": 3, "loads": ((4, 8), (16, 2))}),
+        ("16-byte global stores", {"wide_stores": 1, "stores": ((8, 4),)}),
         ("64-bit offsets", {"narrow_offsets": 1}),
     ],
 )
