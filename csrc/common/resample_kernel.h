@@ -15,6 +15,8 @@
 namespace lf {
 namespace {
 
+constexpr int kLineBytes = 64;
+
 // Past the caches, to a multiple of the size.
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 constexpr int64_t kStreamBytes = 32;
@@ -64,6 +66,14 @@ template <bool kStream, class T> inline void copy(T* to, const T* from, int64_t 
 
 // --- along T and H ---------------------------------------------------------------------------------------------------
 
+// Each line is asked for a page ahead: the processor itself follows no more than a few of the many rows that are read at
+// once, and none of them into the next page.
+constexpr int64_t kAheadBytes = 4096;
+template <class T, int Width> inline void prefetch_ahead(const T* at, int index) {
+  constexpr int bytes = Width * static_cast<int>(sizeof(T));
+  if (index * bytes % kLineBytes == 0) prefetch(reinterpret_cast<const char*>(at + index * Width) + kAheadBytes);
+}
+
 // n samples behind one another, from `from` on in each frame and row; to results or to scratch memory.
 template <bool kStream, class T, class D> inline void combine(const Stretch<T>& s, const T* from, D* to, int64_t n) {
   using A = Acc<T>;
@@ -74,10 +84,16 @@ template <bool kStream, class T, class D> inline void combine(const Stretch<T>& 
     constexpr int packs = decltype(strip)::packs, width = decltype(strip)::width;
     const auto row = [&](int64_t k, P(&sums)[packs]) {  // along T, times its weight along H
       const T* at = from + k * s.row + i;
-      for (int p = 0; p < packs; ++p) sums[p] = P::fill(t.weights[0]) * P::load(at + p * width);
+      for (int p = 0; p < packs; ++p) {
+        prefetch_ahead<T, width>(at, p);
+        sums[p] = P::fill(t.weights[0]) * P::load(at + p * width);
+      }
       for (int64_t j = 1; j < t.count; ++j) {
         at += s.frame;
-        for (int p = 0; p < packs; ++p) sums[p] = sums[p] + P::fill(t.weights[j]) * P::load(at + p * width);
+        for (int p = 0; p < packs; ++p) {
+          prefetch_ahead<T, width>(at, p);
+          sums[p] = sums[p] + P::fill(t.weights[j]) * P::load(at + p * width);
+        }
       }
       for (int p = 0; p < packs; ++p) sums[p] = P::fill(h.weights[k]) * sums[p];
     };
