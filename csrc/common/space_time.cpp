@@ -12,9 +12,10 @@ bool multiply(int64_t a, int64_t b, int64_t& product) {
   return true;
 }
 
-// Whether a tensor of these sizes, each >= 0, has as many bytes as can be counted.
+// Whether a tensor of these sizes, each >= 0, has as many bytes as can be counted, and as a sum of several such can.
 bool countable(const Sizes& shape, int64_t element_size) {
-  int64_t bytes = element_size;
+  constexpr int64_t kTensors = 16;
+  int64_t bytes = kTensors * element_size;
   for (const int64_t size : shape) {
     if (size > 0 && !multiply(size, bytes, bytes)) return false;
   }
@@ -33,6 +34,27 @@ bool reachable(const Sizes& shape, const int64_t* strides, int64_t element_size)
   }
   return true;
 }
+
+Span span_of(const lf_clip& clip, const Sizes& shape, int64_t element_size) {
+  return span_of(clip.data, shape.data(), clip.strides, kAxes, element_size);
+}
+
+// Of a weight and a bias; the latter also where it is null.
+struct Parameters {
+  explicit Parameters(const lf_space_time& a)
+      : weight{const_cast<void*>(a.weight), {a.weight_strides[0], a.weight_strides[1], a.weight_strides[2], 0, 0}},
+        bias{const_cast<void*>(a.bias), {a.bias_stride, 0, 0, 0, 0}},
+        weights{a.channels_out, a.channels, a.taps, 1, 1},
+        biases{a.bias ? a.channels_out : 1, 1, 1, 1, 1} {}
+
+  bool meet(const Span& written, int64_t element_size) const {
+    return lf::meet(span_of(weight, weights, element_size), written) ||
+           (bias.data && lf::meet(span_of(bias, biases, element_size), written));
+  }
+
+  lf_clip weight, bias;
+  Sizes weights, biases;
+};
 
 lf_clip packed(const Sizes& shape) {  // channels last
   const int64_t C = shape[kChannel], W = shape[kWidth], H = shape[kHeight], T = shape[kTime];
@@ -88,9 +110,8 @@ class Reader {
         size /= factor;
       }
     }
-    const Sizes weights{a_.channels_out, a_.channels, a_.taps, 1, 1};
     constexpr int64_t kPackedBytes = 16;  // of a weight's element at most, where rows are rounded up to that
-    bool fits = !a_.weight || countable(weights, kPackedBytes);
+    bool fits = !a_.weight || countable(Parameters(a_).weights, kPackedBytes);
     for (const Sizes& shape : {x_, y_, between()}) fits = fits && countable(shape, element_size_);
     return fits ? LF_OK : LF_INVALID_SHAPE;
   }
@@ -103,23 +124,14 @@ class Reader {
     const bool apart = elements_apart(out_shape.data(), out.strides, kAxes);
     if (!apart || !reachable(out_shape, out.strides, element_size_)) return LF_INVALID_STRIDES;
     if (!reachable(in_shape, in.strides, element_size_)) return LF_INVALID_STRIDES;
-    const Span written = span_of(out.data, out_shape.data(), out.strides, kAxes, element_size_);
-    if (meet(span_of(in.data, in_shape.data(), in.strides, kAxes, element_size_), written)) return LF_SHARED_MEMORY;
-    return a_.weight ? check_parameters(written) : LF_OK;
-  }
-
-  lf_status check_parameters(const Span& written) const {
-    const Sizes weights{a_.channels_out, a_.channels, a_.taps, 1, 1}, biases{a_.channels_out, 1, 1, 1, 1};
-    const int64_t of_weight[kAxes] = {a_.weight_strides[0], a_.weight_strides[1], a_.weight_strides[2], 0, 0};
-    const int64_t of_bias[kAxes] = {a_.bias_stride, 0, 0, 0, 0};
-    const auto meets = [&](const void* data, const Sizes& shape, const int64_t* strides) {
-      return meet(span_of(data, shape.data(), strides, kAxes, element_size_), written);
-    };
-    if (!reachable(weights, of_weight, element_size_)) return LF_INVALID_STRIDES;
-    if (meets(a_.weight, weights, of_weight)) return LF_SHARED_MEMORY;
-    if (!a_.bias) return LF_OK;
-    if (!reachable(biases, of_bias, element_size_)) return LF_INVALID_STRIDES;
-    return meets(a_.bias, biases, of_bias) ? LF_SHARED_MEMORY : LF_OK;
+    const Span written = span_of(out, out_shape, element_size_);
+    if (meet(span_of(in, in_shape, element_size_), written)) return LF_SHARED_MEMORY;
+    if (!a_.weight) return LF_OK;
+    const Parameters p(a_);
+    const bool reached = reachable(p.weights, p.weight.strides, element_size_) &&
+                         reachable(p.biases, p.bias.strides, element_size_);
+    if (!reached) return LF_INVALID_STRIDES;
+    return p.meet(written, element_size_) ? LF_SHARED_MEMORY : LF_OK;
   }
 
   // Of the clip between a resize in space and a learned one in time: the smaller of the two there could be.
@@ -174,6 +186,23 @@ int64_t temporal_resize_cuda_bytes(const TemporalResize& resize, bool wgmma) {
 lf_status read_call(const lf_space_time* arguments, Direction direction, Purpose purpose,
                     SpaceTimeCall& call) noexcept {
   return arguments ? Reader(*arguments, direction, purpose, call).read() : LF_INVALID_ARGUMENT;
+}
+
+lf_status check_workspace(const lf_space_time& arguments, const SpaceTimeCall& call, int64_t needed) noexcept {
+  if (needed == 0) return LF_OK;
+  const auto address = reinterpret_cast<uintptr_t>(arguments.workspace);
+  if (address == 0 || address % kWorkspaceUnit != 0 || arguments.workspace_size < needed) return LF_NO_WORKSPACE;
+  int64_t size = 0;
+  lf_dtype_size(arguments.dtype, &size);
+  const auto* memory = static_cast<const char*>(arguments.workspace);
+  const Span own{memory, memory + needed};
+  const TemporalResize& t = call.temporal;
+  const Sizes in{t.batch, t.in, t.frames, t.height, t.width}, out{t.batch, t.out, t.out_frames, t.height, t.width};
+  const bool down = t.direction == Direction::kDown;
+  const Sizes &x = call.fixed && down ? call.resample.from_shape : in;
+  const Sizes &y = call.fixed && !down ? call.resample.to_shape : out;
+  const bool shared = meet(span_of(arguments.x, x, size), own) || meet(span_of(arguments.y, y, size), own);
+  return shared || Parameters(arguments).meet(own, size) ? LF_SHARED_MEMORY : LF_OK;
 }
 
 lf_status workspace(const lf_space_time* arguments, Direction direction, int64_t num_threads, int64_t* bytes) noexcept {

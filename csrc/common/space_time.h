@@ -55,6 +55,9 @@ lf_status read_call(const lf_space_time* arguments, Direction direction, Purpose
 
 constexpr int64_t kWorkspaceUnit = 64;
 
+// Whether a call has `needed` bytes to work in, in memory of their own.
+lf_status check_workspace(const lf_space_time& arguments, const SpaceTimeCall& call, int64_t needed) noexcept;
+
 inline int64_t whole_units(int64_t bytes) { return (bytes + kWorkspaceUnit - 1) / kWorkspaceUnit * kWorkspaceUnit; }
 
 // Runs the parts of a call: resample(Resample), and learned(TemporalResize, void* workspace), which needs
@@ -64,10 +67,8 @@ lf_status run_call(const lf_space_time& arguments, SpaceTimeCall& call, const Fi
                    const OwnBytes& own_bytes) {
   if (call.empty) return LF_OK;
   if (!call.learned) return resample(call.resample);
-  const int64_t needed = call.between + own_bytes(call.temporal);
-  const auto address = reinterpret_cast<uintptr_t>(arguments.workspace);
-  const bool fits = address != 0 && address % kWorkspaceUnit == 0 && arguments.workspace_size >= needed;
-  if (needed > 0 && !fits) return LF_NO_WORKSPACE;
+  const lf_status room = check_workspace(arguments, call, call.between + own_bytes(call.temporal));
+  if (room != LF_OK) return room;
   auto* const workspace = static_cast<char*>(arguments.workspace);
   const auto run_learned = [&] { return learned(call.temporal, workspace + call.between); };
   if (!call.fixed) return run_learned();

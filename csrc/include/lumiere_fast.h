@@ -283,7 +283,8 @@ LF_API lf_status lf_space_time_upsample_workspace(const lf_space_time* arguments
                                                   int64_t* bytes) LF_NOEXCEPT;
 
 /* With at most `num_threads` >= 1 threads, the caller's among them; little work takes only that one.
- * LF_NO_WORKSPACE: it is null, too small or not at a multiple of 64 bytes. */
+ * LF_NO_WORKSPACE: it is null, too small or not at a multiple of 64 bytes. LF_SHARED_MEMORY: also where it is in the
+ * memory of another. */
 LF_API lf_status lf_space_time_downsample_cpu(const lf_space_time* arguments, int32_t num_threads) LF_NOEXCEPT;
 LF_API lf_status lf_space_time_upsample_cpu(const lf_space_time* arguments, int32_t num_threads) LF_NOEXCEPT;
 

@@ -291,6 +291,21 @@ static void long_rows(void) {
   }
 }
 
+/* Factors beyond any table of taps. */
+static void large_factors(void) {
+  for (int kind = 0; kind < 6 * 2; ++kind) {
+    const int mode = kind % 6, direction = mode < 4 ? DOWN : UP;
+    for (int axis = 0; axis < 3; ++axis) {
+      for (int64_t f = 63; f <= 66; ++f) {
+        Case c = {direction, kind / 6, LF_FLOAT32, direction == DOWN ? mode : mode - 4, 1, axis == 1 ? 5 : 2,
+                  {2, 2, 3}, {1, 2, 2}};
+        c.factor[axis] = f;
+        fixed(&c, LAST, LAST, 1);
+      }
+    }
+  }
+}
+
 static void in_turn(void (*work)(void*), void* data, uint32_t num_threads, uint32_t flags) {
   CHECK(flags == 0);
   for (uint32_t i = 0; i < num_threads; ++i) work(data);
@@ -589,6 +604,20 @@ static void bias_in_y(lf_space_time* a) { a->bias = (float*)a->y.data + 5; }
 static void take_workspace(lf_space_time* a) { a->workspace = NULL; }
 static void small_workspace(lf_space_time* a) { --a->workspace_size; }
 static void negative_workspace(lf_space_time* a) { a->workspace_size = INT64_MIN; }
+static void x_in_workspace(lf_space_time* a) {
+  a->x.data = a->workspace;
+  memset(a->x.strides, 0, sizeof a->x.strides);
+}
+static void weight_in_workspace(lf_space_time* a) {
+  a->weight = a->workspace, a->weight_strides[0] = a->weight_strides[1] = a->weight_strides[2] = 0;
+}
+static void bias_in_workspace(lf_space_time* a) { a->bias = a->workspace, a->bias_stride = 0; }
+static void y_over_workspace(lf_space_time* a) {
+  a->workspace = (char*)a->y.data + (GUARD - (uintptr_t)a->y.data % GUARD) % GUARD;
+}
+static void x_over_workspace(lf_space_time* a) {
+  a->workspace = (char*)a->x.data + (GUARD - (uintptr_t)a->x.data % GUARD) % GUARD;
+}
 static void shifted_workspace(lf_space_time* a) { a->workspace = (char*)a->workspace + 32; }
 
 static void errors(void) {
@@ -611,7 +640,9 @@ static void errors(void) {
       {huge_channels_out, LF_INVALID_SHAPE}, {far_weight, LF_INVALID_STRIDES}, {far_bias, LF_INVALID_STRIDES},
       {weight_in_y, LF_SHARED_MEMORY},    {bias_in_y, LF_SHARED_MEMORY},     {take_workspace, LF_NO_WORKSPACE},
       {small_workspace, LF_NO_WORKSPACE}, {negative_workspace, LF_NO_WORKSPACE},
-      {shifted_workspace, LF_NO_WORKSPACE}, {folded_y, LF_INVALID_STRIDES},  {folded_x, LF_OK},
+      {x_in_workspace, LF_SHARED_MEMORY}, {weight_in_workspace, LF_SHARED_MEMORY},
+      {bias_in_workspace, LF_SHARED_MEMORY}, {y_over_workspace, LF_SHARED_MEMORY},
+      {x_over_workspace, LF_SHARED_MEMORY}, {shifted_workspace, LF_NO_WORKSPACE}, {folded_y, LF_INVALID_STRIDES},  {folded_x, LF_OK},
   };
   for (int direction = DOWN; direction <= UP; ++direction) {
     for (size_t i = 0; i < sizeof always / sizeof *always; ++i) {
@@ -673,12 +704,16 @@ static void workspace_errors(void) {
     CHECK(workspace_of(direction, &a, 0, &bytes) == LF_OK && bytes >= 4);
     a.batch = 0;
     CHECK(workspace_of(direction, &a, 1, &bytes) == LF_OK && bytes == 0);
+    a.batch = 1, a.height = INT64_MAX / 64, bytes = 77; /* as many bytes as int64 holds, or nearly */
+    a.height -= a.height % 2;
+    CHECK(workspace_of(direction, &a, 1, &bytes) == LF_INVALID_SHAPE && bytes == 77);
   }
 }
 
 int main(void) {
   every_mode();
   long_rows();
+  large_factors();
   threads_change_nothing();
   adjoints_are_adjoint();
   every_learned();
