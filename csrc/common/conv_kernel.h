@@ -16,6 +16,7 @@ constexpr int kVectors = 2;                         // of a panel's width
 constexpr int64_t kPanelWidth = kVectors * kLanes;  // output channels of one kernel call
 // Pixels: with what they are of, the sums leave no register over.
 constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
+constexpr int64_t kLineBytes = kDepth * sizeof(float);
 static_assert(kRows <= kMostRows && kPanelWidth <= kMostWidth && kDepth % kLanes == 0, "what the plan has room for");
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -118,6 +119,12 @@ struct Output {
   int64_t copies, step;
 };
 
+// Lines of memory from `at` to `end` that are soon read, some to be asked for at a time.
+struct Ahead {
+  const char *at, *end;
+  int64_t lines;
+};
+
 struct Call {
   const Step* steps;
   int64_t count;
@@ -128,6 +135,7 @@ struct Call {
   const Output* outputs;
   int64_t columns;  // to be stored
   bool stream;      // past the caches
+  Ahead ahead;
 };
 
 // Calls at(m, v) for each sum. Unrolled: only what is known when compiled can tell one register from another.
@@ -171,6 +179,7 @@ template <int M, int V> inline void write(const Lanes (&sums)[M][V], const Outpu
 template <int M, int V> void run_steps(const Call& call) noexcept {
   Lanes sums[M][V];
   const Output* output = call.outputs;
+  const char* ahead = call.ahead.at;
   begin(sums, nullptr);
   for (int64_t i = 0; i < call.count; ++i) {
     const Step& step = call.steps[i];
@@ -178,6 +187,7 @@ template <int M, int V> void run_steps(const Call& call) noexcept {
     const float* weights = step.weights;
     for (int64_t left = call.depth; left > 0; left -= kDepth, input += call.chunk) {
       const float* const end = input + (left < kDepth ? left : kDepth);
+      for (int64_t n = call.ahead.lines; n > 0 && ahead < call.ahead.end; --n, ahead += kLineBytes) prefetch(ahead);
       for (const float* at = input; at != end; ++at, weights += V * kLanes) {
         for_sums<M, V>([&](int m, int v) {
           sums[m][v] = multiply_add(Lanes::fill(at[m * kDepth]), Lanes::load(weights + v * kLanes), sums[m][v]);
@@ -348,10 +358,10 @@ template <class T> class Piece {
     }
     for (int64_t t = 0; t < plan_.turns; t += plan_.group) {
       const int64_t end = smaller(plan_.turns, t + plan_.group);
-      const int64_t needed = smaller(task_.frames, task_.stride * (end - 1) + plan_.after + 1);
-      for (; read_ < needed; ++read_) {
+      for (const int64_t needed = frames_before(end); read_ < needed; ++read_) {
         if (takes(read_)) read_frame(read_);
       }
+      if (plan_.ahead) look_ahead(t, end);
       for (int64_t turn = t; plan_.filtered > 0 && turn < end; turn += plan_.step) filter(turn, filtered(turn - t));
       for (int64_t column = 0; column < plan_.padded_out; column += kPanelWidth) convolve(t, end, column);
     }
@@ -367,6 +377,10 @@ template <class T> class Piece {
   float* slot(int64_t t) const { return scratch_ + t % plan_.slots * plan_.slot_size; }
   float* filtered(int64_t turn) const {
     return scratch_ + plan_.filtered_at + turn / plan_.step * plan_.filtered * plan_.slot_size;
+  }
+  // Those that turns before `end` take are before this one.
+  int64_t frames_before(int64_t end) const {
+    return smaller(task_.frames, task_.stride * (end - 1) + plan_.after + 1);
   }
   // Whether any turn does: a stride may step over frames.
   bool takes(int64_t t) const { return (t + plan_.before) % task_.stride <= plan_.before + plan_.after; }
@@ -385,6 +399,30 @@ template <class T> class Piece {
       read_box(to, kDepth, from + c * plan_.x.channel, box);
       if (task_.multiplier) normalise(to, c, t);
     }
+  }
+
+  // The frames that the turns after [t, end) read first are asked for while those are convolved, in equal shares.
+  void look_ahead(int64_t t, int64_t end) {
+    const int64_t panels = (plan_.padded_out + kPanelWidth - 1) / kPanelWidth, strips = (pixels_ + kRows - 1) / kRows;
+    const int64_t calls = panels * strips * ((end - t + plan_.step - 1) / plan_.step);
+    ahead_frame_ = read_;
+    ahead_end_ = frames_before(smaller(plan_.turns, end + plan_.group));
+    ahead_at_ = 0;
+    ahead_share_ = ((ahead_end_ - read_) * frame_bytes() / calls / kLineBytes + 1) * kLineBytes;
+    while (ahead_frame_ < ahead_end_ && !takes(ahead_frame_)) ++ahead_frame_;
+  }
+  int64_t frame_bytes() const { return pixels_ * task_.in * static_cast<int64_t>(sizeof(T)); }
+  Ahead next_ahead() {
+    if (ahead_frame_ >= ahead_end_) return {};
+    const char* const frame = reinterpret_cast<const char*>(at<const T>(plan_.x, ahead_frame_, 0));
+    const int64_t from = ahead_at_;
+    ahead_at_ = smaller(frame_bytes(), from + ahead_share_);
+    const Ahead ahead{frame + from, frame + ahead_at_, ahead_lines_};
+    if (ahead_at_ == frame_bytes()) {
+      ahead_at_ = 0;
+      while (++ahead_frame_ < ahead_end_ && !takes(ahead_frame_)) continue;
+    }
+    return ahead;
   }
 
   // Where channels lie together: along them, pixel after pixel.
@@ -457,6 +495,8 @@ template <class T> class Piece {
       for (int64_t phase = 0; phase < task_.copies;) {
         count_ = outputs_ = 0;
         phase = prepare(turn, phase, known);
+        const int64_t chunks = count_ * plan_.depth / kDepth;
+        if (plan_.ahead) ahead_lines_ = (ahead_share_ / kLineBytes + chunks - 1) / chunks;
         for (int64_t i = 0; i < strips; ++i) {
           const int64_t pixel = pixels_ * i / strips;
           run_tile(pixel, pixels_ * (i + 1) / strips - pixel);
@@ -568,7 +608,8 @@ template <class T> class Piece {
     float* const parked = scratch_ + plan_.parked_at;
     float* const carried = scratch_ + plan_.carried_at + column * pixels_ + pixel * width();
     const Call call{steps_,  count_, pixel * kDepth,                  task_.in, chunk_, parked,
-                    carried, output, straight ? columns : kPanelWidth, straight && plan_.stream};
+                    carried, output, straight ? columns : kPanelWidth, straight && plan_.stream,
+                    next_ahead()};
     kernel_of(rows, width() / kLanes)(call);
     for (int64_t i = 0; i < outputs_; ++i) {
       auto [t, copies] = runs_[i];
@@ -689,6 +730,9 @@ template <class T> class Piece {
   Run runs_[kMostRuns];
   int64_t count_ = 0, outputs_ = 0;
   int64_t product_ = 0;  // of kPhases, the next
+
+  // Of frames asked for ahead: the next, that after the last, bytes of it so far, and of a call; lines at a time.
+  int64_t ahead_frame_ = 0, ahead_end_ = 0, ahead_at_ = 0, ahead_share_ = 0, ahead_lines_ = 0;
 };
 
 template <class T> void run_piece(const ConvPlan& plan, int64_t index, float* scratch) noexcept {

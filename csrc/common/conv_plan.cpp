@@ -28,6 +28,7 @@ constexpr int64_t kCacheFloats = 80 << 10;
 constexpr int64_t kLeastPixels = 12, kMostPixels = 48;  // of a piece, where its frames allow
 constexpr int64_t kFilteredChannels = 24, kFilteredFrames = 4;  // from where minimal filtering is worth its sums
 constexpr int64_t kStreamedFloats = 1 << 19;  // from where y is written past the caches
+constexpr int64_t kFarFloats = 1 << 18;       // from where x is asked for ahead
 constexpr int64_t kSumsWorthAThread = 32;     // multiply-adds that cost as much as an element of an op bound by memory
 constexpr double kMostFloats = 1ll << 58;     // that are counted
 constexpr int64_t kUncounted = INT64_MAX / 2;
@@ -179,6 +180,8 @@ ConvPlan plan_conv(const ConvTask& task, int64_t num_threads) {
   ConvPlan plan = plan_task(task);
   plan.x = place_of(task.x), plan.residual = place_of(task.residual), plan.y = place_of(task.y);
   plan.stream = can_stream(task, plan.y);
+  plan.ahead = plan.x.channel == 1 && plan.x.pixel == task.in &&
+               task.batch * task.in * task.frames * task.height * task.width >= kFarFloats;
   const auto merges = [&](const Place& p) { return !p.data || task.height == 1 || p.row == task.width * p.pixel; };
   const bool merged = merges(plan.x) && merges(plan.residual) && merges(plan.y);
   lay_out(plan, merged ? 1 : task.height, merged ? task.height * task.width : task.width,

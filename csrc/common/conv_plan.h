@@ -93,6 +93,7 @@ struct ConvPlan {
   int64_t radius;
   int64_t rows, pixels;  // H and W, or 1 and H*W where rows lie behind one another everywhere
   bool stream;           // y past the caches: floats, whole vectors at multiples of their size
+  bool ahead;            // x is asked for ahead: each frame's pixels lie together, and all of it is in no cache
   Place x, residual, y;
 
   const float* bias;   // `padded_out` floats

@@ -532,6 +532,21 @@ static void large_learned(void) {
   }
 }
 
+/* Clips of many and few frames, in several pieces and panels, whose convolution is split up in another way than the
+ * formula: sums that two outputs share, some of them carried from frame to frame. */
+static void filtered_learned(void) {
+  static const lf_dtype dtypes[] = {LF_FLOAT32, LF_FLOAT16, LF_BFLOAT16};
+  static const int64_t channels[][2] = {{24, 24}, {31, 31}, {64, 64}, {40, 72}, {33, 24}, {70, 70}};
+  for (int trial = 0; trial < 60; ++trial) {
+    const int64_t *c = channels[trial % 6], in = c[0], out = c[1], frames = 1 + trial / 2 % 9;
+    const int identity = trial % 4 < 3 && in == out;
+    const Learned call = {trial / 6 % 2, dtypes[trial % 5 % 3], LF_NEAREST, 1 + (trial % 11 == 0), in, out, frames,
+                          {trial % 3 ? 1 : 3, trial % 4 ? 11 : 18}, {2 + (trial % 7 == 0) + 2 * (trial % 10 == 0), 1, 1}, 3,
+                          !identity, identity, trial / 3 % LAYOUTS, trial / 5 % LAYOUTS};
+    learned(&call, 1 + trial % 3);
+  }
+}
+
 /* --- what is refused --------------------------------------------------------------------------------------------- */
 
 typedef void (*Change)(lf_space_time*);
@@ -707,6 +722,15 @@ static void workspace_errors(void) {
     a.batch = 1, a.height = INT64_MAX / 64, bytes = 77; /* as many bytes as int64 holds, or nearly */
     a.height -= a.height % 2;
     CHECK(workspace_of(direction, &a, 1, &bytes) == LF_INVALID_SHAPE && bytes == 77);
+    a.batch = a.height = a.width = a.factor[1] = a.factor[2] = 1; /* more than there can be, but sizes that can be counted */
+    a.channels = a.channels_out = (int64_t)1 << 27;
+    CHECK(workspace_of(direction, &a, 1, &bytes) == LF_OK && bytes > (int64_t)1 << 55);
+    a.channels = a.channels_out = 1, a.taps = ((int64_t)1 << 58) - 1;
+    CHECK(workspace_of(direction, &a, 1, &bytes) == LF_OK && bytes > (int64_t)1 << 55);
+    a.taps = 7, a.frames = (int64_t)1 << 50;
+    CHECK(workspace_of(direction, &a, 3, &bytes) == LF_OK && bytes < 1 << 24);
+    a.frames = 4, a.factor[0] = (int64_t)1 << 50;
+    CHECK(workspace_of(direction, &a, INT32_MAX, &bytes) == LF_OK && bytes < (int64_t)1 << 24);
   }
 }
 
@@ -718,6 +742,7 @@ int main(void) {
   adjoints_are_adjoint();
   every_learned();
   large_learned();
+  filtered_learned();
   errors();
   no_threads();
   workspace_errors();
