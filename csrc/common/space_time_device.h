@@ -3,12 +3,17 @@
 #define LF_COMMON_SPACE_TIME_DEVICE_H
 
 #include "common/device.h"
+#include "common/resample_device.h"
 #include "common/space_time.h"
 
 namespace lf {
 
-template <class Taps> lf_status gather_fine_cuda(const Resample&, cudaStream_t) { return LF_NOT_BUILT; }
-template <class Taps> lf_status gather_coarse_cuda(const Resample&, cudaStream_t) { return LF_NOT_BUILT; }
+template <class Taps> lf_status gather_fine_cuda(const Resample& resample, cudaStream_t stream) {
+  return GatherLaunch<ToCoarse<Taps>>(resample).run(stream);
+}
+template <class Taps> lf_status gather_coarse_cuda(const Resample& resample, cudaStream_t stream) {
+  return GatherLaunch<ToFine<Taps>>(resample).run(stream);
+}
 
 // By mma.sync (common/temporal_resize_mma.cu), or by wgmma and bulk copies (common/temporal_resize_wgmma.cu).
 inline lf_status temporal_resize_cuda(const TemporalResize&, bool /*wgmma*/, void* /*workspace*/, int /*device*/,
