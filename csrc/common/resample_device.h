@@ -22,7 +22,7 @@ constexpr int kThreads = 256, kLog2Warp = 5;
 constexpr int kBlocks = 3, kBlocksOfAny = 2;  // that a multiprocessor holds at least, so that nothing need spill
 constexpr int kPackBytes = 16;
 constexpr int64_t kLongestRun = 8;
-constexpr int64_t kEnoughThreads = 1 << 18;  // about as many as a device of 132 multiprocessors holds at once
+constexpr int64_t kEnoughThreads = 1 << 17;  // about as many as a device of 132 multiprocessors holds at once
 
 template <class T> constexpr int kPackWidth = kPackBytes / static_cast<int>(sizeof(T));
 
@@ -121,7 +121,8 @@ template <class T> struct Together {
 
   __device__ Together(const Gather&, int64_t pack) : channel(pack * kPackWidth<T>) {}
   __device__ void load(const T* at, Pack<T>& pack) const { pack.bytes = __ldg(reinterpret_cast<const uint4*>(at)); }
-  __device__ void store(T* at, const Pack<T>& pack) const { *reinterpret_cast<uint4*>(at) = pack.bytes; }
+  // By name, lest the compiler stores the words that it has made of a pack one by one.
+  __device__ void store(T* at, const Pack<T>& pack) const { __stwb(reinterpret_cast<uint4*>(at), pack.bytes); }
 };
 
 // ... or as many, so far apart that lanes next to one another hold channels, or pixels, next to one another.

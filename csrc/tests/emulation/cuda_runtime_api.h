@@ -33,6 +33,7 @@ const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** parameters, size_t shared, cudaStream_t);
 
 template <class T> T __ldg(const T* at) { return *at; }
+template <class T> void __stwb(T* at, T value) { *at = value; }
 
 // The runtime's own template: the kernel's type says what its parameter is.
 template <class P>
