@@ -109,7 +109,13 @@ REGISTERS, MOST_THREADS, MOST_BLOCKS = 65536, 2048, 32  # of a multiprocessor
 SHARED = {80: 164 * 1024, 90: 228 * 1024}  # its bytes
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may have
 WIDE = 16
-CUDA_WIDE = {"blend_windows": r"blend_kernel<.*, 1>>"}  # the kernels of csrc/<op>.cu that promise 16-byte loads
+FIXED_TAPS = r"gather_copy_kernel<.*>|gather_\w+_kernel<.*, Together<\w+>.*>"
+# The kernels of csrc/<op>.cu that promise 16-byte loads and stores.
+CUDA_WIDE = {
+    "blend_windows": r"blend_kernel<.*, 1>>",
+    "space_time_downsample": FIXED_TAPS,
+    "space_time_upsample": FIXED_TAPS,
+}
 
 
 def _at_most(field: str, limit: Callable[[Row], int]) -> Callable[[Row], str | None]:
@@ -137,6 +143,11 @@ RULES = (
         "16-byte global loads",
         lambda row: row.wide_loads > 0,
         _at_least(lambda row: dict(row.loads).get(WIDE, 0), lambda row: row.wide_loads, "16-byte global loads"),
+    ),
+    Rule(
+        "16-byte global stores",
+        lambda row: row.backend == "cuda" and row.wide_loads > 0,
+        _at_least(lambda row: dict(row.stores).get(WIDE, 0), lambda row: 1, "16-byte global stores"),
     ),
     Rule("64-bit offsets", lambda row: row.narrow_offsets is not None, _at_most("narrow_offsets", lambda row: 0)),
 )
