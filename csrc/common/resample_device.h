@@ -190,8 +190,8 @@ template <class I> __device__ inline int64_t to_offset(const Gather& g, const I 
          at[kHeight] * g.to_strides[kHeight];
 }
 
-// Sums over T and H at one place on W: sum_h weight (sum_t weight x), from the first taps of both on, of which there are
-// some. Loads come before what is made of them, so that several are under way at once.
+// Sums over T and H at one place on W: sum_h weight (sum_t weight x), from the first taps of both on, of which there
+// are some. Loads come before what is made of them, so that several are under way at once.
 template <class T, class Access, class Taps> struct Column {
   using A = Acc<T>;
   using I = typename Taps::Index;
@@ -413,7 +413,8 @@ template <class Way> class GatherLaunch {
     size[kWidth] = (size[kWidth] + g_.run - 1) / g_.run;
     // Frames that share sources are to meet in a block, where rows do not.
     const auto rows_end = order.begin() + 3, frames = std::find(order.begin(), rows_end, int{kTime});
-    if (g_.axes[0].factor > 1 && g_.axes[1].factor == 1 && frames != rows_end) std::rotate(frames, frames + 1, rows_end);
+    const bool frames_share = g_.axes[0].factor > 1 && g_.axes[1].factor == 1;
+    if (frames_share && frames != rows_end) std::rotate(frames, frames + 1, rows_end);
     for (int place = 0; place < kAxes; ++place) {
       g_.size[place] = size[order[place]];
       g_.place[order[place]] = place;

@@ -1,5 +1,5 @@
-/* The fixed taps of space_time_downsample and space_time_upsample as a CUDA device runs them, emulated, against the CPU's
- * bit for bit: modes, factors, dtypes, adjoints, any strides, clips of more elements than 32 bits count, errors. */
+/* The fixed taps of space_time_downsample and space_time_upsample as a CUDA device runs them, emulated, against the
+ * CPU's bit for bit: modes, factors, dtypes, adjoints, any strides, clips of more elements than 32 bits count, errors. */
 #define _DEFAULT_SOURCE
 #include "lumiere_fast.h"
 
@@ -214,7 +214,8 @@ static void far_strides(void) {
       int i = AXES - 1;
       while (i >= 0 && ++at[i] == shapes[0][i]) at[i--] = 0;
     } while (at[B] || at[C] || at[T] || at[H] || at[W]);
-    const lf_space_time on_device = arguments_of(&c, clips[0], clips[1]), on_host = arguments_of(&c, clips[0], clips[2]);
+    const lf_space_time on_device = arguments_of(&c, clips[0], clips[1]);
+    const lf_space_time on_host = arguments_of(&c, clips[0], clips[2]);
     CHECK(CUDA[direction][c.adjoint](&on_device, 0, NULL) == LF_OK);
     CHECK(CPU[direction][c.adjoint](&on_host, 1) == LF_OK);
     int wrong = 0;
