@@ -112,11 +112,14 @@ REGISTERS, MOST_THREADS, MOST_BLOCKS = 65536, 2048, 32  # of a multiprocessor
 SHARED = {80: 164 * 1024, 90: 228 * 1024}  # its bytes
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may have
 WIDE = 16
+FIXED_TAPS = r"gather_copy_kernel<.*>|gather_\w+_kernel<.*, Together<\w+>.*>"
 # Of .cu files by their stems: the kernels that promise loads and stores of 16 bytes, the files all of whose kernels
 # promise warp matrix products, the kernels that promise warpgroup products and stores of 16 bytes, in files for
 # sm_90 alone, and, of files in csrc/common/, the op that their rows are listed with.
 CUDA_WIDE = {
     "blend_windows": r"blend_kernel<.*, 1>>",
+    "space_time_downsample": FIXED_TAPS,
+    "space_time_upsample": FIXED_TAPS,
     "temporal_resize_mma": r"gather_kernel<.*, true>|walk_kernel<.*>",
 }
 CUDA_MMA = {"temporal_resize_mma"}

@@ -9,31 +9,31 @@ namespace lf {
 
 struct Downsampling {
   // Never empty.
-  LF_HD static Range fine_of(const ResizedAxis& axis, int64_t i) {
-    const int64_t f = axis.factor, first = f * i;
+  template <class I> LF_HD static RangeOf<I> fine_of(const AxisOf<I>& axis, IndexOf<I> i) {
+    const I f = axis.factor, first = f * i;
     if (f == 1) return {first, first + 1};
     switch (axis.mode) {
       case LF_LINEAR: return {first + (f - 1) / 2, first + f / 2 + 1};
       case LF_AREA: return {first, first + f};
-      case LF_BLUR: return {larger_of(first - 1, 0), first + 2};
+      case LF_BLUR: return {larger_of<I>(first - 1, 0), first + 2};
       default: return {first, first + 1};
     }
   }
 
   // Of those in the first and past the last place: there may be none.
-  LF_HD static Range coarse_of(const ResizedAxis& axis, int64_t j) {
-    const int64_t f = axis.factor, i = j / f, p = j % f;
+  template <class I> LF_HD static RangeOf<I> coarse_of(const AxisOf<I>& axis, IndexOf<I> j) {
+    const I f = axis.factor, i = j / f, p = j % f;
     if (f == 1) return {i, i + 1};
     switch (axis.mode) {
       case LF_LINEAR: return {i, i + (p >= (f - 1) / 2 && p <= f / 2)};
       case LF_AREA: return {i, i + 1};
-      case LF_BLUR: return {i + (p > 1), smaller_of(i + 1 + (p == f - 1), axis.coarse)};
+      case LF_BLUR: return {i + (p > 1), smaller_of<I>(i + 1 + (p == f - 1), axis.coarse)};
       default: return {i, i + (p == 0)};
     }
   }
 
-  template <class A> LF_HD static A weight(const ResizedAxis& axis, int64_t i, int64_t j) {
-    const int64_t f = axis.factor;
+  template <class A, class I> LF_HD static A weight(const AxisOf<I>& axis, IndexOf<I> i, IndexOf<I> j) {
+    const I f = axis.factor;
     if (f == 1) return A(1);
     switch (axis.mode) {
       case LF_LINEAR: return f % 2 ? A(1) : A(0.5);

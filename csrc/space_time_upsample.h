@@ -11,24 +11,24 @@ namespace lf {
 // or beyond the ends, where the end sample is repeated.
 struct Upsampling {
   // Never empty.
-  LF_HD static Range coarse_of(const ResizedAxis& axis, int64_t j) {
-    const int64_t f = axis.factor, i = j / f;
+  template <class I> LF_HD static RangeOf<I> coarse_of(const AxisOf<I>& axis, IndexOf<I> j) {
+    const I f = axis.factor, i = j / f;
     if (axis.mode != LF_LINEAR) return {i, i + 1};
-    const int64_t off = 2 * (j % f) + 1 - f;  // from sample i, in parts of 2 f
-    return {larger_of(i - (off < 0), 0), smaller_of(i + 1 + (off > 0), axis.coarse)};
+    const I off = 2 * (j % f) + 1 - f;  // from sample i, in parts of 2 f
+    return {larger_of<I>(i - (off < 0), 0), smaller_of<I>(i + 1 + (off > 0), axis.coarse)};
   }
 
   // Never empty.
-  LF_HD static Range fine_of(const ResizedAxis& axis, int64_t i) {
-    const int64_t f = axis.factor;
+  template <class I> LF_HD static RangeOf<I> fine_of(const AxisOf<I>& axis, IndexOf<I> i) {
+    const I f = axis.factor;
     if (axis.mode != LF_LINEAR) return {f * i, f * (i + 1)};
-    return {larger_of(f * (i - 1) + (f + 1) / 2, 0), smaller_of(f * (i + 1) + f / 2, f * axis.coarse)};
+    return {larger_of<I>(f * (i - 1) + (f + 1) / 2, 0), smaller_of<I>(f * (i + 1) + f / 2, f * axis.coarse)};
   }
 
-  template <class A> LF_HD static A weight(const ResizedAxis& axis, int64_t i, int64_t j) {
+  template <class A, class I> LF_HD static A weight(const AxisOf<I>& axis, IndexOf<I> i, IndexOf<I> j) {
     if (axis.mode != LF_LINEAR) return A(1);
-    const int64_t whole = 2 * axis.factor, last = whole * (axis.coarse - 1);
-    const int64_t place = smaller_of(larger_of(2 * j + 1 - axis.factor, 0), last), apart = place - whole * i;
+    const I whole = 2 * axis.factor, last = whole * (axis.coarse - 1);
+    const I place = smaller_of<I>(larger_of<I>(2 * j + 1 - axis.factor, 0), last), apart = place - whole * i;
     return static_cast<A>(whole - (apart < 0 ? -apart : apart)) / static_cast<A>(whole);
   }
 };

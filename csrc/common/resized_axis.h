@@ -9,19 +9,27 @@
 
 namespace lf {
 
-struct ResizedAxis {
-  int64_t coarse;  // places of the coarse side; the fine one has `factor` times as many
-  int64_t factor;
+// Of indices of type I: on a device 32 bits are cheaper, and enough where the fine side has at most kShortAxis places.
+template <class I> struct AxisOf {
+  using Index = I;
+  I coarse;  // places of the coarse side; the fine one has `factor` times as many
+  I factor;
   lf_resize_mode mode;
 };
+using ResizedAxis = AxisOf<int64_t>;
+
+constexpr int64_t kShortAxis = int64_t{1} << 29;  // taps are worked out in at most 3 times as much
 
 // Places [first, end) of one side: those that a place of the other side is made of, or goes into.
-struct Range {
-  int64_t first, end;
+template <class I> struct RangeOf {
+  I first, end;
 };
+using Range = RangeOf<int64_t>;
 
-LF_HD static inline int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
-LF_HD static inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+template <class I> using IndexOf = typename AxisOf<I>::Index;  // an argument that I is not deduced from
+
+template <class I> LF_HD static inline I larger_of(I a, I b) { return a > b ? a : b; }
+template <class I> LF_HD static inline I smaller_of(I a, I b) { return a < b ? a : b; }
 
 }  // namespace lf
 

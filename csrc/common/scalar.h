@@ -71,10 +71,14 @@ template <> LF_HD inline float narrow<float>(float x) { return x; }
 template <> LF_HD inline double narrow<double>(double x) { return x; }
 
 template <> LF_HD inline BFloat16 narrow<BFloat16>(float x) {
+#if defined(__CUDA_ARCH__)
+  return BFloat16{static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x};
+#else
   const uint32_t bits = bits_of(x);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   const uint32_t quiet = bits >> 16 | 0x40u;
   return BFloat16{static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
+#endif
 }
 
 template <> LF_HD inline Half narrow<Half>(float x) {

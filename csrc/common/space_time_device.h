@@ -3,12 +3,17 @@
 #define LF_COMMON_SPACE_TIME_DEVICE_H
 
 #include "common/device.h"
+#include "common/resample_device.h"
 #include "common/space_time.h"
 
 namespace lf {
 
-template <class Taps> lf_status gather_fine_cuda(const Resample&, cudaStream_t) { return LF_NOT_BUILT; }
-template <class Taps> lf_status gather_coarse_cuda(const Resample&, cudaStream_t) { return LF_NOT_BUILT; }
+template <class Taps> lf_status gather_fine_cuda(const Resample& resample, cudaStream_t stream) {
+  return GatherLaunch<ToCoarse<Taps>>(resample).run(stream);
+}
+template <class Taps> lf_status gather_coarse_cuda(const Resample& resample, cudaStream_t stream) {
+  return GatherLaunch<ToFine<Taps>>(resample).run(stream);
+}
 
 // LF_UNSUPPORTED_DEVICE too where the library was not built for sm_90a.
 lf_status temporal_resize_wgmma(const TemporalResize& resize, void* workspace, int device, cudaStream_t stream);

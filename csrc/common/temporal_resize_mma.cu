@@ -88,7 +88,7 @@ struct Segments {
 __device__ inline Segments taps_of(const TemporalResize& r, int64_t at) {
   const bool down = r.direction == Direction::kDown;
   const int64_t first = (down ? r.factor * at : at) - r.taps / 2, frames = down ? r.frames : r.out_frames;
-  const int64_t tap = larger_of(0, -first);
+  const int64_t tap = larger_of<int64_t>(0, -first);
   return {first, tap, smaller_of(r.taps, frames - first) - tap};
 }
 
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) walk_kernel(const
   const float* const bias = load_bias<T>(p, place);
   const int64_t t = p.resize.factor, stages = stages_of_segment(p.resize);
   const int64_t begin = place.piece * p.length, end = smaller_of(begin + p.length, p.resize.frames);
-  const int64_t first = larger_of(begin - 1, 0), last = smaller_of(end, p.resize.frames - 1);  // what it takes
+  const int64_t first = larger_of<int64_t>(begin - 1, 0), last = smaller_of(end, p.resize.frames - 1);  // what it takes
   Pipeline<T, Tile, true> pipeline(p, place, {first, 0, last - first + 1});
   Part<Tile> before = {}, upto = {};  // of the frame before: P0, and P0 + P1
   const auto write = [&](int64_t frame, const auto& value) {

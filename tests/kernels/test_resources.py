@@ -201,6 +201,13 @@ def test_each_rule_can_be_broken(rule: str, figures: dict[str, object]) -> None:
     assert line.startswith(f"{rule}: temporal_conv triton kernel (bf16) sm_")
 
 
+def test_cuda_kernels_of_wide_loads_store_as_widely() -> None:
+    wide = row(backend="cuda", wide_loads=1, loads=((16, 2),), stores=((4, 2), (16, 1)))
+    split = replace(wide, stores=((4, 4),))
+    assert not violations([wide, replace(split, wide_loads=0), replace(split, backend="triton")])
+    assert broken_rules(split) == {"16-byte global stores"}
+
+
 def test_rules_bind_what_they_are_about() -> None:
     assert not violations([row(wgmma=0, arch=80), row(wgmma=0, promises_wgmma=False)])
     assert not violations([row(shared=227 * 1024), row(shared=163 * 1024, arch=80)])

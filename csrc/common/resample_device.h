@@ -1,0 +1,494 @@
+// Fixed taps on a CUDA device, gathering: each element of `to` is read from where it comes from, so that results are
+// deterministic, and rounded once. The order of the sums is that of the CPU, bit for bit; compiled without fused
+// multiply-adds.
+//
+// A thread owns one pack of channels at a run of places on W, and walks it. It works out the taps on T and H once, and
+// keeps what it has summed over T and H of the last two places on W: going up linearly by 2, each such column serves 4
+// outputs. On H and T neighbours share through L1: a block's warps lie on neighbouring rows, 8 of which read 5 when
+// going up by 2 instead of 16.
+#ifndef LF_COMMON_RESAMPLE_DEVICE_H
+#define LF_COMMON_RESAMPLE_DEVICE_H
+
+#include <algorithm>
+#include <type_traits>
+
+#include "common/device.h"
+#include "common/space_time.h"
+
+namespace lf {
+namespace {
+
+constexpr int kThreads = 256, kLog2Warp = 5;
+constexpr int kBlocks = 3, kBlocksOfAny = 2;  // that a multiprocessor holds at least, so that nothing need spill
+constexpr int kPackBytes = 16;
+constexpr int64_t kLongestRun = 8;
+constexpr int64_t kEnoughThreads = 1 << 17;  // about as many as a device of 132 multiprocessors holds at once
+
+template <class T> constexpr int kPackWidth = kPackBytes / static_cast<int>(sizeof(T));
+
+// Of 32 bits wherever all that it numbers fits; addresses always have 64.
+struct Gather {
+  const void* from;
+  void* to;
+  int64_t from_strides[kAxes], to_strides[kAxes];
+  ResizedAxis axes[3];
+  int64_t channels, width;
+  int64_t apart, from_apart, to_apart;  // from one channel of a thread to its next, where they are not together
+  int64_t size[kAxes];  // of what is shared out: packs for channels, runs for W; the axes in the order of the memory
+                        // of `to`, the innermost last
+  int64_t tiles;        // blocks along the two innermost of these axes
+  int32_t place[kAxes]; // which of these is which axis of a clip
+  int32_t run;
+  int32_t log2_lanes;   // of a block's threads so many lie along the two innermost axes, the others on rows
+};
+
+// The two ways through an op's taps.
+template <class Taps> struct ToCoarse {
+  static constexpr bool always_few = false;
+  template <class I> LF_HD static RangeOf<I> range(const AxisOf<I>& axis, IndexOf<I> i) {
+    return Taps::fine_of(axis, i);
+  }
+  template <class A, class I> LF_HD static A weight(const AxisOf<I>& axis, IndexOf<I> i, IndexOf<I> j) {
+    return Taps::template weight<A>(axis, i, j);
+  }
+};
+template <class Taps> struct ToFine {
+  static constexpr bool always_few = true;
+  template <class I> LF_HD static RangeOf<I> range(const AxisOf<I>& axis, IndexOf<I> j) {
+    return Taps::coarse_of(axis, j);
+  }
+  template <class A, class I> LF_HD static A weight(const AxisOf<I>& axis, IndexOf<I> j, IndexOf<I> i) {
+    return Taps::template weight<A>(axis, i, j);
+  }
+};
+
+// The taps of one place of `to` on an axis: at most two, weighed once ...
+template <class Way, class A, class I> struct FewTaps {
+  using Index = int;
+  static constexpr bool few = true;
+  I first;
+  int count;
+  A weights[2];
+
+  __device__ FewTaps(const AxisOf<I>& axis, I place) {
+    const RangeOf<I> range = Way::range(axis, place);
+    first = range.first;
+    count = static_cast<int>(range.end - range.first);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) weights[k] = k < count ? Way::template weight<A>(axis, place, first + k) : A(0);
+  }
+  __device__ A weight(int k) const { return weights[k]; }
+};
+
+// ... or any number.
+template <class Way, class A, class I> struct AnyTaps {
+  using Index = I;
+  static constexpr bool few = false;
+  AxisOf<I> axis;
+  I place, first, count;
+
+  __device__ AnyTaps(const AxisOf<I>& along, I at) : axis(along), place(at) {
+    const RangeOf<I> range = Way::range(axis, place);
+    first = range.first;
+    count = range.end - range.first;
+  }
+  __device__ A weight(I k) const { return Way::template weight<A>(axis, place, first + k); }
+};
+
+// One more term of a sum, or the first.
+template <class A, int N> __device__ inline void add(const A (&values)[N], A weight, bool first, A (&sums)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const A term = weight * values[i];
+    sums[i] = first ? term : sums[i] + term;
+  }
+}
+
+template <class T> union Pack {
+  uint4 bytes;
+  T values[kPackWidth<T>];
+  __device__ Pack() : bytes{0, 0, 0, 0} {}
+};
+
+template <class T> __device__ inline void narrow_into(Pack<T>& pack, const Acc<T> (&sums)[kPackWidth<T>]) {
+#pragma unroll
+  for (int i = 0; i < kPackWidth<T>; ++i) pack.values[i] = narrow<T>(sums[i]);
+}
+
+// A thread's channels: those of 16 bytes ...
+template <class T> struct Together {
+  int64_t channel;
+
+  __device__ Together(const Gather&, int64_t pack) : channel(pack * kPackWidth<T>) {}
+  __device__ void load(const T* at, Pack<T>& pack) const { pack.bytes = __ldg(reinterpret_cast<const uint4*>(at)); }
+  // By name, lest the compiler stores the words that it has made of a pack one by one.
+  __device__ void store(T* at, const Pack<T>& pack) const { __stwb(reinterpret_cast<uint4*>(at), pack.bytes); }
+};
+
+// ... or as many, so far apart that lanes next to one another hold channels, or pixels, next to one another.
+template <class T> struct Apart {
+  using Bits = std::conditional_t<sizeof(T) == 2, unsigned short,
+                                  std::conditional_t<sizeof(T) == 4, unsigned, unsigned long long>>;
+  const Gather& g;
+  int64_t channel;
+  int count = 0;
+
+  __device__ Apart(const Gather& gather, int64_t first) : g(gather), channel(first) {
+#pragma unroll
+    for (int k = 0; k < kPackWidth<T>; ++k) count += first + k * g.apart < g.channels;
+  }
+  __device__ void load(const T* at, Pack<T>& pack) const {
+#pragma unroll
+    for (int k = 0; k < kPackWidth<T>; ++k) {
+      if (k >= count) continue;
+      const Bits bits = __ldg(reinterpret_cast<const Bits*>(at + k * g.from_apart));
+      memcpy(&pack.values[k], &bits, sizeof bits);
+    }
+  }
+  __device__ void store(T* at, const Pack<T>& pack) const {
+#pragma unroll
+    for (int k = 0; k < kPackWidth<T>; ++k) {
+      if (k < count) at[k * g.to_apart] = pack.values[k];
+    }
+  }
+};
+
+// What a thread works on, as indices by axis. False where there is nothing for it.
+template <class I> __device__ inline bool find_item(const Gather& g, I (&at)[kAxes]) {
+  using U = std::make_unsigned_t<I>;  // divides faster
+  const U tiles = static_cast<U>(g.tiles), block = blockIdx.x;
+  const int lanes = 1 << g.log2_lanes;
+  U lane = block % tiles * lanes + (threadIdx.x & (lanes - 1));
+  U row = block / tiles * (kThreads >> g.log2_lanes) + (threadIdx.x >> g.log2_lanes);
+  const auto split = [&](U& from, int place) {
+    const U size = static_cast<U>(g.size[place]), whole = from / size, rest = from - whole * size;
+    from = whole;
+    return rest;
+  };
+  const U fourth = split(lane, 4), second = split(row, 2), first = split(row, 1);
+#pragma unroll
+  for (int axis = 0; axis < kAxes; ++axis) {
+    const int place = g.place[axis];
+    at[axis] = static_cast<I>(place == 4 ? fourth : place == 3 ? lane : place == 2 ? second : place == 1 ? first : row);
+  }
+  return lane < static_cast<U>(g.size[3]) && row < static_cast<U>(g.size[0]);
+}
+
+template <class I> __device__ inline AxisOf<I> axis_of(const Gather& g, int axis) {
+  const ResizedAxis& whole = g.axes[axis];
+  return {static_cast<I>(whole.coarse), static_cast<I>(whole.factor), whole.mode};
+}
+
+// Of an item, without what lies along W, and T and H where their taps begin.
+template <class I>
+__device__ inline int64_t from_offset(const Gather& g, const I (&at)[kAxes], int64_t channel, I frame, I row) {
+  return at[kBatch] * g.from_strides[kBatch] + channel * g.from_strides[kChannel] + frame * g.from_strides[kTime] +
+         row * g.from_strides[kHeight];
+}
+template <class I> __device__ inline int64_t to_offset(const Gather& g, const I (&at)[kAxes], int64_t channel) {
+  return at[kBatch] * g.to_strides[kBatch] + channel * g.to_strides[kChannel] + at[kTime] * g.to_strides[kTime] +
+         at[kHeight] * g.to_strides[kHeight];
+}
+
+// Sums over T and H at one place on W: sum_h weight (sum_t weight x), from the first taps of both on, of which there
+// are some. Loads come before what is made of them, so that several are under way at once.
+template <class T, class Access, class Taps> struct Column {
+  using A = Acc<T>;
+  using I = typename Taps::Index;
+  static constexpr int kPack = kPackWidth<T>;
+  const Access& access;
+  const Taps &t, &h;
+  int64_t frame, row;  // strides
+
+  __device__ void sum(const T* at, A (&sums)[kPack]) const {
+    if constexpr (Taps::few) {
+      sum_few(at, sums);
+    } else {
+      for (I k = 0; k < h.count; k += 2) add_two_rows(at + k * row, k, sums);
+    }
+  }
+
+ private:
+  __device__ void sum_few(const T* at, A (&sums)[kPack]) const {
+    Pack<T> packs[2][2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+#pragma unroll
+      for (int l = 0; l < 2; ++l) {
+        if (k < h.count && l < t.count) access.load(at + k * row + l * frame, packs[k][l]);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (k >= h.count) continue;
+      A sum[kPack] = {};
+      add_weighed(packs[k][0], t.weight(0), true, sum);
+      if (t.count > 1) add_weighed(packs[k][1], t.weight(1), false, sum);
+      add(sum, h.weight(k), k == 0, sums);
+    }
+  }
+
+  __device__ void add_two_rows(const T* at, I k, A (&sums)[kPack]) const {
+    const bool both = k + 1 < h.count;
+    A upper[kPack] = {}, lower[kPack] = {};
+    for (I l = 0; l < t.count; ++l, at += frame) {
+      Pack<T> packs[2];
+      access.load(at, packs[0]);
+      if (both) access.load(at + row, packs[1]);
+      const A weight = t.weight(l);
+      add_weighed(packs[0], weight, l == 0, upper);
+      add_weighed(packs[1], weight, l == 0, lower);
+    }
+    add(upper, h.weight(k), k == 0, sums);
+    if (both) add(lower, h.weight(k + 1), false, sums);
+  }
+
+  __device__ static void add_weighed(const Pack<T>& pack, A weight, bool first, A (&sums)[kPack]) {
+    A values[kPack];
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) values[i] = widen(pack.values[i]);
+    add(values, weight, first, sums);
+  }
+};
+
+// The last one or two columns that a walk along W has summed, at `place` and behind it.
+template <class A, class I, int kPack> struct Held {
+  A first[kPack] = {}, second[kPack] = {};
+  I place = -1;
+  bool both = false;
+};
+
+// At most two taps on each axis.
+template <class Way, class T, class Access>
+__global__ void __launch_bounds__(kThreads, kBlocks) gather_few_kernel(const __grid_constant__ Gather g) {
+  using A = Acc<T>;
+  using I = int32_t;
+  using Taps = FewTaps<Way, A, I>;
+  constexpr int kPack = kPackWidth<T>;
+  I at[kAxes];
+  if (!find_item(g, at)) return;
+  const Access access(g, at[kChannel]);
+  const Taps t(axis_of<I>(g, 0), at[kTime]), h(axis_of<I>(g, 1), at[kHeight]);
+  const AxisOf<I> along = axis_of<I>(g, 2);
+  const T* from = static_cast<const T*>(g.from) + from_offset(g, at, access.channel, t.first, h.first);
+  T* to = static_cast<T*>(g.to) + to_offset(g, at, access.channel);
+  const Column<T, Access, Taps> column{access, t, h, g.from_strides[kTime], g.from_strides[kHeight]};
+  const int64_t step = g.from_strides[kWidth];
+  const bool empty = t.count == 0 || h.count == 0;
+  const I begin = at[kWidth] * g.run, end = smaller_of<I>(begin + g.run, static_cast<I>(g.width));
+  Held<A, I, kPack> held;
+  for (I w = begin; w < end; ++w) {
+    const Taps taps(along, w);
+    Pack<T> result;
+    if (!empty && taps.count > 0) {
+      if (taps.first != held.place) {
+        if (held.both && taps.first == held.place + 1) {
+#pragma unroll
+          for (int i = 0; i < kPack; ++i) held.first[i] = held.second[i];
+        } else {
+          column.sum(from + taps.first * step, held.first);
+        }
+        held.place = taps.first;
+        held.both = false;
+      }
+      if (taps.count > 1 && !held.both) {
+        column.sum(from + (taps.first + 1) * step, held.second);
+        held.both = true;
+      }
+      A sums[kPack] = {};
+      add(held.first, taps.weight(0), true, sums);
+      if (taps.count > 1) add(held.second, taps.weight(1), false, sums);
+      narrow_into(result, sums);
+    }
+    access.store(to + w * g.to_strides[kWidth], result);
+  }
+}
+
+// Any number of taps.
+template <class Way, class T, class Access, class I>
+__global__ void __launch_bounds__(kThreads, kBlocksOfAny) gather_any_kernel(const __grid_constant__ Gather g) {
+  using A = Acc<T>;
+  using Taps = AnyTaps<Way, A, I>;
+  constexpr int kPack = kPackWidth<T>;
+  I at[kAxes];
+  if (!find_item(g, at)) return;
+  const Access access(g, at[kChannel]);
+  const Taps t(axis_of<I>(g, 0), at[kTime]), h(axis_of<I>(g, 1), at[kHeight]);
+  const T* from = static_cast<const T*>(g.from) + from_offset(g, at, access.channel, t.first, h.first);
+  T* to = static_cast<T*>(g.to) + to_offset(g, at, access.channel);
+  const Column<T, Access, Taps> column{access, t, h, g.from_strides[kTime], g.from_strides[kHeight]};
+  const bool empty = t.count == 0 || h.count == 0;
+  const I begin = at[kWidth] * g.run, end = smaller_of<I>(begin + g.run, static_cast<I>(g.width));
+  for (I w = begin; w < end; ++w) {
+    const Taps taps(axis_of<I>(g, 2), w);
+    Pack<T> result;
+    A sums[kPack] = {};
+    for (I k = 0; k < taps.count && !empty; ++k) {
+      A sum[kPack] = {};
+      column.sum(from + (taps.first + k) * g.from_strides[kWidth], sum);
+      add(sum, taps.weight(k), k == 0, sums);
+    }
+    if (taps.count > 0 && !empty) narrow_into(result, sums);
+    access.store(to + w * g.to_strides[kWidth], result);
+  }
+}
+
+// A sole tap of weight 1, or none, on every axis, in packs: whatever they hold.
+template <class Way>
+__global__ void __launch_bounds__(kThreads, kBlocks) gather_copy_kernel(const __grid_constant__ Gather g) {
+  using I = int32_t;
+  I at[kAxes];
+  if (!find_item(g, at)) return;
+  const AxisOf<I> along = axis_of<I>(g, 2);
+  const RangeOf<I> t = Way::range(axis_of<I>(g, 0), at[kTime]), h = Way::range(axis_of<I>(g, 1), at[kHeight]);
+  const uint4* from = static_cast<const uint4*>(g.from) + from_offset(g, at, at[kChannel], t.first, h.first);
+  uint4* to = static_cast<uint4*>(g.to) + to_offset(g, at, at[kChannel]);
+  const bool empty = t.first == t.end || h.first == h.end;
+  const I begin = at[kWidth] * g.run, end = smaller_of<I>(begin + g.run, static_cast<I>(g.width));
+  uint4 pack{0, 0, 0, 0};
+  I held = -1;
+  for (I w = begin; w < end; ++w) {
+    const RangeOf<I> range = Way::range(along, w);
+    const bool none = empty || range.first == range.end;
+    if (!none && range.first != held) {
+      pack = __ldg(from + range.first * g.from_strides[kWidth]);
+      held = range.first;
+    }
+    to[w * g.to_strides[kWidth]] = none ? uint4{0, 0, 0, 0} : pack;
+  }
+}
+
+using GatherKernel = void (*)(Gather);
+
+// A launch: which kernel, and what it is told.
+template <class Way> class GatherLaunch {
+ public:
+  explicit GatherLaunch(const Resample& r) : r_(r) {
+    lf_dtype_size(r.dtype, &element_size_);
+    width_ = kPackBytes / element_size_;
+    together_ = fits_packs(r.from, r.from_shape) && fits_packs(r.to, r.to_shape);
+    g_.from = r.from.data, g_.to = r.to.data;
+    std::copy_n(r.from.strides, kAxes, g_.from_strides);
+    std::copy_n(r.to.strides, kAxes, g_.to_strides);
+    std::copy_n(r.axes, 3, g_.axes);
+    g_.channels = r.to_shape[kChannel], g_.width = r.to_shape[kWidth];
+    g_.apart = (g_.channels + width_ - 1) / width_;
+    g_.from_apart = g_.apart * g_.from_strides[kChannel], g_.to_apart = g_.apart * g_.to_strides[kChannel];
+    share_out();
+  }
+
+  lf_status run(cudaStream_t stream) {
+    const int64_t rows_each = kThreads >> g_.log2_lanes;
+    const int64_t groups = (rows() + rows_each - 1) / rows_each;
+    if (groups > INT32_MAX / g_.tiles) return LF_TOO_MANY;
+    const GatherKernel kernel = choose();
+    void* parameters[] = {&g_};
+    return status_of(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(groups * g_.tiles)), dim3(kThreads),
+                                      parameters, 0, stream));
+  }
+
+ private:
+  int64_t rows() const { return g_.size[0] * g_.size[1] * g_.size[2]; }
+  int64_t lanes() const { return g_.size[3] * g_.size[4]; }
+
+  bool fits_packs(const lf_clip& clip, const Sizes& shape) const {
+    bool fits = reinterpret_cast<uintptr_t>(clip.data) % kPackBytes == 0 && shape[kChannel] % width_ == 0;
+    for (int axis = 0; axis < kAxes; ++axis) {
+      fits = fits && (axis == kChannel ? clip.strides[axis] == 1
+                                       : clip.strides[axis] % width_ == 0 || shape[axis] == 1);
+    }
+    return fits;
+  }
+
+  // Lays the outputs out over blocks.
+  void share_out() {
+    Sizes size = r_.to_shape;
+    size[kChannel] = g_.apart;
+    std::array<int, kAxes> order{kBatch, kChannel, kTime, kHeight, kWidth};
+    const auto reach = [&](int axis) { return size[axis] == 1 ? UINT64_MAX : magnitude(g_.to_strides[axis]); };
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return reach(a) > reach(b); });
+    // Along the innermost axis lanes lie next to one another.
+    g_.run = 1;
+    if (order[kAxes - 1] != kWidth) g_.run = static_cast<int32_t>(longest_run(size));
+    size[kWidth] = (size[kWidth] + g_.run - 1) / g_.run;
+    // Frames that share sources are to meet in a block, where rows do not.
+    const auto rows_end = order.begin() + 3, frames = std::find(order.begin(), rows_end, int{kTime});
+    const bool frames_share = g_.axes[0].factor > 1 && g_.axes[1].factor == 1;
+    if (frames_share && frames != rows_end) std::rotate(frames, frames + 1, rows_end);
+    for (int place = 0; place < kAxes; ++place) {
+      g_.size[place] = size[order[place]];
+      g_.place[order[place]] = place;
+    }
+    g_.log2_lanes = kLog2Warp;
+    while (g_.log2_lanes > 0 && int64_t{1} << (g_.log2_lanes - 1) >= lanes()) --g_.log2_lanes;
+    while (kThreads >> g_.log2_lanes > rows()) ++g_.log2_lanes;
+    g_.tiles = (lanes() + (int64_t{1} << g_.log2_lanes) - 1) >> g_.log2_lanes;
+  }
+
+  // As long as there are threads enough, and no longer than the row.
+  static int64_t longest_run(const Sizes& size) {
+    double packs = 1;
+    for (const int64_t n : size) packs *= static_cast<double>(n);
+    int64_t run = kLongestRun;
+    while (run > 1 && (run / 2 >= size[kWidth] || packs / static_cast<double>(run) < kEnoughThreads)) run /= 2;
+    return run;
+  }
+
+  bool is_short() const {
+    bool fits = lanes() < INT32_MAX - kThreads && rows() < INT32_MAX - kThreads && g_.channels <= kShortAxis;
+    for (const ResizedAxis& axis : g_.axes) fits = fits && axis.coarse <= kShortAxis / axis.factor;
+    return fits;
+  }
+
+  // At the ends there are no more taps than in the middle, unless they are all there is.
+  bool few() const {
+    bool few = true;
+    for (int i = 0; i < 3; ++i) {
+      const Range range = Way::range(g_.axes[i], r_.to_shape[kTime + i] / 2);
+      few = few && range.end - range.first <= 2;
+    }
+    return few || Way::always_few;
+  }
+
+  bool copies() const {
+    return std::all_of(g_.axes, g_.axes + 3, [](const ResizedAxis& axis) {
+      if (axis.factor == 1) return true;
+      const Range range = Way::range(axis, int64_t{0});
+      return axis.mode == LF_NEAREST && range.end - range.first <= 1;
+    });
+  }
+
+  template <class T> GatherKernel kernel_of() const {
+    if (!is_short()) return gather_any_kernel<Way, T, Apart<T>, int64_t>;
+    if (few()) return together_ ? gather_few_kernel<Way, T, Together<T>> : gather_few_kernel<Way, T, Apart<T>>;
+    if constexpr (!Way::always_few) {
+      if (together_) return gather_any_kernel<Way, T, Together<T>, int32_t>;
+    }
+    return gather_any_kernel<Way, T, Apart<T>, int64_t>;
+  }
+
+  GatherKernel choose() {
+    if (together_ && is_short() && copies()) {
+      for (int axis = 0; axis < kAxes; ++axis) {
+        if (axis != kChannel) g_.from_strides[axis] /= width_, g_.to_strides[axis] /= width_;
+      }
+      return gather_copy_kernel<Way>;
+    }
+    switch (r_.dtype) {
+      case LF_FLOAT32: return kernel_of<float>();
+      case LF_FLOAT64: return kernel_of<double>();
+      case LF_FLOAT16: return kernel_of<Half>();
+      default: return kernel_of<BFloat16>();
+    }
+  }
+
+  const Resample& r_;
+  int64_t element_size_ = 0, width_ = 1;
+  bool together_ = false;
+  Gather g_{};
+};
+
+}  // namespace
+}  // namespace lf
+
+#endif  // LF_COMMON_RESAMPLE_DEVICE_H

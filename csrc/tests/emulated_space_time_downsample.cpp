@@ -1,0 +1,2 @@
+// space_time_downsample.cu, compiled for the host and run thread after thread: they wait for nobody.
+#include "../space_time_downsample.cu"
