@@ -1,4 +1,4 @@
-/* space_time_downsample and space_time_upsample through the C ABI, against loops over the formulas of the header: modes,
+/* space_time_downsample and space_time_upsample through the C ABI against loops over the header's formulas: modes,
  * factors, dtypes, adjoints, learned resizes, strides, threads, working memory, errors. */
 #include "lumiere_fast.h"
 
@@ -504,7 +504,8 @@ static void every_learned(void) {
 /* Of many pixels and channels: what engines take in blocks. The same bits with any number of threads. */
 static void large_learned(void) {
   for (int i = 0; i < 8; ++i) {
-    const Learned c = {i % 2, i / 2 % 2 ? LF_BFLOAT16 : LF_FLOAT32, LF_NEAREST, 1, 72, 40, 7, {12, 27}, {2, 1, 1 + i / 4},
+    const Learned c = {i % 2, i / 2 % 2 ? LF_BFLOAT16 : LF_FLOAT32, LF_NEAREST, 1, 72, 40, 7, {12, 27}, 
+                       {2, 1, 1 + i / 4},
                        3, 1, 0, LAST, LAST};
     const Call call = make_call(&c, 5);
     const size_t bytes = (size_t)(call.y.elements * size_of(c.dtype));
