@@ -1,7 +1,8 @@
 // space_time_downsample on a CUDA device; see space_time_downsample.h.
 #include "space_time_downsample.h"
 
-#include "common/space_time_device.h"
+#include "common/resample_device.h"
+#include "common/temporal_resize_device.h"
 
 namespace lf {
 namespace {

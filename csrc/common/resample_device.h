@@ -489,6 +489,13 @@ template <class Way> class GatherLaunch {
 };
 
 }  // namespace
+template <class Taps> lf_status gather_fine_cuda(const Resample& resample, cudaStream_t stream) {
+  return GatherLaunch<ToCoarse<Taps>>(resample).run(stream);
+}
+template <class Taps> lf_status gather_coarse_cuda(const Resample& resample, cudaStream_t stream) {
+  return GatherLaunch<ToFine<Taps>>(resample).run(stream);
+}
+
 }  // namespace lf
 
 #endif  // LF_COMMON_RESAMPLE_DEVICE_H

@@ -205,16 +205,4 @@ lf_status check_workspace(const lf_space_time& arguments, const SpaceTimeCall& c
   return shared || Parameters(arguments).meet(own, size) ? LF_SHARED_MEMORY : LF_OK;
 }
 
-lf_status workspace(const lf_space_time* arguments, Direction direction, int64_t num_threads, int64_t* bytes) noexcept {
-  if (!bytes || num_threads < 0) return LF_INVALID_ARGUMENT;
-  SpaceTimeCall call;
-  const lf_status status = read_call(arguments, direction, Purpose::kWorkspace, call);
-  if (status != LF_OK) return status;
-  *bytes = call.between;
-  if (!call.learned || call.empty) return LF_OK;
-  *bytes += num_threads ? temporal_resize_cpu_bytes(call.temporal, num_threads)
-                        : temporal_resize_cuda_bytes(call.temporal, arguments->wgmma != 0);
-  return LF_OK;
-}
-
 }  // namespace lf

@@ -16,7 +16,7 @@
 
 #include "common/ptx.h"
 #include "common/resized_axis.h"
-#include "common/space_time_device.h"
+#include "common/temporal_resize_device.h"
 
 namespace lf {
 namespace {

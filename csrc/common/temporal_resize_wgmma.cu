@@ -20,7 +20,7 @@
 #include <utility>
 
 #include "common/ptx_sm90.h"
-#include "common/space_time_device.h"
+#include "common/temporal_resize_device.h"
 
 namespace lf {
 

@@ -1,0 +1,19 @@
+// Learned resizing in time on a CUDA device, which is current.
+#ifndef LF_COMMON_TEMPORAL_RESIZE_DEVICE_H
+#define LF_COMMON_TEMPORAL_RESIZE_DEVICE_H
+
+#include "common/device.h"
+#include "common/space_time.h"
+
+namespace lf {
+
+// LF_UNSUPPORTED_DEVICE too where the library was not built for sm_90a.
+lf_status temporal_resize_wgmma(const TemporalResize& resize, void* workspace, int device, cudaStream_t stream);
+
+// By mma.sync (common/temporal_resize_mma.cu), or by wgmma and bulk copies (common/temporal_resize_wgmma.cu).
+lf_status temporal_resize_cuda(const TemporalResize& resize, bool wgmma, void* workspace, int device,
+                               cudaStream_t stream);
+
+}  // namespace lf
+
+#endif  // LF_COMMON_TEMPORAL_RESIZE_DEVICE_H
