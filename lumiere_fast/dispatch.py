@@ -32,8 +32,14 @@ from lumiere_fast.kernels import PENDING_KERNELS
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("triton", "cuda", "cpu", "reference")
-"""Every backend, in the order "auto" tries them. The reference needs nothing, so it comes last."""
+BACKENDS = ("triton", "wgmma", "cuda", "cpu", "reference")
+"""Every backend, in the order "auto" tries them. The reference needs nothing, so it comes last.
+
+"wgmma" is the native core's CUDA half by Hopper's warpgroup instructions. It is a backend beside "cuda", not a part of
+it, since what a GPU has proved is kept by backend: where it is wrong or unproved, "cuda" runs.
+"""
+
+GPU_BACKENDS = ("triton", "wgmma", "cuda")
 
 AUTO = "auto"
 INTERPRETED = "it would run in Triton's interpreter, which is for tests"
@@ -74,6 +80,7 @@ class Needs:
         aligned: bytes that the address of an argument's first element must be a multiple of.
         values: accepted values by argument, for those that are not tensors.
         capability: least CUDA compute capability of the device the tensors are on.
+        most_capability: the largest, for instructions that later devices do not have.
         gradient: whether the call may need a gradient.
         modules: Python modules that must be installed.
         native: the half of the native core that must be built, "cpu", "cuda", or "avx2": see `native.why_not`.
@@ -87,6 +94,7 @@ class Needs:
     aligned: Mapping[str, int] = field(default_factory=dict)
     values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
+    most_capability: tuple[int, int] | None = None
     gradient: bool = False
     modules: tuple[str, ...] = ()
     native: str | None = None
@@ -107,7 +115,7 @@ class Needs:
             (self.dense, self._dense),
             (self.aligned, self._aligned),
             (self.values, self._values),
-            (self.capability, self._capability),
+            (self.capability or self.most_capability, self._capability),
             (not self.gradient, self._gradient),
             (True, self._transform),
             (self.modules, self._modules),
@@ -158,15 +166,16 @@ class Needs:
                 yield f"{name} is {arguments[name]!r}, it needs {_either([repr(value) for value in accepted])}"
 
     def _capability(self, arguments: Mapping[str, Any]) -> Iterator[str]:
-        if self.capability is None:
-            return
         devices = {tensor.device for _, tensor in _first_tensors(arguments) if tensor.device.type == "cuda"}
         for device in sorted(devices, key=str):
             found = _capability(device)
             if found is None:
                 yield f"this machine has no {device}"
-            elif found < self.capability:
+            elif self.capability and found < self.capability:
                 yield f"{device} has compute capability {_version(found)}, it needs {_version(self.capability)}"
+            elif self.most_capability and found > self.most_capability:
+                most = _version(self.most_capability)
+                yield f"{device} has compute capability {_version(found)}, it needs {most} at most"
 
     def _gradient(self, arguments: Mapping[str, Any]) -> Iterator[str]:
         if needs_gradient(arguments):
@@ -179,7 +188,7 @@ class Needs:
         return [f"the Python module {name} is not installed" for name in self.modules if not _installed(name)]
 
     def _native(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-        return _native_reasons(self.native or "")
+        return native_reasons(self.native or "")
 
     def _limits(self, arguments: Mapping[str, Any]) -> Iterable[str]:
         limits: Iterable[str] = _load(self.limits or "")(*arguments.values())
@@ -200,6 +209,7 @@ class Backend:
             the results as a tuple, None where there is none, then the arguments of the reference; it returns a gradient
             for each argument: a tensor, None, or a list of these for a list of tensors.
         pays_from: (argument, axis, size) triples: where an axis is shorter, others are faster, and "auto" passes over.
+            An argument that is not given does not count.
     """
 
     name: str
@@ -425,7 +435,7 @@ def reasons_to_pass_over(op: Op, backend: str, arguments: Sequence[Any]) -> Sequ
     unprofitable = [
         f"axis {axis} of {name} is below {size}, from where it pays"
         for name, axis, size in op.backends[backend].pays_from
-        if arguments[op.parameters.index(name)].shape[axis] < size
+        if (argument := arguments[op.parameters.index(name)]) is not None and argument.shape[axis] < size
     ]
     return unprofitable or (_why_unproven(op.name, backend, device) if device.type == "cuda" else ())
 
@@ -455,7 +465,8 @@ def _why_unproven(op: str, backend: str, device: torch.device) -> Sequence[str]:
 
 
 @constant_when_traced
-def _native_reasons(half: str) -> tuple[str, ...]:
+def native_reasons(half: str) -> tuple[str, ...]:
+    """`native.why_not`, which traces may ask too."""
     return tuple(native.why_not(half))
 
 

@@ -26,8 +26,6 @@ _PACKAGES = (
     *("huggingface_hub", "transformers", "matplotlib"),
 )
 
-_GPU_BACKENDS = ("triton", "cuda")
-
 
 class Info(TypedDict):
     """The report, as ``--json`` prints it.
@@ -82,7 +80,7 @@ def evidence_by_op() -> dict[str, dict[str, dict[str, Any] | None]]:
     """For each op and the GPU backends it has, the newest lab record of the kernel's present source."""
     table: dict[str, dict[str, dict[str, Any] | None]] = {}
     for op in dispatch.registered_ops():
-        backends = [name for name in _GPU_BACKENDS if name in dispatch.registered(op).backends]
+        backends = [name for name in dispatch.GPU_BACKENDS if name in dispatch.registered(op).backends]
         found = {backend: evidence.recorded(op, backend) for backend in backends}
         table[op] = {name: dataclasses.asdict(each) if each else None for name, each in found.items()}
     return table
@@ -100,7 +98,7 @@ def readme_table() -> str:
 def _state(op: str, backend: str) -> str:
     if backend not in dispatch.registered(op).backends:
         return "to come" if op in PENDING_KERNELS else "-"
-    if backend not in _GPU_BACKENDS:
+    if backend not in dispatch.GPU_BACKENDS:
         return "tested"
     found = evidence.recorded(op, backend)
     return "not yet run on a GPU" if found is None else f"right on {found.gpu} ({found.date}, {found.commit[:7]})"

@@ -829,9 +829,7 @@ def _resize_back(op: str, gradient: Any, factor: Sequence[int], mode: str, out: 
     target, source = ((*view, dtype) for view in views)
     _check_resize_parameters(op, {}, factor, mode)
     _check_shape(adjoint, "gradient", tuple(source[1]), _resized(op, "out", tuple(target[1]), factor, None))
-    _launch(
-        adjoint, device, _coded(target), factor, load().RESIZE_MODES[mode], None, None, _coded(source), False, None
-    )
+    _launch(adjoint, device, _coded(target), factor, load().RESIZE_MODES[mode], None, None, _coded(source), False, None)
     del held
 
 
@@ -873,7 +871,7 @@ def _resized(
 def _check_wgmma(op: str, x: _View, device: int | None, weight: Any) -> None:
     if weight is None:
         raise ValueError(f"{op}: weight must be given, fixed taps take no warpgroup instructions")
-    address, shape, strides, dtype = x
+    address, shape, strides, _ = x
     if device is None:
         raise ValueError(f"{op}: x must be on a CUDA device, got the CPU")
     reasons = wgmma_reasons(shape, strides, 2)  # bytes of those that are taken
