@@ -17,9 +17,8 @@ from typing import Any, TypedDict
 
 import torch
 
-from lumiere_fast import dispatch, evidence, native
+from lumiere_fast import dispatch, evidence, native, selftest
 from lumiere_fast.kernels import PENDING_KERNELS
-from lumiere_fast.selftest import example_call
 
 _PACKAGES = (
     *("lumiere_fast", "torch", "triton", "numpy", "safetensors", "tokenizers", "tqdm", "typer", "pillow", "av"),
@@ -68,12 +67,11 @@ def collect() -> Info:
 
 
 def reasons_by_op(device: str) -> dict[str, dict[str, list[str]]]:
-    """For each op and backend, what ``why_not`` says about ``example_call`` on ``device``."""
-    table: dict[str, dict[str, list[str]]] = {}
-    for op in dispatch.registered_ops():
-        call = example_call(op, device)
-        table[op] = {backend: dispatch.why_not(op, backend, **call) for backend in dispatch.BACKENDS}
-    return table
+    """For each op and backend, why it is not for small calls on ``device``; see `selftest.why_not`."""
+    return {
+        op: {backend: selftest.why_not(op, backend, device) for backend in dispatch.BACKENDS}
+        for op in dispatch.registered_ops()
+    }
 
 
 def evidence_by_op() -> dict[str, dict[str, dict[str, Any] | None]]:

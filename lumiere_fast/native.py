@@ -741,7 +741,8 @@ def space_time_upsample(x: Any, factor: Sequence[int], mode: str, weight: Any, b
 def space_time_downsample_wgmma(x: Any, factor: Sequence[int], mode: str, weight: Any, bias: Any, *, out: Any) -> None:
     """`space_time_downsample` by warpgroup instructions and bulk copies, of compute capability 9.0 alone.
 
-    There is a weight, and x is float16 or bfloat16 and lies as `wgmma_reasons` wants it.
+    There is a weight, and x is float16 or bfloat16 and lies as `wgmma_reasons` wants it. Where it does not start at a
+    multiple of 16 bytes, as a slice may, which no trace can tell, the call is `space_time_downsample`'s.
 
     Raises: as `space_time_downsample`; RuntimeError where the device is another one.
     """
@@ -774,8 +775,7 @@ def space_time_upsample_adjoint(gradient: Any, factor: Sequence[int], mode: str,
 def wgmma_reasons(shape: Sequence[int], strides: Sequence[int], element_size: int) -> list[str]:
     """Every reason why bulk copies cannot take a clip x that lies so; empty where they can.
 
-    Channels lie behind one another and rows of pixels too, and all other strides are multiples of 16 bytes, as the
-    address has to be.
+    Channels lie behind one another and rows of pixels too, and all other strides are multiples of 16 bytes.
     """
     reasons = []
     if shape[1] > 1 and strides[1] != 1:
@@ -803,13 +803,14 @@ def _resize(
     dtype, device, views, held = _operands(op, [*given].__getitem__, [*given.values()])
     lies: dict[str, _View] = {name: (*view, dtype) for name, view in zip(given, views, strict=True)}
     shapes = {name: tuple(view[1]) for name, view in lies.items()}
+    _check_clip(op, "x", shapes["x"])
     _check_resize_parameters(op, shapes, factor, mode)
     _check_shape(op, "out", shapes["out"], _resized(op, "x", shapes["x"], factor, shapes.get("weight")))
     if wgmma:
         _check_wgmma(op, lies["x"], device, weight)
     coded = {name: _coded(view) for name, view in lies.items()}
     parameters = (factor, load().RESIZE_MODES[mode], coded.get("weight"), coded.get("bias"))
-    call = (coded["x"], *parameters, coded["out"], wgmma)
+    call = (coded["x"], *parameters, coded["out"], wgmma and lies["x"][0] % 16 == 0)
     memory = None if weight is None else _resize_workspace(op, device, call)
     _launch(op, device, *call, None if memory is None else (memory.data_ptr(), memory.numel()))
     del held
@@ -827,10 +828,16 @@ def _resize_back(op: str, gradient: Any, factor: Sequence[int], mode: str, out: 
     adjoint = f"{op}_adjoint"
     dtype, device, views, held = _operands(adjoint, ("out", "gradient").__getitem__, [out, gradient])
     target, source = ((*view, dtype) for view in views)
+    _check_clip(adjoint, "out", tuple(target[1]))
     _check_resize_parameters(op, {}, factor, mode)
     _check_shape(adjoint, "gradient", tuple(source[1]), _resized(op, "out", tuple(target[1]), factor, None))
     _launch(adjoint, device, _coded(target), factor, load().RESIZE_MODES[mode], None, None, _coded(source), False, None)
     del held
+
+
+def _check_clip(op: str, name: str, shape: tuple[int, ...]) -> None:
+    if len(shape) != 5 or min(shape[1:]) < 1:
+        raise ValueError(f"{op}: {name} must be (B, C, T, H, W) with C, T, H, W >= 1, got {shape}")
 
 
 def _check_resize_parameters(op: str, shapes: dict[str, tuple[int, ...]], factor: Sequence[int], mode: str) -> None:
@@ -857,8 +864,6 @@ def _resized(
     op: str, name: str, shape: tuple[int, ...], factor: Sequence[int], weight: tuple[int, ...] | None
 ) -> tuple[int, ...]:
     """The shape that one becomes, which is that of the argument `name`."""
-    if len(shape) != 5 or min(shape[1:]) < 1:
-        raise ValueError(f"{op}: {name} must be (B, C, T, H, W) with C, T, H, W >= 1, got {shape}")
     start = (shape[0], shape[1] if weight is None else weight[0])
     if op == "space_time_upsample":
         return *start, *(size * f for size, f in zip(shape[2:], factor, strict=True))
@@ -871,11 +876,7 @@ def _resized(
 def _check_wgmma(op: str, x: _View, device: int | None, weight: Any) -> None:
     if weight is None:
         raise ValueError(f"{op}: weight must be given, fixed taps take no warpgroup instructions")
-    address, shape, strides, _ = x
     if device is None:
         raise ValueError(f"{op}: x must be on a CUDA device, got the CPU")
-    reasons = wgmma_reasons(shape, strides, 2)  # bytes of those that are taken
-    if address % 16:
-        reasons.append("x must start at a multiple of 16 bytes")
-    if reasons:
+    if reasons := wgmma_reasons(x[1], x[2], 2):  # bytes of those that are taken
         raise ValueError(f"{op}: {'; '.join(reasons)}")
