@@ -82,7 +82,7 @@ class Needs:
         most_capability: the largest, for instructions that later devices do not have.
         gradient: whether the call may need a gradient.
         modules: Python modules that must be installed.
-        native: the half of the native core that must be built, "cpu", "cuda", or "avx2": see `native.why_not`.
+        native: the half of the native core that must be built, or "avx2" or "wgmma": see `native.why_not`.
         limits: what no field can say: takes the arguments by position, returns reasons. Traces go through it.
     """
 

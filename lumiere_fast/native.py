@@ -52,17 +52,21 @@ def load() -> ModuleType:
 def why_not(half: str) -> list[str]:
     """Every reason why that half of the native core cannot be used; empty where it can be.
 
-    "avx2" is the CPU half on a processor that has AVX2, for an op that torch is faster at without.
+    "avx2" is the CPU half on a processor that has AVX2, for an op that torch is faster at without. "wgmma" is the CUDA
+    half with code for sm_90a, which alone has warpgroup instructions.
 
     Whether there is a device, and whether it is one that the CUDA half was built for, is not asked here.
     """
-    if half not in (*HALVES, "avx2"):
-        raise ValueError(f"half must be one of {', '.join(HALVES)}, avx2, got {half!r}")
+    if half not in (*HALVES, "avx2", "wgmma"):
+        raise ValueError(f"half must be one of {', '.join(HALVES)}, avx2, wgmma, got {half!r}")
     module, reasons = _loaded()
     if module is None:
         return list(reasons)
-    if half == "cuda" and _build_info()["cuda"] is None:
+    if half in ("cuda", "wgmma") and _build_info()["cuda"] is None:
         return [f"the native core was built without its CUDA half: {_reported('cuda') or 'the build left no reason'}"]
+    if half == "wgmma" and not any("90a" in arch for arch in _build_info()["cuda_archs"]):
+        archs = ", ".join(_build_info()["cuda_archs"])
+        return [f"the native core was built for {archs}, not for 90a: unset LUMIERE_FAST_CUDA_ARCHS and install again"]
     if half == "avx2" and module.temporal_conv_lanes() < 8:
         return ["this processor has no AVX2, or may not use it, and without it torch is faster"]
     return []
@@ -775,7 +779,7 @@ def space_time_upsample_adjoint(gradient: Any, factor: Sequence[int], mode: str,
 def wgmma_reasons(shape: Sequence[int], strides: Sequence[int], element_size: int) -> list[str]:
     """Every reason why bulk copies cannot take a clip x that lies so; empty where they can.
 
-    Channels lie behind one another and rows of pixels too, and all other strides are multiples of 16 bytes.
+    Channels lie behind one another and rows of pixels too, and all other strides are multiples of 16 bytes, above 0.
     """
     reasons = []
     if shape[1] > 1 and strides[1] != 1:
@@ -783,9 +787,9 @@ def wgmma_reasons(shape: Sequence[int], strides: Sequence[int], element_size: in
     if shape[3] > 1 and shape[4] > 1 and strides[3] != shape[4] * strides[4]:
         reasons.append("the rows of x lie apart, they need to lie one behind the other")
     for axis in (0, 2, 3, 4):
-        if shape[axis] > 1 and strides[axis] * element_size % 16:
-            bytes_apart = strides[axis] * element_size
-            reasons.append(f"axis {axis} of x has a stride of {bytes_apart} bytes, it needs a multiple of 16")
+        apart = strides[axis] * element_size
+        if shape[axis] > 1 and (apart <= 0 or apart % 16):
+            reasons.append(f"axis {axis} of x has a stride of {apart} bytes, it needs a multiple of 16")
     return reasons
 
 

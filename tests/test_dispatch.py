@@ -365,6 +365,18 @@ def test_derivatives_that_kernels_cannot_see_go_to_the_reference(transform: str)
     assert set(ran()) == {"reference"}
 
 
+def test_auto_passes_over_what_does_not_pay() -> None:
+    """By the sizes of what is given; an argument that is not does not count."""
+    backend = Backend("cpu", "toy_kernels:cpu", Needs(), pays_from=(("x", 0, 3), ("factor", 1, 4)))
+    op = dataclasses.replace(dispatch.registered("toy"), backends={"cpu": backend})
+    short, long = torch.ones(2, 3), torch.ones(3, 4)
+    assert dispatch.reasons_to_pass_over(op, "cpu", (long, None, "plain")) == ()
+    assert dispatch.reasons_to_pass_over(op, "cpu", (short, None, "plain")) == [
+        "axis 0 of x is below 3, from where it pays"
+    ]
+    assert len(dispatch.reasons_to_pass_over(op, "cpu", (short, short, "plain"))) == 2
+
+
 def test_limits_that_are_no_field_are_reasons_too() -> None:
     needs = Needs(limits=lambda x, factor, mode: [f"{len(x)} rows, it takes 1"] if len(x) > 1 else [])
     assert needs.unmet({"x": SINGLE, "factor": 2.0, "mode": "plain"}) == ["2 rows, it takes 1"]

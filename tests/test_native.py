@@ -499,6 +499,10 @@ class TestSpaceTime:
             (lies[:, :, ::2], []),
             (lies[..., ::2], []),  # every pixel of a row the same way from the next, over its end too
             (lies[..., :4], ["the rows of x lie apart, they need to lie one behind the other"]),
+            (
+                lies[:, :, :1].expand(-1, -1, 2, -1, -1),
+                ["axis 2 of x has a stride of 0 bytes, it needs a multiple of 16"],
+            ),
             (lies[:, ::2], ["axis 1 of x has stride 2, it needs stride 1"]),
             (
                 thin,
@@ -669,3 +673,14 @@ class TestWhereItCannotBeUsed:
         assert native.why_not("cpu") == []
         (reason,) = native.why_not("cuda")
         assert reason == "the native core was built without its CUDA half: nvcc is neither on PATH nor in CUDA_HOME"
+        assert native.why_not("wgmma") == [reason]
+
+    def test_warpgroups_are_of_one_architecture(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pretend(monkeypatch, cuda="13.0", cuda_archs=["80"])
+        assert native.why_not("cuda") == []
+        (reason,) = native.why_not("wgmma")
+        assert reason.startswith("the native core was built for 80, not for 90a: unset LUMIERE_FAST_CUDA_ARCHS")
+        native._loaded.cache_clear()
+        native._build_info.cache_clear()
+        self.pretend(monkeypatch, cuda="13.0", cuda_archs=["80", "90a"])
+        assert native.why_not("wgmma") == []

@@ -94,7 +94,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 def backends(op: str, backward: str) -> tuple[Backend, ...]:
     """Those of either op, whose functions `lumiere_fast.native` names after it."""
     function = f"lumiere_fast.native:{op}"
-    on_cuda: dict[str, Any] = {"devices": ("cuda",), "gradient": True, "native": "cuda"}
+    on_cuda: dict[str, Any] = {"devices": ("cuda",), "gradient": True}
     return (
         Backend(
             "wgmma",
@@ -103,11 +103,12 @@ def backends(op: str, backward: str) -> tuple[Backend, ...]:
                 **on_cuda,
                 capability=(9, 0),
                 most_capability=(9, 0),
+                native="wgmma",
                 limits=wgmma_limits,
             ),
             backward,
         ),
-        Backend("cuda", function, Needs(**on_cuda, capability=(8, 0), limits=cuda_limits), backward),
+        Backend("cuda", function, Needs(**on_cuda, capability=(8, 0), native="cuda", limits=cuda_limits), backward),
         Backend(
             "cpu",
             function,

@@ -54,14 +54,16 @@ def space_time_downsample(
         x: (B, C, T, H, W), fp16, bf16, fp32 or fp64, in any memory format; B may be 0.
         factor: (t, h, w), each >= 1. With fixed taps it divides T, H and W; T need not be divisible with `weight`.
         mode: "nearest", "linear", "area" or "blur".
-        weight: (C_out, C, K), K odd. A t of 1 is a plain convolution.
+        weight: (C_out, C, K), K odd. A t of 1 is a plain convolution. Kernels take it in the dtype of x, to which
+            autocast brings it.
         bias: (C_out,), only beside `weight`.
         backend: None for the current choice.
         out: where to put the result; not where a gradient is needed.
 
     Returns:
         (B, C or C_out, ceil(T / t), H / h, W / w) in the dtype and memory format of x, never a view of it. The
-        arithmetic is in fp32 at least and rounds once; fp64 stays fp64. Differentiable in x, weight and bias.
+        arithmetic is in fp32 at least and rounds once, a kernel once more between space and learned time; fp64 stays
+        fp64. Differentiable in x, weight and bias.
 
     Raises:
         ValueError: for shapes, factors and modes other than these; names the two nearest sizes accepted.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lumiere_fast import dispatch, native
+from lumiere_fast import dispatch, evidence, native
 from tests.ops.common import (
     CHANNELS_LAST,
     FORMATS,
@@ -178,6 +180,43 @@ def check_compiled_gradient(op: Op, mode: str) -> None:
     (expected,) = torch.autograd.grad(op(x, (2, 2, 3), mode=mode, backend="reference").square().sum(), x)
     torch.testing.assert_close(found, expected)
     assert found.stride() == expected.stride()
+
+
+def check_choice_on_gpus(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What "auto" takes, by what was proved, on which GPU, and for which call; no GPU needed to ask."""
+    found = dispatch.registered(op.__name__)
+    monkeypatch.setattr(native, "why_not", lambda half: [])
+
+    def fake(*shape: int, strides: Sequence[int] = (), dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        dense = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        return torch.empty_strided(shape, strides or dense, dtype=dtype, device="cuda")
+
+    def chosen(*proved: str, capability: tuple[int, int] = (9, 0), **changes: Any) -> str:
+        call = {"x": clip, "weight": weight, "bias": None, "mode": "linear", "factor": (2, 1, 1), **changes}
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        unproven = lambda op, backend, device, check: [] if backend in proved else ["not proved"]  # noqa: E731
+        monkeypatch.setattr(evidence, "why_unproven", unproven)
+        arguments = found.bind(**call)
+        with mock.patch.object(torch.cuda, "is_available", lambda: True):
+            return dispatch.select(found, None, arguments)
+
+    both, rows = ("cuda", "wgmma"), (12288, 1, 2048, 512, 64)  # strides of 6 frames of 4 by 8 pixels of 64 channels
+    with FakeTensorMode():
+        clip, weight = fake(2, 64, 6, 4, 8, strides=rows), fake(72, 64, 3)
+        assert chosen(*both) == "wgmma"
+        assert chosen("cuda") == "cuda" and chosen("wgmma") == "wgmma" and chosen() == "reference"
+        assert chosen(*both, capability=(8, 0)) == chosen(*both, capability=(10, 0)) == "cuda"
+        assert chosen(*both, capability=(7, 5)) == "reference"
+        assert chosen(*both, weight=None) == "cuda"  # fixed taps
+        assert chosen(*both, factor=(2, 2, 2)) == "wgmma"
+        assert chosen(*both, x=fake(2, 64, 6, 4, 8)) == "cuda"  # contiguous
+        assert chosen(*both, x=fake(2, 64, 6, 4, 4, strides=rows)) == "cuda"  # rows lie apart
+        assert chosen(*both, x=fake(2, 64, 3, 4, 8, strides=(12288, 1, 4096, 512, 64))) == "wgmma"
+        thin: dict[str, Any] = {"x": fake(2, 20, 6, 4, 8, strides=rows), "weight": fake(8, 20, 3)}
+        assert chosen(*both, **thin) == "wgmma" and chosen(*both, **thin, factor=(2, 2, 2)) == "cuda"
+        wide: dict[str, Any] = {"x": fake(2, 64, 6, 4, 8, strides=rows, dtype=torch.float32)}
+        assert chosen(*both, **wide) == "reference" and chosen(*both, **wide, weight=None) == "cuda"
+        assert chosen(*both, weight=fake(72, 64, 3, dtype=torch.float32)) == "reference"
 
 
 def identity(channels: int, taps: int, dtype: torch.dtype) -> Tensor:

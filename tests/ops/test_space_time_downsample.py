@@ -266,3 +266,7 @@ def test_identity_weights_pass_bits_on(backend: str, dtype: torch.dtype) -> None
         for bias in (None, x.new_zeros(channels)):
             y = space_time_downsample(x, (factor, 1, 1), weight=weight, bias=bias, backend=backend)
             assert torch.equal(y, x[:, :, ::factor])
+
+
+def test_warpgroups_where_a_gpu_has_proved_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    resizing.check_choice_on_gpus(space_time_downsample, monkeypatch)

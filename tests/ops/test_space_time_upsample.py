@@ -250,3 +250,7 @@ def test_identity_weights_pass_bits_on(backend: str, dtype: torch.dtype) -> None
         for bias in (None, x.new_zeros(channels)):
             y = space_time_upsample(x, (factor, 1, 1), weight=weight, bias=bias, backend=backend)
             assert torch.equal(y, x.repeat_interleave(factor, dim=2))
+
+
+def test_warpgroups_where_a_gpu_has_proved_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    resizing.check_choice_on_gpus(space_time_upsample, monkeypatch)
