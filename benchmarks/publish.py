@@ -20,7 +20,7 @@ from benchmarks.record import MET, TABLE_NAME, Record, Row, is_current, is_red, 
 
 RESULTS = ROOT / "benchmarks" / "results"
 EVIDENCE = ROOT / "lumiere_fast" / "evidence.json"
-KERNELS = ("triton", "cuda")
+KERNELS = ("triton", "wgmma", "cuda")
 NATIVE_TESTS = ("tests/test_native.py", "tests/test_native_core.py")
 LONGEST_REASON = 200
 

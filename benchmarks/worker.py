@@ -32,7 +32,7 @@ from lumiere_fast.ops import _selfcheck
 Unit = dict[str, Any]
 
 MODELS = ("stunet", "pipeline")
-BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": (*dispatch.GPU_BACKENDS, "reference")}
 BUSY = 0.1  # of the machine's processors: a time is then not to be trusted
 THREADS = {"cpu": (1, 2), "cuda": (1,)}
 

@@ -28,6 +28,12 @@ int64_t integer(PyObject* object, const char* what) {
   return value;
 }
 
+void* address(PyObject* object) {
+  void* const found = PyLong_AsVoidPtr(object);
+  if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
+
 // The items of a list or tuple, or of anything else that can be iterated.
 class Items {
  public:
@@ -60,9 +66,7 @@ struct Operands {
   void add(PyObject* object) {
     const Items items(object, "an operand");
     items.require(3, "an operand is (address, shape, strides)");
-    void* address = PyLong_AsVoidPtr(items[0]);
-    if (address == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    data.push_back(address);
+    data.push_back(address(items[0]));
     append_axes(items[1], shapes);
     append_axes(items[2], strides);
   }
@@ -132,8 +136,7 @@ struct View {
     if (object.is_none()) return;
     const Items items(object.ptr(), "an operand");
     items.require(4, "an operand is (address, shape, strides, dtype)");
-    data = PyLong_AsVoidPtr(items[0]);
-    if (data == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    data = address(items[0]);
     read(items[1], shape);
     read(items[2], strides);
     dtype = static_cast<lf_dtype>(integer(items[3], "a dtype's code"));
@@ -161,8 +164,7 @@ struct PerChannel {
     if (!given) return;
     const Items items(object.ptr(), "an operand"), strides(items[1], "strides");
     strides.require(3, "a channel's numbers have 3 strides");
-    value.data = PyLong_AsVoidPtr(items[0]);
-    if (value.data == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    value.data = address(items[0]);
     for (Py_ssize_t i = 0; i < 3; ++i) value.strides[i] = integer(strides[i], "strides");
     value.dtype = static_cast<lf_dtype>(integer(items[2], "a dtype's code"));
   }
@@ -230,6 +232,58 @@ lf_status temporal_conv_cpu(py::handle x_, py::handle weight_, py::handle bias, 
   return lf_temporal_conv_cpu(&a, num_threads);
 }
 
+// A call of space_time_downsample or space_time_upsample. `weight`, `bias` and `workspace`, its (address, bytes), may be
+// None; lumiere_fast/native.py has looked at the shapes.
+struct SpaceTime {
+  lf_space_time value{};
+
+  SpaceTime(py::handle x_, py::handle factor, lf_resize_mode mode, py::handle weight_, py::handle bias_, py::handle y,
+            bool wgmma, py::handle workspace) {
+    const View x(x_), weight(weight_), bias(bias_);
+    value.dtype = x.dtype, value.mode = mode, value.wgmma = wgmma;
+    value.batch = x.shape[0], value.channels = x.shape[1], value.frames = x.shape[2];
+    value.height = x.shape[3], value.width = x.shape[4];
+    const Items factors(factor.ptr(), "factor");
+    factors.require(3, "factor is (t, h, w)");
+    for (Py_ssize_t i = 0; i < 3; ++i) value.factor[i] = integer(factors[i], "factors");
+    value.x = x.clip(), value.y = View(y).clip();
+    value.weight = weight.data, value.channels_out = weight.shape[0], value.taps = weight.shape[2];
+    std::copy_n(weight.strides.begin(), 3, value.weight_strides);
+    value.bias = bias.data, value.bias_stride = bias.strides[0];
+    if (workspace.is_none()) return;
+    const Items memory(workspace.ptr(), "the workspace");
+    memory.require(2, "a workspace is (address, bytes)");
+    value.workspace = address(memory[0]);
+    value.workspace_size = integer(memory[1], "bytes");
+  }
+};
+
+template <auto function>
+lf_status space_time_cpu(py::handle x, py::handle factor, lf_resize_mode mode, py::handle weight, py::handle bias,
+                         py::handle y, bool wgmma, py::handle workspace, int32_t num_threads) {
+  const SpaceTime call(x, factor, mode, weight, bias, y, wgmma, workspace);
+  const py::gil_scoped_release release;
+  return function(&call.value, num_threads);
+}
+
+template <auto function>
+lf_status space_time_cuda(py::handle x, py::handle factor, lf_resize_mode mode, py::handle weight, py::handle bias,
+                          py::handle y, bool wgmma, py::handle workspace, int32_t device, uintptr_t stream) {
+  const SpaceTime call(x, factor, mode, weight, bias, y, wgmma, workspace);
+  const py::gil_scoped_release release;
+  return function(&call.value, device, reinterpret_cast<void*>(stream));
+}
+
+// The status, and the bytes that the call works in.
+template <auto function>
+py::tuple space_time_workspace(py::handle x, py::handle factor, lf_resize_mode mode, py::handle weight, py::handle bias,
+                               py::handle y, bool wgmma, int32_t num_threads) {
+  const SpaceTime call(x, factor, mode, weight, bias, y, wgmma, py::none());
+  int64_t bytes = 0;
+  const lf_status status = function(&call.value, num_threads, &bytes);
+  return py::make_tuple(status, bytes);
+}
+
 // DLPack's tensor, as its specification lays it out; the unversioned capsule holds one at its start.
 struct DLTensor {
   void* data;
@@ -255,8 +309,8 @@ py::tuple dlpack(const py::capsule& capsule) {
     strides[i] = py::int_(tensor->strides ? tensor->strides[i] : behind);
     behind *= tensor->shape[i];
   }
-  const auto address = reinterpret_cast<uintptr_t>(tensor->data) + tensor->byte_offset;
-  return py::make_tuple(py::make_tuple(address, shape, strides), py::make_tuple(int(tensor->code), int(tensor->bits)),
+  const auto first = reinterpret_cast<uintptr_t>(tensor->data) + tensor->byte_offset;
+  return py::make_tuple(py::make_tuple(first, shape, strides), py::make_tuple(int(tensor->code), int(tensor->bits)),
                         tensor->device_type, tensor->device_id);
 }
 
@@ -267,6 +321,17 @@ PYBIND11_MODULE(_native, module) {
   module.attr("__version__") = lf_version_string();
   module.attr("DTYPES") = py::dict(py::arg("float32") = int(LF_FLOAT32), py::arg("float64") = int(LF_FLOAT64),
                                    py::arg("float16") = int(LF_FLOAT16), py::arg("bfloat16") = int(LF_BFLOAT16));
+  module.attr("RESIZE_MODES") = py::dict(py::arg("nearest") = int(LF_NEAREST), py::arg("linear") = int(LF_LINEAR),
+                                         py::arg("area") = int(LF_AREA), py::arg("blur") = int(LF_BLUR));
+  // What the statuses that the caller can do something about speak of.
+  module.attr("ARGUMENTS") = [] {
+    py::dict of;
+    for (const int status : {LF_INVALID_STRIDES, LF_SHARED_MEMORY}) of[py::int_(status)] = "out";
+    for (const int status : {LF_WINDOW_OUT_OF_RANGE, LF_UNCOVERED}) of[py::int_(status)] = "starts";
+    for (const int status : {LF_INVALID_WEIGHTS, LF_UNEVEN_WEIGHTS}) of[py::int_(status)] = "weights";
+    of[py::int_(int(LF_UNSUPPORTED_DTYPE))] = "x";
+    return of;
+  }();
   module.attr("BLEND_LIMITS") = py::make_tuple(lf::kMostWindows, lf::kMostLayouts);
   module.attr("VARYING_BLEND_LIMITS") = py::make_tuple(lf::kMostVaryingWindows, lf::kMostVaryingLayouts);
   module.attr("MOST_WEIGHTS") = lf::kMostWeights;
@@ -274,6 +339,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("OUT_OF_MEMORY") = int(LF_OUT_OF_MEMORY);
   module.attr("NOT_BUILT") = int(LF_NOT_BUILT);
   module.attr("CUDA_ERROR") = int(LF_CUDA_ERROR);
+  module.attr("UNSUPPORTED_DEVICE") = int(LF_UNSUPPORTED_DEVICE);
   module.def("build_info", [] { return lf_build_info(); });
   module.def("status_string", [](lf_status status) { return lf_status_string(status); });
   module.def("last_cuda_error", [] { return lf_last_cuda_error(); });
@@ -285,5 +351,15 @@ PYBIND11_MODULE(_native, module) {
   module.def("group_norm_stats_cpu", &group_norm_stats_cpu);
   module.def("group_norm_backward_cpu", &group_norm_backward_cpu);
   module.def("temporal_conv_cpu", &temporal_conv_cpu);
+  module.def("space_time_downsample_workspace", &space_time_workspace<lf_space_time_downsample_workspace>);
+  module.def("space_time_downsample_cpu", &space_time_cpu<lf_space_time_downsample_cpu>);
+  module.def("space_time_downsample_cuda", &space_time_cuda<lf_space_time_downsample_cuda>);
+  module.def("space_time_downsample_adjoint_cpu", &space_time_cpu<lf_space_time_downsample_adjoint_cpu>);
+  module.def("space_time_downsample_adjoint_cuda", &space_time_cuda<lf_space_time_downsample_adjoint_cuda>);
+  module.def("space_time_upsample_workspace", &space_time_workspace<lf_space_time_upsample_workspace>);
+  module.def("space_time_upsample_cpu", &space_time_cpu<lf_space_time_upsample_cpu>);
+  module.def("space_time_upsample_cuda", &space_time_cuda<lf_space_time_upsample_cuda>);
+  module.def("space_time_upsample_adjoint_cpu", &space_time_cpu<lf_space_time_upsample_adjoint_cpu>);
+  module.def("space_time_upsample_adjoint_cuda", &space_time_cuda<lf_space_time_upsample_adjoint_cuda>);
   module.def("temporal_conv_lanes", [] { return lf_temporal_conv_lanes(); });
 }

@@ -14,8 +14,6 @@ PENDING_KERNELS: tuple[str, ...] = (
     "temporal_attention",
     "spatial_attention",
     "denoise_step",
-    "space_time_downsample",
-    "space_time_upsample",
 )
 
 

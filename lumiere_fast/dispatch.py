@@ -32,8 +32,14 @@ from lumiere_fast.kernels import PENDING_KERNELS
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("triton", "cuda", "cpu", "reference")
-"""Every backend, in the order "auto" tries them. The reference needs nothing, so it comes last."""
+BACKENDS = ("triton", "wgmma", "cuda", "cpu", "reference")
+"""Every backend, in the order "auto" tries them. The reference needs nothing, so it comes last.
+
+"wgmma" is the native core's CUDA half by Hopper's warpgroup instructions. It is a backend beside "cuda", not a part of
+it, since what a GPU has proved is kept by backend: where it is wrong or unproved, "cuda" runs.
+"""
+
+GPU_BACKENDS = ("triton", "wgmma", "cuda")
 
 AUTO = "auto"
 INTERPRETED = "it would run in Triton's interpreter, which is for tests"
@@ -71,26 +77,26 @@ class Needs:
         dtypes: accepted dtypes by argument; an argument not named may have any.
         divisible: sizes that must be multiples.
         dense: (argument, axis) pairs that must have stride 1.
-        aligned: bytes that the address of an argument's first element must be a multiple of.
         values: accepted values by argument, for those that are not tensors.
         capability: least CUDA compute capability of the device the tensors are on.
+        most_capability: the largest, for instructions that later devices do not have.
         gradient: whether the call may need a gradient.
         modules: Python modules that must be installed.
-        native: the half of the native core that must be built, "cpu", "cuda", or "avx2": see `native.why_not`.
-        limits: "module:function" of what no field can say: takes the arguments by position, returns reasons.
+        native: the half of the native core that must be built, or "avx2" or "wgmma": see `native.why_not`.
+        limits: what no field can say: takes the arguments by position, returns reasons. Traces go through it.
     """
 
     devices: tuple[str, ...] = ()
     dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
     divisible: tuple[Divisible, ...] = ()
     dense: tuple[tuple[str, int], ...] = ()
-    aligned: Mapping[str, int] = field(default_factory=dict)
     values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
+    most_capability: tuple[int, int] | None = None
     gradient: bool = False
     modules: tuple[str, ...] = ()
     native: str | None = None
-    limits: str | None = None
+    limits: Callable[..., Iterable[str]] | None = None
 
     def unmet(self, arguments: Mapping[str, Any]) -> list[str]:
         """Every reason why a call with these arguments cannot be served, each once, in the order of the fields."""
@@ -105,9 +111,8 @@ class Needs:
             (self.dtypes, self._dtype),
             (self.divisible, self._divisible),
             (self.dense, self._dense),
-            (self.aligned, self._aligned),
             (self.values, self._values),
-            (self.capability, self._capability),
+            (self.capability or self.most_capability, self._capability),
             (not self.gradient, self._gradient),
             (True, self._transform),
             (self.modules, self._modules),
@@ -142,31 +147,22 @@ class Needs:
                 if axis < tensor.dim() and tensor.shape[axis] > 1 and tensor.stride(axis) != 1:
                     yield f"axis {axis} of {name} has stride {tensor.stride(axis)}, it needs stride 1"
 
-    def _aligned(self, arguments: Mapping[str, Any]) -> Iterator[str]:
-        for name, by in self.aligned.items():
-            for tensor in tensors_in(arguments[name]):
-                if torch.compiler.is_compiling():
-                    offset = tensor.storage_offset() * tensor.element_size()  # storages start on 64 bytes and more
-                else:
-                    offset = tensor.data_ptr()
-                if offset % by != 0:
-                    yield f"the data of {name} starts {offset % by} bytes past a multiple of {by}, it needs one"
-
     def _values(self, arguments: Mapping[str, Any]) -> Iterator[str]:
         for name, accepted in self.values.items():
             if arguments[name] not in accepted:
                 yield f"{name} is {arguments[name]!r}, it needs {_either([repr(value) for value in accepted])}"
 
     def _capability(self, arguments: Mapping[str, Any]) -> Iterator[str]:
-        if self.capability is None:
-            return
         devices = {tensor.device for _, tensor in _first_tensors(arguments) if tensor.device.type == "cuda"}
         for device in sorted(devices, key=str):
             found = _capability(device)
             if found is None:
                 yield f"this machine has no {device}"
-            elif found < self.capability:
+            elif self.capability and found < self.capability:
                 yield f"{device} has compute capability {_version(found)}, it needs {_version(self.capability)}"
+            elif self.most_capability and found > self.most_capability:
+                most = _version(self.most_capability)
+                yield f"{device} has compute capability {_version(found)}, it needs {most} at most"
 
     def _gradient(self, arguments: Mapping[str, Any]) -> Iterator[str]:
         if needs_gradient(arguments):
@@ -179,11 +175,10 @@ class Needs:
         return [f"the Python module {name} is not installed" for name in self.modules if not _installed(name)]
 
     def _native(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-        return _native_reasons(self.native or "")
+        return native_reasons(self.native or "")
 
     def _limits(self, arguments: Mapping[str, Any]) -> Iterable[str]:
-        limits: Iterable[str] = _load(self.limits or "")(*arguments.values())
-        return limits
+        return () if self.limits is None else self.limits(*arguments.values())
 
 
 @dataclass(frozen=True)
@@ -200,6 +195,7 @@ class Backend:
             the results as a tuple, None where there is none, then the arguments of the reference; it returns a gradient
             for each argument: a tensor, None, or a list of these for a list of tensors.
         pays_from: (argument, axis, size) triples: where an axis is shorter, others are faster, and "auto" passes over.
+            An argument that is not given does not count.
     """
 
     name: str
@@ -400,13 +396,13 @@ def _first_without_reasons(op: Op, arguments: Sequence[Any]) -> str:
     device, tracing = _device_of(arguments).type, torch.compiler.is_compiling()
     for name in BACKENDS:
         if not tracing and (op.name, name, device) in _elsewhere:
-            continue  # a backend of other devices, which has been said: the usual case, told at a fraction of the cost
+            continue  # not there, or of other devices, which has been said: the usual case, at a fraction of the cost
         reasons = reasons_against(op, name, arguments) or reasons_to_pass_over(op, name, arguments)
         if not reasons:
             return name
         if not tracing:  # a log call would break the graph
             _log_once(op.name, name, reasons)
-            if name in op.backends and device not in (op.backends[name].needs.devices or (device,)):
+            if name not in op.backends or device not in (op.backends[name].needs.devices or (device,)):
                 _elsewhere.add((op.name, name, device))
     raise AssertionError("the reference has no reasons against it")
 
@@ -425,9 +421,13 @@ def reasons_to_pass_over(op: Op, backend: str, arguments: Sequence[Any]) -> Sequ
     unprofitable = [
         f"axis {axis} of {name} is below {size}, from where it pays"
         for name, axis, size in op.backends[backend].pays_from
-        if arguments[op.parameters.index(name)].shape[axis] < size
+        if _is_short(arguments[op.parameters.index(name)], axis, size)
     ]
     return unprofitable or (_why_unproven(op.name, backend, device) if device.type == "cuda" else ())
+
+
+def _is_short(argument: Tensor | None, axis: int, size: int) -> bool:
+    return argument is not None and argument.shape[axis] < size
 
 
 def _log_once(op: str, backend: str, reasons: Sequence[str]) -> None:
@@ -455,7 +455,8 @@ def _why_unproven(op: str, backend: str, device: torch.device) -> Sequence[str]:
 
 
 @constant_when_traced
-def _native_reasons(half: str) -> tuple[str, ...]:
+def native_reasons(half: str) -> tuple[str, ...]:
+    """`native.why_not`, which traces may ask too."""
     return tuple(native.why_not(half))
 
 

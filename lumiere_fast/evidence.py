@@ -160,7 +160,7 @@ def _key(op: str, backend: str, device: torch.device) -> str:
     gpu = torch.cuda.get_device_name(device)
     versions = (f"torch {torch.__version__}", f"triton {package_version('triton')}", f"CUDA {torch.version.cuda}")
     build = {name: value for name, value in native.build_info().items() if name != "sources"}
-    made = json.dumps(build, sort_keys=True) if backend == "cuda" else ""
+    made = "" if backend == "triton" else json.dumps(build, sort_keys=True)
     return " | ".join((op, backend, source_hash(op, backend), gpu, *versions, made))
 
 

@@ -17,16 +17,13 @@ from typing import Any, TypedDict
 
 import torch
 
-from lumiere_fast import dispatch, evidence, native
+from lumiere_fast import dispatch, evidence, native, selftest
 from lumiere_fast.kernels import PENDING_KERNELS
-from lumiere_fast.selftest import example_call
 
 _PACKAGES = (
     *("lumiere_fast", "torch", "triton", "numpy", "safetensors", "tokenizers", "tqdm", "typer", "pillow", "av"),
     *("huggingface_hub", "transformers", "matplotlib"),
 )
-
-_GPU_BACKENDS = ("triton", "cuda")
 
 
 class Info(TypedDict):
@@ -70,19 +67,18 @@ def collect() -> Info:
 
 
 def reasons_by_op(device: str) -> dict[str, dict[str, list[str]]]:
-    """For each op and backend, what ``why_not`` says about ``example_call`` on ``device``."""
-    table: dict[str, dict[str, list[str]]] = {}
-    for op in dispatch.registered_ops():
-        call = example_call(op, device)
-        table[op] = {backend: dispatch.why_not(op, backend, **call) for backend in dispatch.BACKENDS}
-    return table
+    """For each op and backend, why it is not for small calls on ``device``; see `selftest.why_not`."""
+    return {
+        op: {backend: selftest.why_not(op, backend, device) for backend in dispatch.BACKENDS}
+        for op in dispatch.registered_ops()
+    }
 
 
 def evidence_by_op() -> dict[str, dict[str, dict[str, Any] | None]]:
     """For each op and the GPU backends it has, the newest lab record of the kernel's present source."""
     table: dict[str, dict[str, dict[str, Any] | None]] = {}
     for op in dispatch.registered_ops():
-        backends = [name for name in _GPU_BACKENDS if name in dispatch.registered(op).backends]
+        backends = [name for name in dispatch.GPU_BACKENDS if name in dispatch.registered(op).backends]
         found = {backend: evidence.recorded(op, backend) for backend in backends}
         table[op] = {name: dataclasses.asdict(each) if each else None for name, each in found.items()}
     return table
@@ -100,7 +96,7 @@ def readme_table() -> str:
 def _state(op: str, backend: str) -> str:
     if backend not in dispatch.registered(op).backends:
         return "to come" if op in PENDING_KERNELS else "-"
-    if backend not in _GPU_BACKENDS:
+    if backend not in dispatch.GPU_BACKENDS:
         return "tested"
     found = evidence.recorded(op, backend)
     return "not yet run on a GPU" if found is None else f"right on {found.gpu} ({found.date}, {found.commit[:7]})"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,17 +52,21 @@ def load() -> ModuleType:
 def why_not(half: str) -> list[str]:
     """Every reason why that half of the native core cannot be used; empty where it can be.
 
-    "avx2" is the CPU half on a processor that has AVX2, for an op that torch is faster at without.
+    "avx2" is the CPU half on a processor that has AVX2, for an op that torch is faster at without. "wgmma" is the CUDA
+    half with code for sm_90a, which alone has warpgroup instructions.
 
     Whether there is a device, and whether it is one that the CUDA half was built for, is not asked here.
     """
-    if half not in (*HALVES, "avx2"):
-        raise ValueError(f"half must be one of {', '.join(HALVES)}, avx2, got {half!r}")
+    if half not in (*HALVES, "avx2", "wgmma"):
+        raise ValueError(f"half must be one of {', '.join(HALVES)}, avx2, wgmma, got {half!r}")
     module, reasons = _loaded()
     if module is None:
         return list(reasons)
-    if half == "cuda" and _build_info()["cuda"] is None:
+    if half in ("cuda", "wgmma") and _build_info()["cuda"] is None:
         return [f"the native core was built without its CUDA half: {_reported('cuda') or 'the build left no reason'}"]
+    if half == "wgmma" and not any("90a" in arch for arch in _build_info()["cuda_archs"]):
+        archs = ", ".join(_build_info()["cuda_archs"])
+        return [f"the native core was built for {archs}, not for 90a: unset LUMIERE_FAST_CUDA_ARCHS and install again"]
     if half == "avx2" and module.temporal_conv_lanes() < 8:
         return ["this processor has no AVX2, or may not use it, and without it torch is faster"]
     return []
@@ -306,17 +310,28 @@ def _target(device: int | None) -> tuple[int, ...]:
     return (torch.get_num_threads(),) if device is None else (device, _stream(device))
 
 
-def _raise(op: str, status: int) -> NoReturn:
-    """Raise what a status of the module means."""
+def _launch(function: str, device: int | None, *arguments: Any) -> None:
+    """Call a function of the half that the tensors are of."""
+    half = "cpu" if device is None else "cuda"
+    _check(function, getattr(load(), f"{function}_{half}")(*arguments, *_target(device)))
+
+
+def _check(op: str, status: int) -> None:
+    """Raise what a status of the module means, unless it is that all is well."""
     module = load()
+    if status == module.OK:
+        return
     said = module.status_string(status)
     if status == module.NOT_BUILT:
         raise NativeUnavailable(f"{op}: " + "; ".join(why_not("cuda")))
     if status == module.CUDA_ERROR:
         raise RuntimeError(f"{op}: {said}: {module.last_cuda_error()}")
+    if status == module.UNSUPPORTED_DEVICE:
+        raise RuntimeError(f"{op}: {said}")
     if status == module.OUT_OF_MEMORY:
         raise MemoryError(f"{op}: {said}")
-    raise ValueError(f"{op}: {said}")
+    argument = module.ARGUMENTS.get(status)
+    raise ValueError(f"{op}: {argument}: {said}" if argument else f"{op}: {said}")
 
 
 # --- ops --------------------------------------------------------------------------------------------------------------
@@ -355,11 +370,8 @@ def blend_windows(
     if not isinstance(windows, Iterable):
         raise ValueError(f"blend_windows: windows must be a sequence of tensors (B, C, T', H, W), got {type(windows)}")
     dtype, device, (target, *views), held = _operands("blend_windows", _out_or_window, [out, *windows])
-    function = module.blend_windows_cpu if device is None else module.blend_windows_cuda
-    status = function(module.DTYPES[dtype], views, starts, extent, weights, target, *_target(device))
+    _launch("blend_windows", device, module.DTYPES[dtype], views, starts, extent, weights, target)
     del held  # the memory of whatever was made on the way is no longer read
-    if status != module.OK:
-        _raise("blend_windows", status)
 
 
 def blend_windows_limits(
@@ -460,8 +472,7 @@ def group_norm(
         _coded(source), num_groups, *values, silu, eps, per_frame, _coded(target), torch.get_num_threads()
     )
     del held
-    if status != module.OK:
-        _raise("group_norm", status)
+    _check("group_norm", status)
 
 
 def group_norm_stats(x: Any, num_groups: int, eps: float, per_frame: bool, *, out: tuple[Any, Any]) -> None:
@@ -487,8 +498,7 @@ def group_norm_stats(x: Any, num_groups: int, eps: float, per_frame: bool, *, ou
         targets.append(_coded((address, shape, of_frames, dtype)))
     status = module.group_norm_stats_cpu(_coded(source), num_groups, eps, per_frame, *targets, torch.get_num_threads())
     del held
-    if status != module.OK:
-        _raise("group_norm_stats", status)
+    _check("group_norm_stats", status)
 
 
 def group_norm_backward(
@@ -532,8 +542,7 @@ def group_norm_backward(
         torch.get_num_threads(),
     )  # fmt: skip
     del held
-    if status != module.OK:
-        _raise(op, status)
+    _check(op, status)
 
 
 def _coded(view: _View) -> tuple[int, Sequence[int], Sequence[int], int]:
@@ -693,5 +702,185 @@ def temporal_conv(
         torch.get_num_threads(),
     )
     del held
-    if status != module.OK:
-        _raise(op, status)
+    _check(op, status)
+
+
+def space_time_downsample(x: Any, factor: Sequence[int], mode: str, weight: Any, bias: Any, *, out: Any) -> None:
+    """`lumiere_fast.ops.space_time_downsample` into `out`, on the CPU or the CUDA device where the tensors are.
+
+    Args:
+        x: (B, C, T, H, W), a tensor, numpy array or DLPack object of any strides; float32, float64, float16 or
+            bfloat16. With a weight not float64, and on a CUDA device not float32 either.
+        factor: (t, h, w), each >= 1. It divides T, H and W; T need not be divisible with a weight.
+        mode: "nearest", "linear", "area" or "blur".
+        weight: None for fixed taps, or (C_out, C, k), k odd, of x's dtype.
+        bias: None or (C_out,), only beside a weight; of x's dtype.
+        out: (B, C or C_out, ceil(T / t), H / h, W / w) of x's dtype, written; any strides.
+
+    Arithmetic is in fp32 at least and rounded once; between a learned resize in time and one in space once more. On the
+    CPU it takes at most `torch.get_num_threads()` threads, whose number changes no result. On a CUDA device it is
+    queued on the current stream. What a learned resize works in comes from torch's allocator.
+
+    Raises:
+        ValueError: what does not fit: shapes, dtypes, devices, an `out` whose elements may lie on top of one another or
+            that lies between the first and the last byte of another argument. Nothing is written then.
+        NativeUnavailable: the native core, or its CUDA half, is not there.
+    """
+    _resize("space_time_downsample", x, factor, mode, weight, bias, out)
+
+
+def space_time_upsample(x: Any, factor: Sequence[int], mode: str, weight: Any, bias: Any, *, out: Any) -> None:
+    """`lumiere_fast.ops.space_time_upsample` into `out`, on the CPU or the CUDA device where the tensors are.
+
+    Args:
+        x, factor, weight, bias: as for `space_time_downsample`, but that any factor fits any size.
+        mode: "nearest" or "linear".
+        out: (B, C or C_out, T * t, H * h, W * w) of x's dtype, written; any strides.
+
+    Rounding, threads, streams and what is raised: as for `space_time_downsample`.
+    """
+    _resize("space_time_upsample", x, factor, mode, weight, bias, out)
+
+
+def space_time_downsample_wgmma(x: Any, factor: Sequence[int], mode: str, weight: Any, bias: Any, *, out: Any) -> None:
+    """`space_time_downsample` by warpgroup instructions and bulk copies, of compute capability 9.0 alone.
+
+    There is a weight, and x is float16 or bfloat16 and lies as `wgmma_reasons` wants it. Where it does not start at a
+    multiple of 16 bytes, as a slice may, which no trace can tell, the call is `space_time_downsample`'s.
+
+    Raises: as `space_time_downsample`; RuntimeError where the device is another one.
+    """
+    _resize("space_time_downsample", x, factor, mode, weight, bias, out, wgmma=True)
+
+
+def space_time_upsample_wgmma(x: Any, factor: Sequence[int], mode: str, weight: Any, bias: Any, *, out: Any) -> None:
+    """`space_time_upsample` by warpgroup instructions and bulk copies; see `space_time_downsample_wgmma`."""
+    _resize("space_time_upsample", x, factor, mode, weight, bias, out, wgmma=True)
+
+
+def space_time_downsample_adjoint(gradient: Any, factor: Sequence[int], mode: str, *, out: Any) -> None:
+    """The adjoint of `space_time_downsample` by fixed taps: from the gradient of its result that of its input.
+
+    Args:
+        gradient: (B, C, T / t, H / h, W / w), of any strides.
+        factor, mode: as they were.
+        out: (B, C, T, H, W) of the gradient's dtype, written; any strides.
+
+    Raises: as `space_time_downsample`.
+    """
+    _resize_back("space_time_downsample", gradient, factor, mode, out)
+
+
+def space_time_upsample_adjoint(gradient: Any, factor: Sequence[int], mode: str, *, out: Any) -> None:
+    """The adjoint of `space_time_upsample` by fixed taps; see `space_time_downsample_adjoint`."""
+    _resize_back("space_time_upsample", gradient, factor, mode, out)
+
+
+def wgmma_reasons(shape: Sequence[int], strides: Sequence[int], element_size: int) -> list[str]:
+    """Every reason why bulk copies cannot take a clip x that lies so; empty where they can.
+
+    Channels lie behind one another and rows of pixels too, and all other strides are multiples of 16 bytes, above 0.
+    """
+    reasons = []
+    if shape[1] > 1 and strides[1] != 1:
+        reasons.append(f"axis 1 of x has stride {strides[1]}, it needs stride 1")
+    if shape[3] > 1 and shape[4] > 1 and strides[3] != shape[4] * strides[4]:
+        reasons.append("the rows of x lie apart, they need to lie one behind the other")
+    for axis in (0, 2, 3, 4):
+        apart = strides[axis] * element_size
+        if shape[axis] > 1 and (apart <= 0 or apart % 16):
+            reasons.append(f"axis {axis} of x has a stride of {apart} bytes, it needs a multiple of 16")
+    return reasons
+
+
+_RESIZE_MODES = {
+    "space_time_downsample": ("nearest", "linear", "area", "blur"),
+    "space_time_upsample": ("nearest", "linear"),
+}
+
+
+def _resize(
+    op: str, x: Any, factor: Sequence[int], mode: str, weight: Any, bias: Any, out: Any, wgmma: bool = False
+) -> None:
+    given = {"out": out, "x": x}
+    given |= {name: value for name, value in (("weight", weight), ("bias", bias)) if value is not None}
+    dtype, device, views, held = _operands(op, [*given].__getitem__, [*given.values()])
+    lies: dict[str, _View] = {name: (*view, dtype) for name, view in zip(given, views, strict=True)}
+    shapes = {name: tuple(view[1]) for name, view in lies.items()}
+    _check_clip(op, "x", shapes["x"])
+    _check_resize_parameters(op, shapes, factor, mode)
+    _check_shape(op, "out", shapes["out"], _resized(op, "x", shapes["x"], factor, shapes.get("weight")))
+    if wgmma:
+        _check_wgmma(op, lies["x"], device, weight)
+    coded = {name: _coded(view) for name, view in lies.items()}
+    parameters = (factor, load().RESIZE_MODES[mode], coded.get("weight"), coded.get("bias"))
+    call = (coded["x"], *parameters, coded["out"], wgmma and lies["x"][0] % 16 == 0)
+    memory = None if weight is None else _resize_workspace(op, device, call)
+    _launch(op, device, *call, None if memory is None else (memory.data_ptr(), memory.numel()))
+    del held
+
+
+def _resize_workspace(op: str, device: int | None, call: tuple[Any, ...]) -> Tensor | None:
+    """What a learned resize works in, None for nothing. A later call on the same stream may get the same memory."""
+    status, size = getattr(load(), f"{op}_workspace")(*call, torch.get_num_threads() if device is None else 0)
+    _check(op, status)
+    where = torch.device("cpu") if device is None else torch.device("cuda", device)
+    return torch.empty(size, dtype=torch.uint8, device=where) if size else None
+
+
+def _resize_back(op: str, gradient: Any, factor: Sequence[int], mode: str, out: Any) -> None:
+    adjoint = f"{op}_adjoint"
+    dtype, device, views, held = _operands(adjoint, ("out", "gradient").__getitem__, [out, gradient])
+    target, source = ((*view, dtype) for view in views)
+    _check_clip(adjoint, "out", tuple(target[1]))
+    _check_resize_parameters(op, {}, factor, mode)
+    _check_shape(adjoint, "gradient", tuple(source[1]), _resized(op, "out", tuple(target[1]), factor, None))
+    _launch(adjoint, device, _coded(target), factor, load().RESIZE_MODES[mode], None, None, _coded(source), False, None)
+    del held
+
+
+def _check_clip(op: str, name: str, shape: tuple[int, ...]) -> None:
+    if len(shape) != 5 or min(shape[1:]) < 1:
+        raise ValueError(f"{op}: {name} must be (B, C, T, H, W) with C, T, H, W >= 1, got {shape}")
+
+
+def _check_resize_parameters(op: str, shapes: dict[str, tuple[int, ...]], factor: Sequence[int], mode: str) -> None:
+    if len(factor) != 3 or any(type(f) is not int or f < 1 for f in factor):
+        raise ValueError(f"{op}: factor must be three integers >= 1, (t, h, w), got {tuple(factor)}")
+    if mode not in _RESIZE_MODES[op]:
+        raise ValueError(f"{op}: mode must be {' or '.join(map(repr, _RESIZE_MODES[op]))}, got {mode!r}")
+    if "weight" in shapes:
+        weight = shapes["weight"]
+        if len(weight) != 3 or weight[0] < 1 or weight[1:2] != shapes["x"][1:2] or weight[2] % 2 == 0:
+            raise ValueError(f"{op}: weight must be (C_out, C, k), k odd, with C channels like x, got {weight}")
+    if "bias" in shapes:
+        if "weight" not in shapes:
+            raise ValueError(f"{op}: bias came without weight")
+        _check_shape(op, "bias", shapes["bias"], shapes["weight"][:1])
+
+
+def _check_shape(op: str, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
+        raise ValueError(f"{op}: {name} must have shape {wanted}, got {shape}")
+
+
+def _resized(
+    op: str, name: str, shape: tuple[int, ...], factor: Sequence[int], weight: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """The shape that one becomes, which is that of the argument `name`."""
+    start = (shape[0], shape[1] if weight is None else weight[0])
+    if op == "space_time_upsample":
+        return *start, *(size * f for size, f in zip(shape[2:], factor, strict=True))
+    for axis, size, f in zip("THW", shape[2:], factor, strict=True):
+        if size % f and (axis != "T" or weight is None):
+            raise ValueError(f"{op}: {axis} of {name} must be a multiple of its factor {f}, got {size}")
+    return *start, *(-(-size // f) for size, f in zip(shape[2:], factor, strict=True))
+
+
+def _check_wgmma(op: str, x: _View, device: int | None, weight: Any) -> None:
+    if weight is None:
+        raise ValueError(f"{op}: weight must be given, fixed taps take no warpgroup instructions")
+    if device is None:
+        raise ValueError(f"{op}: x must be on a CUDA device, got the CPU")
+    if reasons := wgmma_reasons(x[1], x[2], 2):  # bytes of those that are taken
+        raise ValueError(f"{op}: {'; '.join(reasons)}")

@@ -73,10 +73,27 @@ def example_call(op: str, device: torch.device | str) -> dict[str, Any]:
     return _selfcheck.example(public, _selfcheck.smallest(_selfcheck.spec_of(public)), device, torch.float32)
 
 
+def why_not(op: str, backend: str, device: torch.device | str) -> list[str]:
+    """Every reason why a backend cannot run `example_call` on a device; none where it serves another of the checks.
+
+    A kernel may be for some of an op's calls alone: for half precision, for those with a weight.
+    """
+    with torch.no_grad():
+        reasons = dispatch.why_not(op, backend, **example_call(op, device))
+        found = dispatch.registered(op).backends.get(backend)
+        if not reasons or found is None or torch.device(device).type not in found.needs.devices:
+            return reasons
+        public = getattr(ops, op)
+        for scenario in _selfcheck.spec_of(public).checks:
+            call = _selfcheck.example(public, scenario, device, torch.bfloat16)
+            if not dispatch.why_not(op, backend, **call):
+                return []
+    return reasons
+
+
 def _check(op: dispatch.Op, backend: str, device: torch.device) -> Check:
     started = time.perf_counter()
-    with torch.no_grad():
-        reasons = dispatch.why_not(op.name, backend, **example_call(op.name, device))
+    reasons = why_not(op.name, backend, device)
     if not reasons and backend == "triton" and dispatch.interpreting():
         reasons = [dispatch.INTERPRETED]
     if reasons:

@@ -144,6 +144,11 @@ def test_capability_is_that_of_the_tensors_own_device(monkeypatch: pytest.Monkey
     monkeypatch.setattr(dispatch, "tensors_in", lambda value: (value,))
     assert needs.unmet({"x": tensors[0]}) == []
     assert needs.unmet({"x": tensors[0], "y": tensors[1]}) == ["cuda:1 has compute capability 7.5, it needs 8.0"]
+    of_hopper = Needs(capability=(9, 0), most_capability=(9, 0))
+    assert of_hopper.unmet({"x": tensors[0]}) == []
+    assert of_hopper.unmet({"x": tensors[1]}) == ["cuda:1 has compute capability 7.5, it needs 9.0"]
+    capability[0] = (10, 0)
+    assert of_hopper.unmet({"x": tensors[0]}) == ["cuda:0 has compute capability 10.0, it needs 9.0 at most"]
 
 
 def test_lists_of_tensors_and_absent_tensors_are_seen_through() -> None:
@@ -165,7 +170,7 @@ def test_why_not_refuses_what_the_op_refuses() -> None:
         why_not("toy", "cpu", torch.ones(3))
     with pytest.raises(ValueError, match=r"op must be one of .*group_norm.*got 'groupnorm'"):
         why_not("groupnorm", "cpu", SINGLE)
-    with pytest.raises(ValueError, match="backend must be one of triton, cuda, cpu, reference, got 'tpu'"):
+    with pytest.raises(ValueError, match="backend must be one of triton, wgmma, cuda, cpu, reference, got 'tpu'"):
         why_not("toy", "tpu", SINGLE)
 
 
@@ -200,7 +205,7 @@ def test_auto_logs_each_reason_once(caplog: pytest.LogCaptureFixture) -> None:
         toy(SINGLE)
         first = [record.getMessage() for record in caplog.records]
         toy(SINGLE)
-        assert len(caplog.records) == len(first) == 6
+        assert len(caplog.records) == len(first) == 7
         toy(SINGLE.half())
     assert "toy does not run on the backend triton: x is on cpu, it needs cuda" in first
     assert caplog.records[-1].getMessage() == "toy does not run on the backend cpu: x is float16, it needs float32"
@@ -320,7 +325,7 @@ def test_use_backend_is_the_threads_own() -> None:
 
 
 def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    accepted = re.escape("backend must be one of auto, triton, cuda, cpu, reference, got 'cudnn'")
+    accepted = re.escape("backend must be one of auto, triton, wgmma, cuda, cpu, reference, got 'cudnn'")
     with pytest.raises(ValueError, match=accepted):
         toy(SINGLE, backend="cudnn")
     with pytest.raises(ValueError, match=accepted), use_backend("cudnn"):
@@ -360,16 +365,26 @@ def test_derivatives_that_kernels_cannot_see_go_to_the_reference(transform: str)
     assert set(ran()) == {"reference"}
 
 
-def test_limits_that_are_no_field_are_reasons_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    too_many = lambda x, factor, mode: [f"{len(x)} rows, it takes 1"] if len(x) > 1 else []  # noqa: E731
-    monkeypatch.setattr(sys.modules["toy_kernels"], "limits", too_many, raising=False)
-    needs = Needs(limits="toy_kernels:limits")
+def test_auto_passes_over_what_does_not_pay() -> None:
+    """By the sizes of what is given; an argument that is not does not count."""
+    backend = Backend("cpu", "toy_kernels:cpu", Needs(), pays_from=(("x", 0, 3), ("factor", 1, 4)))
+    op = dataclasses.replace(dispatch.registered("toy"), backends={"cpu": backend})
+    short, long = torch.ones(2, 3), torch.ones(3, 4)
+    assert dispatch.reasons_to_pass_over(op, "cpu", (long, None, "plain")) == ()
+    assert dispatch.reasons_to_pass_over(op, "cpu", (short, None, "plain")) == [
+        "axis 0 of x is below 3, from where it pays"
+    ]
+    assert len(dispatch.reasons_to_pass_over(op, "cpu", (short, short, "plain"))) == 2
+
+
+def test_limits_that_are_no_field_are_reasons_too() -> None:
+    needs = Needs(limits=lambda x, factor, mode: [f"{len(x)} rows, it takes 1"] if len(x) > 1 else [])
     assert needs.unmet({"x": SINGLE, "factor": 2.0, "mode": "plain"}) == ["2 rows, it takes 1"]
     assert needs.unmet({"x": SINGLE[:1], "factor": 2.0, "mode": "plain"}) == []
 
 
 def test_register_refuses_an_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend must be one of triton, cuda, cpu, reference, got 'metal'"):
+    with pytest.raises(ValueError, match="backend must be one of triton, wgmma, cuda, cpu, reference, got 'metal'"):
         dispatch.register(dispatch.Op("metal_op", (), flatten_toy, None, {"metal": BACKENDS[0]}, None))  # type: ignore[arg-type]
     assert "metal_op" not in dispatch.registered_ops()
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lumiere_fast import native
+from lumiere_fast import native, ops
 from lumiere_fast.ops.blend_windows import blend_windows_reference
 from tests.ops.common import CHANNELS_LAST, FORMATS, Draw
 
@@ -208,16 +208,6 @@ class TestBlendWindows:
         assert teams == [2, 3]  # neither one thread nor little work asks for a team
 
     def test_takes_numpy_and_dlpack_without_a_copy(self, draw: Draw) -> None:
-        class Exporter:
-            def __init__(self, tensor: Tensor) -> None:
-                self.tensor = tensor
-
-            def __dlpack__(self, stream: int | None = None) -> Any:
-                return self.tensor.__dlpack__()
-
-            def __dlpack_device__(self) -> tuple[int, int]:
-                return self.tensor.__dlpack_device__()
-
         windows = [draw(2, 3, 8, 4, 5).float() for _ in STARTS]
         wanted = blend_windows_reference(windows, [*STARTS], (20,), None)
         arrays = [np.asarray(window)[..., ::-1] for window in windows]
@@ -227,7 +217,7 @@ class TestBlendWindows:
         for dtype in DTYPES:
             cast = [window.to(dtype).transpose(3, 4) for window in windows]
             out = torch.full_like(wanted, torch.nan).to(dtype).transpose(3, 4)
-            native.blend_windows([Exporter(window) for window in cast], STARTS, (20,), None, out=Exporter(out))
+            native.blend_windows([Foreign(window) for window in cast], STARTS, (20,), None, out=Foreign(out))
             assert torch.equal(out, blend_windows_reference(cast, [*STARTS], (20,), None))
 
     def test_negated_views_are_read_as_what_they_mean(self, draw: Draw) -> None:
@@ -356,6 +346,183 @@ class TestLimitsOfALaunch:
     def test_no_core_is_no_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(native, "_loaded", lambda: (None, ("not built",)))
         assert self.said([self.window()] * 700, [0] * 700, 1) == []
+
+
+@needs_core
+class TestSpaceTime:
+    """`space_time_downsample` and `space_time_upsample`; what they compute is tested with the ops."""
+
+    OPS = ("space_time_downsample", "space_time_upsample")
+
+    def call(self, op: str, draw: Draw, learned: bool) -> tuple[dict[str, Any], Tensor]:
+        """Arguments, and the reference's result."""
+        arguments = {"x": draw(2, 3, 4, 4, 6).float(), "factor": (2, 2, 3), "mode": "linear"}
+        arguments |= {"weight": draw(5, 3, 3).float(), "bias": draw(5).float()} if learned else {}
+        wanted = getattr(ops, op)(**arguments, backend="reference")
+        return {"weight": None, "bias": None, **arguments}, wanted
+
+    @pytest.mark.parametrize("learned", [False, True])
+    @pytest.mark.parametrize("op", OPS)
+    def test_takes_numpy_without_torch_s_tensors(self, op: str, learned: bool, draw: Draw) -> None:
+        arguments, wanted = self.call(op, draw, learned)
+        arrays = {n: v.numpy() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+        arrays["x"] = np.asfortranarray(arrays["x"])
+        out = np.full((*wanted.shape[:-1], 2 * wanted.shape[-1]), np.nan, dtype=np.float32)[..., ::-2]
+        getattr(native, op)(**arrays, out=out)
+        np.testing.assert_allclose(out, wanted.numpy(), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("op", OPS)
+    def test_takes_whatever_has_dlpack(self, op: str, dtype: torch.dtype, draw: Draw) -> None:
+        """Neither torch nor numpy, as CuPy's arrays are; bfloat16, which numpy has not, too."""
+        arguments, _ = self.call(op, draw, True)
+        tensors = {n: v.to(dtype) if isinstance(v, Tensor) else v for n, v in arguments.items()}
+        wanted = getattr(ops, op)(**tensors, backend="reference")
+        out = torch.full_like(wanted, torch.nan)
+        foreign = {n: Foreign(v) if isinstance(v, Tensor) else v for n, v in tensors.items()}
+        getattr(native, op)(**foreign, out=Foreign(out))
+        eps = torch.finfo(dtype).eps  # of the result, and of what lies between space and time
+        torch.testing.assert_close(out.float(), wanted.float(), rtol=4 * eps, atol=4 * eps * float(wanted.abs().max()))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("op", OPS)
+    def test_adjoints_are_autograd_s(self, op: str, dtype: torch.dtype, draw: Draw) -> None:
+        for mode in ("nearest", "linear", "area", "blur")[: 2 if op == "space_time_upsample" else 4]:
+            x = draw(2, 3, 4, 6, 6, grad=True)
+            y = getattr(ops, op)(x, (2, 2, 3), mode=mode, backend="reference")
+            seed = draw(*y.shape).to(dtype)
+            (wanted,) = torch.autograd.grad(y, x, seed.double())
+            out = torch.full(x.shape, torch.nan, dtype=dtype).contiguous(memory_format=CHANNELS_LAST)
+            getattr(native, f"{op}_adjoint")(seed, (2, 2, 3), mode, out=out)
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(out.double(), wanted, rtol=eps, atol=8 * eps)
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_an_empty_batch_is_nothing_to_do(self, op: str) -> None:
+        for weight in (None, torch.ones(3, 3, 3)):
+            sizes = (2, 2, 2) if op == "space_time_downsample" else (8, 8, 8)
+            getattr(native, op)(
+                torch.empty(0, 3, 4, 4, 4), (2, 2, 2), "nearest", weight, None, out=torch.empty(0, 3, *sizes)
+            )
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_errors_name_the_argument_and_nothing_is_written(self, op: str, draw: Draw) -> None:
+        arguments, wanted = self.call(op, draw, True)
+        x, weight, bias = (arguments[name] for name in ("x", "weight", "bias"))
+        out = torch.full_like(wanted, 7.0)
+
+        def refused(match: str, error: type[Exception] = ValueError, **changes: Any) -> None:
+            with pytest.raises(error, match=f"^{op}: {match}"):
+                getattr(native, op)(**{**arguments, "out": out, **changes})
+            assert (out == 7).all()
+
+        refused(r"x must be \(B, C, T, H, W\)", x=x[0])
+        refused(r"x must be \(B, C, T, H, W\) with C, T, H, W >= 1", x=x[:, :, :0])
+        refused("x must be a tensor, a numpy array", x=None)
+        refused(r"x must be float32 on the CPU like out, got float64 on the CPU", x=x.double())
+        refused("x must be a dense tensor", x=x.to_sparse())
+        refused(r"x must be float32, float64, float16 or bfloat16, got torch\.int32", x=x.int())
+        refused("weight must be float32 on the CPU like out", weight=weight.half())
+        refused(r"weight must be \(C_out, C, k\), k odd, with C channels like x", weight=weight[..., :2])
+        refused(r"weight must be \(C_out, C, k\)", weight=weight[:, :2])
+        refused(r"weight must be \(C_out, C, k\)", weight=weight[0])
+        refused(r"weight must be a tensor", weight=3)
+        refused(r"bias must have shape \(5,\), got \(4,\)", bias=bias[:4])
+        refused("bias came without weight", weight=None)
+        refused("bias must be float32 on the CPU like out", bias=bias.double())
+        for factor in ((2, 2), (0, 2, 2), (2.0, 2, 2), (True, 2, 2)):
+            refused("factor must be three integers >= 1", factor=factor)
+        refused("mode must be 'nearest' or 'linear'", mode="cubic")
+        refused(r"out must have shape \(2, 5, .*\), got", out=out[..., :1])
+        refused("out must be a tensor", out=None)
+        refused("out: invalid strides: elements of the output may lie", out=out[:1].expand(2, -1, -1, -1, -1))
+        locked = wanted.numpy().copy()
+        locked.flags.writeable = False
+        refused("out is a read-only array", out=locked)
+        double = {n: v.double() for n, v in arguments.items() if isinstance(v, Tensor)}
+        refused("x: unsupported dtype", **double, out=out.double())
+        whole = torch.full((x.numel() + wanted.numel(),), 7.0)
+        meeting = whole[: wanted.numel()].view(wanted.shape)
+        for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+            inside = whole[wanted.numel() - 1 :][: value.numel()].view(value.shape)
+            refused("out: the output lies in the memory of an input", out=meeting, **{name: inside})
+        assert (whole == 7).all()
+
+    def test_sizes_that_a_factor_does_not_divide(self, draw: Draw) -> None:
+        x = draw(1, 2, 5, 4, 4).float()
+        with pytest.raises(ValueError, match="T of x must be a multiple of its factor 2, got 5"):
+            native.space_time_downsample(x, (2, 2, 2), "area", None, None, out=x)
+        with pytest.raises(ValueError, match="H of x must be a multiple of its factor 3, got 4"):
+            native.space_time_downsample(x, (2, 3, 2), "area", torch.ones(2, 2, 1), None, out=x)
+        with pytest.raises(ValueError, match="space_time_upsample: mode must be 'nearest' or 'linear', got 'area'"):
+            native.space_time_upsample(x, (2, 1, 1), "area", None, None, out=x)
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_adjoints_name_the_argument_too(self, op: str, draw: Draw) -> None:
+        arguments, wanted = self.call(op, draw, False)
+        adjoint, out = getattr(native, f"{op}_adjoint"), torch.full_like(arguments["x"], 7.0)
+        for match, gradient, given in (
+            (f"{op}_adjoint: gradient must have shape", wanted[..., :1], out),
+            (r"gradient must be float32 on the CPU like out", wanted.double(), out),
+            (r"out must be \(B, C, T, H, W\)", wanted, out[0]),
+            ("out: invalid strides", wanted, out[:, :1].expand(-1, 3, -1, -1, -1)),
+        ):
+            with pytest.raises(ValueError, match=match):
+                adjoint(gradient, (2, 2, 3), "linear", out=given)
+        assert (out == 7).all()
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_threads_change_nothing(self, op: str, draw: Draw, threads: None) -> None:
+        x, weight = draw(1, 24, 5, 26, 34).float(), draw(40, 24, 3).float()
+        for parameters in ((None, None), (weight, None)):
+            found = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                y = getattr(ops, op)(x, (1, 2, 2), mode="linear", weight=parameters[0], backend="reference")
+                found.append(torch.full_like(y, torch.nan))
+                getattr(native, op)(x, (1, 2, 2), "linear", *parameters, out=found[-1])
+                torch.testing.assert_close(found[-1], y, rtol=1e-4, atol=1e-4)
+            assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_warpgroups_are_for_clips_on_a_gpu_that_lie_right(self, op: str, draw: Draw) -> None:
+        arguments, wanted = self.call(op, draw, True)
+        with pytest.raises(ValueError, match=f"{op}: x must be on a CUDA device, got the CPU"):
+            getattr(native, f"{op}_wgmma")(**arguments, out=torch.empty_like(wanted))
+        fixed, wanted = self.call(op, draw, False)
+        with pytest.raises(ValueError, match=f"{op}: weight must be given"):
+            getattr(native, f"{op}_wgmma")(**fixed, out=torch.empty_like(wanted))
+        lies = torch.empty(2, 4, 6, 8, 16, dtype=torch.half).permute(0, 4, 1, 2, 3)
+        thin = torch.empty(1, 2, 1, 3, 20, dtype=torch.half).permute(0, 4, 1, 2, 3)
+        for x, reasons in (
+            (lies, []),
+            (lies[:, :, ::2], []),
+            (lies[..., ::2], []),  # every pixel of a row the same way from the next, over its end too
+            (lies[..., :4], ["the rows of x lie apart, they need to lie one behind the other"]),
+            (
+                lies[:, :, :1].expand(-1, -1, 2, -1, -1),
+                ["axis 2 of x has a stride of 0 bytes, it needs a multiple of 16"],
+            ),
+            (lies[:, ::2], ["axis 1 of x has stride 2, it needs stride 1"]),
+            (
+                thin,
+                [f"axis {a} of x has a stride of {n} bytes, it needs a multiple of 16" for a, n in ((2, 120), (4, 40))],
+            ),
+        ):
+            assert native.wgmma_reasons(x.shape, x.stride(), 2) == reasons
+
+
+class Foreign:
+    """An array of a library that is neither torch nor numpy."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, stream: int | None = None) -> Any:
+        return self.tensor.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.tensor.__dlpack_device__()
 
 
 PORTABLE = """
@@ -506,3 +673,14 @@ class TestWhereItCannotBeUsed:
         assert native.why_not("cpu") == []
         (reason,) = native.why_not("cuda")
         assert reason == "the native core was built without its CUDA half: nvcc is neither on PATH nor in CUDA_HOME"
+        assert native.why_not("wgmma") == [reason]
+
+    def test_warpgroups_are_of_one_architecture(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pretend(monkeypatch, cuda="13.0", cuda_archs=["80"])
+        assert native.why_not("cuda") == []
+        (reason,) = native.why_not("wgmma")
+        assert reason.startswith("the native core was built for 80, not for 90a: unset LUMIERE_FAST_CUDA_ARCHS")
+        native._loaded.cache_clear()
+        native._build_info.cache_clear()
+        self.pretend(monkeypatch, cuda="13.0", cuda_archs=["80", "90a"])
+        assert native.why_not("wgmma") == []

@@ -179,6 +179,7 @@ def test_the_command_prints_outcomes(
     assert run("blend_windows", "--device", "cpu") == 0
     assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()] == [
         ["blend_windows", "triton", "unavailable"],
+        ["blend_windows", "wgmma", "unavailable"],
         ["blend_windows", "cuda", "unavailable"],
         ["blend_windows", "cpu", "passed"],
     ]
@@ -189,4 +190,7 @@ def test_the_command_ends_in_1_when_a_kernel_is_wrong(
 ) -> None:
     use(off)
     assert run("blend_windows", "--device", "cpu", "--json") == 1
-    assert [each["status"] for each in json.loads(capsys.readouterr().out)] == ["unavailable", "unavailable", "failed"]
+    assert [each["status"] for each in json.loads(capsys.readouterr().out)] == [
+        *["unavailable"] * 3,
+        "failed",
+    ]

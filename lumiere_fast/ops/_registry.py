@@ -150,11 +150,19 @@ class RegisteredOp:
         """
         if torch.is_grad_enabled():
             return _reference_gradients(self.definition, _saved_arguments(ctx, _as_it_came), gradients, again=True)
-        arguments = _saved_arguments(ctx, _leaf)
-        own = self.op.backends[backend].load_backward() if backend in self.op.backends else None
-        if own is None:
-            return _reference_gradients(self.definition, arguments, gradients)
-        return tuple(own(gradients, *arguments))
+        return self.gradients(backend, _saved_arguments(ctx, _leaf), gradients)
+
+    def gradients(self, backend: str, arguments: Sequence[Any], gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """Those of the arguments that have `requires_grad`, from those of the results of a call that need not be made.
+
+        `backend` may be "auto". Not to be differentiated in their turn.
+        """
+        with torch.no_grad():
+            chosen = dispatch.select(self.op, backend, arguments) if backend == dispatch.AUTO else backend
+            own = self.op.backends[chosen].load_backward() if chosen in self.op.backends else None
+            if own is None:
+                return _reference_gradients(self.definition, arguments, gradients)
+            return tuple(own(gradients, *arguments))
 
     def _check_out(self, out: Tensor, arguments: tuple[Any, ...]) -> None:
         name = self.op.name

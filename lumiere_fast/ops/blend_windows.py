@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lumiere_fast import native
 from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout, _registry
 from lumiere_fast.ops._checks import (
@@ -352,7 +353,7 @@ _OP = _registry.register(
                 capability=(8, 0),
                 gradient=True,
                 native="cuda",
-                limits="lumiere_fast.native:blend_windows_limits",
+                limits=native.blend_windows_limits,
             ),
             backward=f"{__name__}:blend_windows_backward",
         ),

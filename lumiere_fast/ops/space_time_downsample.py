@@ -8,8 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumiere_fast import native
+from lumiere_fast.dispatch import AUTO
 from lumiere_fast.ops import _layout, _registry, _resizing
-from lumiere_fast.ops._resizing import AXES, Factor, check_arguments, logical, stored, temporal_conv
+from lumiere_fast.ops._resizing import (
+    AXES,
+    check_arguments,
+    coarser,
+    convolution_gradients,
+    finer,
+    logical,
+    stored,
+    temporal_conv,
+)
 from lumiere_fast.ops._spec import Scenario
 
 MODES = ("nearest", "linear", "area", "blur")
@@ -43,14 +54,16 @@ def space_time_downsample(
         x: (B, C, T, H, W), fp16, bf16, fp32 or fp64, in any memory format; B may be 0.
         factor: (t, h, w), each >= 1. With fixed taps it divides T, H and W; T need not be divisible with `weight`.
         mode: "nearest", "linear", "area" or "blur".
-        weight: (C_out, C, K), K odd. A t of 1 is a plain convolution.
+        weight: (C_out, C, K), K odd. A t of 1 is a plain convolution. Kernels take it in the dtype of x, to which
+            autocast brings it.
         bias: (C_out,), only beside `weight`.
         backend: None for the current choice.
         out: where to put the result; not where a gradient is needed.
 
     Returns:
         (B, C or C_out, ceil(T / t), H / h, W / w) in the dtype and memory format of x, never a view of it. The
-        arithmetic is in fp32 at least and rounds once; fp64 stays fp64. Differentiable in x, weight and bias.
+        arithmetic is in fp32 at least and rounds once, a kernel once more between space and learned time; fp64 stays
+        fp64. Differentiable in x, weight and bias.
 
     Raises:
         ValueError: for shapes, factors and modes other than these; names the two nearest sizes accepted.
@@ -111,7 +124,7 @@ def _pick(x: Tensor, axis: int, factor: int, offset: int) -> Tensor:
 
 
 def flatten(x: Tensor, factor: Sequence[int], mode: str, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
-    t, h, w = check_arguments("space_time_downsample", x, factor, mode, MODES, weight, bias)
+    (t, h, w), weight, bias = check_arguments("space_time_downsample", x, factor, mode, MODES, weight, bias)
     for axis, size, f in zip("THW", x.shape[2:], (1 if weight is not None else t, h, w), strict=True):
         if size % f:
             below, above = size // f * f, (size // f + 1) * f
@@ -123,18 +136,49 @@ def flatten(x: Tensor, factor: Sequence[int], mode: str, weight: Tensor | None, 
     return x, (t, h, w), mode, weight, bias
 
 
-def output_sizes(sizes: Sequence[int], factor: Sequence[int]) -> Factor:
-    t, h, w = (-(-size // f) for size, f in zip(sizes, factor, strict=True))
-    return t, h, w
-
-
 def describe(
     x: Tensor, factor: Sequence[int], mode: str, weight: Tensor | None, bias: Tensor | None
 ) -> _registry.Result:
-    return _resizing.describe(x, output_sizes(x.shape[2:], factor), weight)
+    return _resizing.describe(x, coarser(x.shape[2:], factor), weight)
 
 
-_OP = _registry.register(space_time_downsample, space_time_downsample_reference, flatten, describe)
+_adjoint = _resizing.make_adjoint("space_time_downsample", native.space_time_downsample_adjoint, finer)
+
+
+def space_time_downsample_backward(
+    gradients: Sequence[Tensor],
+    x: Tensor,
+    factor: Sequence[int],
+    mode: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Any, ...]:
+    """Through a learned resize as every t-th frame of a `temporal_conv`: zeros lie between those of the gradient."""
+    (gradient,) = gradients
+    (t, h, w), memory_format = factor, _layout.video_format(x)
+    with torch.no_grad():
+        if weight is None:
+            return _adjoint(gradient, factor, mode, memory_format), None, None, None, None
+        resized = h * w > 1
+        s = space_time_downsample(x, (1, h, w), mode=mode, backend=AUTO) if resized else x
+        if t > 1:
+            shape = (*gradient.shape[:2], x.shape[2], *gradient.shape[3:])
+            stuffed = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format).zero_()
+            stuffed[:, :, ::t] = gradient
+            gradient = stuffed
+        of_x, of_weight, of_bias = convolution_gradients(gradient, s, x.requires_grad, weight, bias)
+        if resized and of_x is not None:
+            of_x = _adjoint(of_x, (1, h, w), mode, memory_format)
+    return of_x, None, None, of_weight, of_bias
+
+
+_OP = _registry.register(
+    space_time_downsample,
+    space_time_downsample_reference,
+    flatten,
+    describe,
+    _resizing.backends("space_time_downsample", f"{__name__}:space_time_downsample_backward"),
+)
 
 # Between the levels of each model: space by fixed taps, then time by the learned convolution.
 SPEC = _resizing.make_spec(
@@ -148,7 +192,8 @@ SPEC = _resizing.make_spec(
             Scenario(f"{fine}_time", {**sizes, "H": small["H"], "W": small["W"]}, _resizing.LEARNED_IN_TIME, cpu)
             for (fine, sizes, cpu), (_, small, _) in _resizing.LEVEL_PAIRS
         ),
-        *_resizing.host_scenarios(MODES, H=64),
+        *_resizing.host_scenarios(MODES),
     ),
-    output_sizes,
+    _resizing.small_checks(MODES),
+    coarser,
 )

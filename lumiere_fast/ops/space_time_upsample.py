@@ -8,8 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumiere_fast import native
+from lumiere_fast.dispatch import AUTO
 from lumiere_fast.ops import _layout, _registry, _resizing
-from lumiere_fast.ops._resizing import AXES, Factor, check_arguments, logical, stored, temporal_conv
+from lumiere_fast.ops._resizing import (
+    AXES,
+    check_arguments,
+    coarser,
+    convolution_gradients,
+    finer,
+    logical,
+    stored,
+    temporal_conv,
+)
 from lumiere_fast.ops._spec import Scenario
 
 MODES = ("nearest", "linear")
@@ -42,14 +53,16 @@ def space_time_upsample(
         x: (B, C, T, H, W), fp16, bf16, fp32 or fp64, in any memory format; B may be 0.
         factor: (t, h, w), each >= 1.
         mode: "nearest" or "linear"; "area" and "blur" go down only.
-        weight: (C_out, C, K), K odd. A t of 1 is a plain convolution.
+        weight: (C_out, C, K), K odd. A t of 1 is a plain convolution. Kernels take it in the dtype of x, to which
+            autocast brings it.
         bias: (C_out,), only beside `weight`.
         backend: None for the current choice.
         out: where to put the result; not where a gradient is needed.
 
     Returns:
         (B, C or C_out, T * t, H * h, W * w) in the dtype and memory format of x, never a view of it. The arithmetic
-        is in fp32 at least and rounds once; fp64 stays fp64. Differentiable in x, weight and bias.
+        is in fp32 at least and rounds once, a kernel once more between learned time and space; fp64 stays fp64.
+        Differentiable in x, weight and bias.
 
     Raises:
         ValueError: for shapes, factors and modes other than these.
@@ -108,21 +121,49 @@ def _stretch(x: Tensor, axis: int, factor: int) -> Tensor:
 def flatten(x: Tensor, factor: Sequence[int], mode: str, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
     if mode in DOWN_ONLY:
         raise ValueError(f"space_time_upsample: mode {mode!r} goes down only; up there are {', '.join(MODES)}")
-    return x, check_arguments("space_time_upsample", x, factor, mode, MODES, weight, bias), mode, weight, bias
-
-
-def output_sizes(sizes: Sequence[int], factor: Sequence[int]) -> Factor:
-    t, h, w = (size * f for size, f in zip(sizes, factor, strict=True))
-    return t, h, w
+    values, weight, bias = check_arguments("space_time_upsample", x, factor, mode, MODES, weight, bias)
+    return x, values, mode, weight, bias
 
 
 def describe(
     x: Tensor, factor: Sequence[int], mode: str, weight: Tensor | None, bias: Tensor | None
 ) -> _registry.Result:
-    return _resizing.describe(x, output_sizes(x.shape[2:], factor), weight)
+    return _resizing.describe(x, finer(x.shape[2:], factor), weight)
 
 
-_OP = _registry.register(space_time_upsample, space_time_upsample_reference, flatten, describe)
+_adjoint = _resizing.make_adjoint("space_time_upsample", native.space_time_upsample_adjoint, coarser)
+
+
+def space_time_upsample_backward(
+    gradients: Sequence[Tensor],
+    x: Tensor,
+    factor: Sequence[int],
+    mode: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Any, ...]:
+    """Through a learned resize as `temporal_conv` of duplicated frames, which so exist in the backward alone."""
+    (gradient,) = gradients
+    (t, h, w), memory_format = factor, _layout.video_format(x)
+    with torch.no_grad():
+        if weight is None:
+            return _adjoint(gradient, factor, mode, memory_format), None, None, None, None
+        if h * w > 1:
+            gradient = _adjoint(gradient, (1, h, w), mode, memory_format)
+        frames = space_time_upsample(x, (t, 1, 1), backend=AUTO) if t > 1 else x
+        of_x, of_weight, of_bias = convolution_gradients(gradient, frames, x.requires_grad, weight, bias)
+        if t > 1 and of_x is not None:
+            of_x = _adjoint(of_x, (t, 1, 1), "nearest", memory_format)
+    return of_x, None, None, of_weight, of_bias
+
+
+_OP = _registry.register(
+    space_time_upsample,
+    space_time_upsample_reference,
+    flatten,
+    describe,
+    _resizing.backends("space_time_upsample", f"{__name__}:space_time_upsample_backward"),
+)
 
 # Between the levels of each model: space by fixed taps, then time by the learned convolution. And the base model's clip
 # brought to the size of the SSR's.
@@ -138,7 +179,8 @@ SPEC = _resizing.make_spec(
             for (_, large, _), (coarse, sizes, cpu) in _resizing.LEVEL_PAIRS
         ),
         Scenario("paper_clip", {"B": 1, "C": 3, "T": 80, "H": 128, "W": 128}, _resizing.fixed("linear", (1, 8, 8))),
-        *_resizing.host_scenarios(MODES, H=32),
+        *_resizing.host_scenarios(MODES),
     ),
-    output_sizes,
+    _resizing.small_checks(MODES),
+    finer,
 )

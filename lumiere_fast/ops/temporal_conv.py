@@ -134,7 +134,7 @@ def temporal_conv(
         BackendUnavailable: a backend asked for by name cannot run this call.
     """
     arguments = _flatten(x, weight, bias, padding_mode, norm, act, residual, stats_groups)
-    y, mean, rstd = _TEMPORAL_CONV(arguments, backend, out)
+    y, mean, rstd = TEMPORAL_CONV(arguments, backend, out)
     return y if stats_groups is None else (y, (mean, rstd))
 
 
@@ -288,7 +288,7 @@ def _describe(
 
 _NARROW = {name: (torch.float32, torch.float16, torch.bfloat16) for name in ("x", "weight", "residual")}
 
-_TEMPORAL_CONV = register(
+TEMPORAL_CONV = register(
     temporal_conv,
     temporal_conv_reference,
     _flatten,

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from lumiere_fast import InflationConfig, STUNet, UNet2D, inflate, native
+from lumiere_fast import InflationConfig, STUNet, UNet2D, dispatch, inflate, native, ops
 from lumiere_fast.models.blocks import (
     AttentionInflationBlock,
     Conditioning,
@@ -74,6 +76,79 @@ def test_every_nth_frame_is_the_image_model(factors: tuple[int, ...], num_frames
     torch.testing.assert_close(clip[:, :, ::n], wanted, **EXACT)
     between = frame_by_frame(unet, inputs)[:, :, 1::n]
     assert (clip[:, :, 1::n] - between).abs().mean() > 1e-2, "time was not resized at all"
+
+
+@contextmanager
+def resizes_without_arithmetic() -> Iterator[None]:
+    """Within the block learned resizes pick or repeat frames, which at initialisation is what they are."""
+    upsample = ops.space_time_upsample
+
+    def down(x: Tensor, factor: tuple[int, int, int], weight: Tensor, bias: Tensor) -> Tensor:
+        return x[:, :, :: factor[0]].contiguous(memory_format=torch.channels_last_3d)
+
+    def up(x: Tensor, factor: tuple[int, int, int], **parameters: Any) -> Tensor:
+        if "weight" not in parameters:
+            return upsample(x, factor, **parameters)
+        return x.repeat_interleave(factor[0], dim=2).contiguous(memory_format=torch.channels_last_3d)
+
+    with mock.patch.multiple(ops, space_time_downsample=down, space_time_upsample=up):
+        yield
+
+
+@contextmanager
+def backends_of_resizes() -> Iterator[list[tuple[str, str]]]:
+    """The resizes made within the block, and the backends that ran them."""
+    calls: list[tuple[str, str]] = []
+
+    def recorded(name: str) -> Any:
+        function = getattr(ops, name)
+
+        def call(*inputs: Any, **options: Any) -> Tensor:
+            with dispatch.record_backends() as used:
+                y: Tensor = function(*inputs, **options)
+            calls.extend((name, backend) for backend in used)
+            return y
+
+        return call
+
+    names = ("space_time_downsample", "space_time_upsample")
+    with mock.patch.multiple(ops, **{name: recorded(name) for name in names}):
+        yield calls
+
+
+@pytest.mark.skipif(bool(native.why_not("avx2")), reason="without AVX2 torch is faster")
+@pytest.mark.parametrize(
+    ("factors", "num_frames", "ssr"),
+    [
+        ((2,), 6, False),
+        ((2, 2), 8, False),
+        ((3,), 6, False),
+        ((4,), 8, False),
+        ((2, 1, 2), 8, False),
+        ((2, 2), 8, True),
+    ],
+)
+def test_every_nth_frame_on_the_native_backend(factors: tuple[int, ...], num_frames: int, ssr: bool) -> None:
+    """fp32, on the backend that is chosen by itself, for every resize in time and in space.
+
+    To the bit against resizes that only pick and repeat frames. Against the image model run on each image not to the
+    bit, and that is none of the resizes' doing: torch's convolutions, matrix products and norms round otherwise for
+    another number of frames at a time.
+    """
+    unet, stunet = pair(len(factors) + 1, factors, ssr=ssr, dtype=torch.float32)
+    inputs = draw_inputs(unet, 2, num_frames, 8, 8)
+    with torch.no_grad():
+        with backends_of_resizes() as calls:
+            clip = stunet(**inputs)
+        resized = [factor for factor in factors if factor > 1]
+        ups = len(resized) + len(factors)  # in time, and in space between any two levels
+        assert [name for name, _ in calls].count("space_time_downsample") == len(resized)
+        assert [name for name, _ in calls].count("space_time_upsample") == ups
+        assert {backend for _, backend in calls} == {"cpu"}
+        with resizes_without_arithmetic():
+            assert torch.equal(stunet(**inputs), clip)
+        n = stunet.temporal_factor
+        torch.testing.assert_close(clip[:, :, ::n], frame_by_frame(unet, inputs, n), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("ssr", [False, True])
