@@ -723,11 +723,11 @@ static void workspace_errors(void) {
     a.batch = 1, a.height = INT64_MAX / 64, bytes = 77; /* as many bytes as int64 holds, or nearly */
     a.height -= a.height % 2;
     CHECK(workspace_of(direction, &a, 1, &bytes) == LF_INVALID_SHAPE && bytes == 77);
-    a.batch = a.height = a.width = a.factor[1] = a.factor[2] = 1; /* more than there can be, but sizes that can be counted */
-    a.channels = a.channels_out = (int64_t)1 << 27;
-    CHECK(workspace_of(direction, &a, 1, &bytes) == LF_OK && bytes > (int64_t)1 << 55);
-    a.channels = a.channels_out = 1, a.taps = ((int64_t)1 << 58) - 1;
-    CHECK(workspace_of(direction, &a, 1, &bytes) == LF_OK && bytes > (int64_t)1 << 55);
+    a.batch = a.height = a.width = a.factor[1] = a.factor[2] = 1; /* more than there can be, but counted */
+    a.channels = a.channels_out = (int64_t)1 << 26;
+    CHECK(workspace_of(direction, &a, 1, &bytes) == LF_OK && bytes > (int64_t)1 << 52);
+    a.channels = a.channels_out = 1, a.taps = ((int64_t)1 << 54) - 1;
+    CHECK(workspace_of(direction, &a, 1, &bytes) == LF_OK && bytes > (int64_t)1 << 52);
     a.taps = 7, a.frames = (int64_t)1 << 50;
     CHECK(workspace_of(direction, &a, 3, &bytes) == LF_OK && bytes < 1 << 24);
     a.frames = 4, a.factor[0] = (int64_t)1 << 50;
