@@ -21,8 +21,8 @@ TESTS = {"abi", "blend_windows", "blend_windows_portable", "blend_windows_emulat
 TESTS |= {"emulated_warps", "emulated_temporal_resize", "emulated_temporal_resize_wgmma"}
 TESTS |= {"group_norm", "group_norm_avx2", "group_norm_portable"}
 TESTS |= {"temporal_conv", "temporal_conv_avx2", "temporal_conv_portable"}
-TESTS |= {"resize_clip"}
-TESTS |= {"unload"} if os.name == "posix" else set()
+TESTS |= {"space_time", "space_time_avx2", "space_time_portable", "resize_clip"}
+TESTS |= {"space_time_emulated", "unload"} if os.name == "posix" else set()
 
 needs_toolchain = pytest.mark.skipif(
     not all(shutil.which(tool) for tool in ("cmake", "ctest", "ninja"))
