@@ -20,7 +20,9 @@ template <class B> bool run_any(const void* kernel, dim3 grid, dim3 block, void*
 
 }  // namespace
 
-cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** parameters, size_t, cudaStream_t) {
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** parameters, size_t,
+                             cudaStream_t stream) {
+  if (stream != LF_EMULATED_STREAM) return cudaErrorInvalidResourceHandle;
   const bool known = run_any<lf::SmallBatch>(kernel, grid, block, parameters) ||
                      run_any<lf::LargeBatch>(kernel, grid, block, parameters) ||
                      run_any<lf::VaryingBatch>(kernel, grid, block, parameters);

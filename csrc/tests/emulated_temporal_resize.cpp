@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "far_memory.h"
 
 namespace {
 
@@ -113,12 +114,23 @@ template <class T> struct Call {
   }
 
   lf_status run(bool wgmma = false) {
+    return lf::temporal_resize_cuda(resize(), wgmma, nullptr, 0, LF_EMULATED_STREAM);
+  }
+
+  // Up to so many frames as x's first has copies.
+  lf_status run_long(int64_t frames, T* to) {
+    TemporalResize longer = resize();
+    longer.frames = 1, longer.factor = longer.out_frames = frames;
+    longer.y = {to, {0, 1, c.out, 0, 0}};
+    return lf::temporal_resize_cuda(longer, false, nullptr, 0, LF_EMULATED_STREAM);
+  }
+
+  TemporalResize resize() const {
     const lf_dtype dtype = std::is_same<T, Half>::value ? LF_FLOAT16 : LF_BFLOAT16;
     const int64_t* of_weight = weight.clip.strides;
-    const TemporalResize resize{dtype, c.direction, c.batch, c.in, c.out, c.frames, c.out_frames(), c.height, c.width,
+    return {dtype, c.direction, c.batch, c.in, c.out, c.frames, c.out_frames(), c.height, c.width,
                                 c.factor, c.taps, x.clip, y.clip, weight.clip.data,
                                 {of_weight[2], of_weight[1], of_weight[3]}, c.bias ? bias.data() : nullptr, 2};
-    return lf::temporal_resize_cuda(resize, wgmma, nullptr, 0, nullptr);
   }
 
   // By the definition.
@@ -284,6 +296,61 @@ void check_identities() {
   }
 }
 
+// As x and y, or the weight, lie with one axis' places over 2^31 elements apart.
+template <class T> void move_apart(Clip<T>& clip, const lf::emulation::FarMemory& memory, int axis) {
+  int64_t sizes[lf::kAxes];
+  std::copy_n(&clip.sizes[0], lf::kAxes, sizes);
+  clip.clip.data =
+      lf::emulation::move_apart(memory, static_cast<const T*>(clip.clip.data), sizes, clip.clip.strides, axis);
+}
+
+void check_far_apart(const Case& c, int axis, bool weight) {
+  Call<BFloat16> call(c);
+  Clip<BFloat16> expected = {call.y.sizes, kDense};
+  call.fill(expected);
+  const lf::emulation::FarMemory memory[2];
+  if (weight) move_apart(call.weight, memory[0], axis);
+  else move_apart(call.x, memory[0], axis), move_apart(call.y, memory[1], axis);
+  CHECK(call.run() == LF_OK);
+  int64_t wrong = 0;
+  call.y.each([&](BFloat16& value, auto... at) { wrong += value.bits != expected.at(at...).bits; });
+  CHECK(wrong == 0);
+  if (wrong == 0) return;
+  describe(c);
+  fprintf(stderr, "  %s: axis %d is far apart\n", weight ? "weight" : "clips", axis);
+}
+
+void check_far_apart() {
+  for (const Direction direction : {Direction::kDown, Direction::kUp}) {
+    for (const int64_t channels : {12, 16}) {  // not in packs, and in packs
+      Case c;
+      c.direction = direction, c.in = c.out = channels, c.batch = 2, c.frames = 3, c.height = 2, c.width = 3;
+      for (const int axis : {0, 1, 2, 3, 4}) check_far_apart(c, axis, false);
+      for (const int axis : {1, 2, 3}) check_far_apart(c, axis, true);
+    }
+  }
+}
+
+// More blocks than one launch has. Of each launch the last ones run alone.
+void check_many_blocks() {
+  lf::emulation::most_blocks = 2;
+  Case c;
+  c.taps = 1, c.in = c.out = 8, c.batch = 1, c.height = c.width = 1;
+  Call<BFloat16> call(c);
+  const lf::emulation::FarMemory y;
+  constexpr int64_t kFrames = (int64_t{1} << 31) + 8;
+  auto* const to = static_cast<BFloat16*>(y.data());
+  CHECK(call.run_long(kFrames, to) == LF_OK);
+  Clip<BFloat16> expected = {call.y.sizes, kDense};
+  call.fill(expected);
+  int64_t wrong = 0;
+  for (const int64_t frame : {int64_t{INT32_MAX} - 2, int64_t{INT32_MAX} - 1, kFrames - 2, kFrames - 1}) {
+    for (int64_t o = 0; o < c.out; ++o) wrong += to[frame * c.out + o].bits != expected.at(0, o, 0, 0, 0).bits;
+  }
+  CHECK(wrong == 0);
+  lf::emulation::most_blocks = UINT32_MAX;
+}
+
 int64_t products_of(const Case& c) {
   lf::emulation::counts.mma = 0;
   CHECK(Call<BFloat16>(c).run() == LF_OK);
@@ -330,6 +397,8 @@ int main() {
   check_every_tile();
   check_random_cases();
   check_identities();
+  check_far_apart();
+  check_many_blocks();
   check_refusals();
   CHECK(lf::emulation::counts.bank_conflicts == 0);
   return failures != 0;

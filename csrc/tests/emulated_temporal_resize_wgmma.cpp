@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "check.h"
+#include "far_memory.h"
 
 namespace lf::emulation {
 extern int multiprocessors, compute_capability;
@@ -83,7 +84,8 @@ class Call {
     lf::emulation::multiprocessors = c_.processors;
     y_.assign(y_.size(), kUntouched);
     const auto address = reinterpret_cast<uintptr_t>(workspace_.data());
-    const lf_status status = lf::temporal_resize_wgmma(r_, workspace_.data() + (64 - address % 64) % 64, 0, nullptr);
+    const lf_status status = lf::temporal_resize_wgmma(r_, workspace_.data() + (64 - address % 64) % 64, 0,
+                                                        LF_EMULATED_STREAM);
     CHECK(lf::emulation::nothing_left());
     if (status == LF_CUDA_ERROR) fprintf(stderr, "%s\n", lf_last_cuda_error());
     return status;
@@ -93,20 +95,39 @@ class Call {
   bool right() const {
     Bits expected(y_.size(), kUntouched);
     const int64_t first = static_cast<uint16_t*>(r_.y.data) - y_.data();
-    for (int64_t b = 0; b < r_.batch; ++b)
-      for (int64_t j = 0; j < r_.out_frames; ++j)
-        for (int64_t h = 0; h < r_.height; ++h)
-          for (int64_t w = 0; w < r_.width; ++w)
-            for (int64_t o = 0; o < r_.out; ++o) {
-              const int64_t* s = r_.y.strides;
-              expected[first + b * s[0] + o * s[1] + j * s[2] + h * s[3] + w * s[4]] = sum(b, j, h, w, o);
-            }
+    each([&](int64_t offset, uint16_t sum) { expected[first + offset] = sum; });
     return expected == y_;
+  }
+
+  // The same where y's places along an axis are far apart, and x's too where bulk copies can take them.
+  bool right_apart(int axis) {
+    const lf::emulation::FarMemory x, y;
+    const int64_t in[] = {r_.batch, r_.in, r_.frames, r_.height, r_.width};
+    const int64_t out[] = {r_.batch, r_.out, r_.out_frames, r_.height, r_.width};
+    if (axis == lf::kBatch || axis == lf::kTime) {
+      r_.x.data = lf::emulation::move_apart(x, static_cast<const uint16_t*>(r_.x.data), in, r_.x.strides, axis);
+    }
+    r_.y.data = lf::emulation::move_apart(y, static_cast<const uint16_t*>(r_.y.data), out, r_.y.strides, axis);
+    bool all = run() == LF_OK;
+    each([&](int64_t offset, uint16_t sum) { all = all && static_cast<const uint16_t*>(r_.y.data)[offset] == sum; });
+    return all;
   }
 
   TemporalResize& resize() { return r_; }
 
  private:
+  // Of each element of y: where it lies, and what it has to be.
+  template <class Visit> void each(const Visit& visit) const {
+    const int64_t* s = r_.y.strides;
+    for (int64_t b = 0; b < r_.batch; ++b)
+      for (int64_t j = 0; j < r_.out_frames; ++j)
+        for (int64_t h = 0; h < r_.height; ++h)
+          for (int64_t w = 0; w < r_.width; ++w)
+            for (int64_t o = 0; o < r_.out; ++o) {
+              visit(b * s[0] + o * s[1] + j * s[2] + h * s[3] + w * s[4], sum(b, j, h, w, o));
+            }
+  }
+
   static int64_t to_alignment(const Bits& bits) { return reinterpret_cast<uintptr_t>(bits.data()) % 16 / 2; }
   static uint16_t* aligned(Bits& bits) { return bits.data() + (8 - to_alignment(bits)) % 8; }
 
@@ -236,6 +257,24 @@ void check_streamed_weights() {
     }
 }
 
+void check_far_apart() {
+  for (const Direction direction : {Direction::kDown, Direction::kUp})
+    for (int axis = 0; axis < lf::kAxes; ++axis) {
+      Case c;
+      c.direction = direction, c.in = 16, c.out = 24, c.batch = 2, c.frames = 3, c.height = 3, c.width = 2;
+      CHECK(Call(c).right_apart(axis));
+    }
+}
+
+// What the driver takes: multiples of 16 bytes below 2^40 of them.
+void check_strides_of_bulk_copies() {
+  constexpr int64_t kLimit = int64_t{1} << 39;  // elements
+  CHECK(lf::bulk_stride(2, 8) && lf::bulk_stride(2, kLimit - 8));
+  for (const int64_t stride : {int64_t{0}, int64_t{-8}, int64_t{4}, int64_t{12}, kLimit - 4, kLimit, 2 * kLimit}) {
+    CHECK(!lf::bulk_stride(2, stride) && lf::bulk_stride(1, stride));
+  }
+}
+
 void check_identity() {
   for (const lf_dtype dtype : {LF_FLOAT16, LF_BFLOAT16})
     for (const Direction direction : {Direction::kDown, Direction::kUp})
@@ -277,6 +316,8 @@ int main() {
   check_rings_and_runs();
   check_streamed_weights();
   check_identity();
+  check_far_apart();
+  check_strides_of_bulk_copies();
   check_refusals();
   return failures != 0;
 }

@@ -12,7 +12,7 @@ template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared,
                    Parameters... parameters) {
   void* pointers[] = {&parameters..., nullptr};
-  return cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), pointers, shared, nullptr);
+  return cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), pointers, shared, LF_EMULATED_STREAM);
 }
 
 void check_fails(cudaError_t error, const char* why) {

@@ -4,6 +4,9 @@
 
 #include "check.h"
 #include "numbers.h"
+#if defined(LF_TEST_CUDA)
+#include "emulation/stream.h"
+#endif
 
 #include <math.h>
 #include <stdio.h>
@@ -79,7 +82,8 @@ static lf_status blend(const Case* c, int32_t num_threads) {
 #if defined(LF_TEST_CUDA)
   (void)num_threads;
   return lf_blend_windows_cuda(c->dtype, c->count, data, shapes, strides, c->axes, c->starts,
-                               c->weighted ? c->weights : NULL, c->out.data, c->out.shape, c->out.strides, 0, NULL);
+                               c->weighted ? c->weights : NULL, c->out.data, c->out.shape, c->out.strides, 0,
+                               LF_EMULATED_STREAM);
 #else
   return lf_blend_windows_cpu(c->dtype, c->count, data, shapes, strides, c->axes, c->starts,
                               c->weighted ? c->weights : NULL, c->out.data, c->out.shape, c->out.strides, num_threads);

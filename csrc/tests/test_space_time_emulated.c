@@ -4,6 +4,7 @@
 #include "lumiere_fast.h"
 
 #include "check.h"
+#include "emulation/stream.h"
 
 #include <math.h>
 #include <stdint.h>
@@ -140,7 +141,7 @@ static void compare(const Case* c, int from_kind, int to_kind) {
   for (int64_t i = 0; i + size <= from.bytes; i += size) draw(input + i, c->dtype);
   const lf_space_time on_device = arguments_of(c, clip_in(input, &from), clip_in(device, &to));
   const lf_space_time on_host = arguments_of(c, clip_in(input, &from), clip_in(host, &to));
-  CHECK(CUDA[c->direction][c->adjoint](&on_device, 0, NULL) == LF_OK);
+  CHECK(CUDA[c->direction][c->adjoint](&on_device, 0, LF_EMULATED_STREAM) == LF_OK);
   CHECK(CPU[c->direction][c->adjoint](&on_host, 1) == LF_OK);
   if (memcmp(device, host, (size_t)to.bytes) != 0) tell(c, "unlike the CPU"), ++failures;
   free(input), free(device), free(host);
@@ -216,7 +217,7 @@ static void far_strides(void) {
     } while (at[B] || at[C] || at[T] || at[H] || at[W]);
     const lf_space_time on_device = arguments_of(&c, clips[0], clips[1]);
     const lf_space_time on_host = arguments_of(&c, clips[0], clips[2]);
-    CHECK(CUDA[direction][c.adjoint](&on_device, 0, NULL) == LF_OK);
+    CHECK(CUDA[direction][c.adjoint](&on_device, 0, LF_EMULATED_STREAM) == LF_OK);
     CHECK(CPU[direction][c.adjoint](&on_host, 1) == LF_OK);
     int wrong = 0;
     do {
@@ -251,7 +252,7 @@ static void long_axis(void) {
     }
     to.data = results[0];
     const lf_space_time on_device = arguments_of(&c, from, to);
-    CHECK(CUDA[DOWN][0](&on_device, 0, NULL) == LF_OK);
+    CHECK(CUDA[DOWN][0](&on_device, 0, LF_EMULATED_STREAM) == LF_OK);
     to.data = results[1];
     const lf_space_time on_host = arguments_of(&c, from, to);
     CHECK(CPU[DOWN][0](&on_host, 1) == LF_OK);
@@ -273,7 +274,7 @@ static void errors(void) {
     const lf_space_time a = arguments_of(&c, to_fine ? to : from, to_fine ? from : to);
     const Cuda call = CUDA[c.direction][c.adjoint];
     CHECK(call(NULL, 0, NULL) == LF_INVALID_ARGUMENT);
-    CHECK(call(&a, 0, NULL) == LF_OK);
+    CHECK(call(&a, 0, LF_EMULATED_STREAM) == LF_OK);
     CHECK(call(&a, 1, NULL) == LF_CUDA_ERROR);
     lf_space_time changed = a;
     changed.x.data = NULL;
@@ -289,7 +290,7 @@ static void errors(void) {
     changed = a, (c.adjoint ? &changed.x : &changed.y)->strides[W] = 1;
     CHECK(call(&changed, 0, NULL) == LF_INVALID_STRIDES);
     changed = a, changed.batch = 0, changed.x.data = changed.y.data = NULL;
-    CHECK(call(&changed, 0, NULL) == LF_OK);
+    CHECK(call(&changed, 0, LF_EMULATED_STREAM) == LF_OK);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "fibers.h"
+#include "stream.h"
 
 #define __host__
 #define __device__
@@ -30,6 +31,7 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidResourceHandle = 400,
   cudaErrorLaunchFailure = 719
 };
 enum cudaDeviceAttr {
@@ -101,7 +103,8 @@ cudaError_t launch_emulated(void (*kernel)(Parameters...), dim3 grid, dim3 block
 
 template <class... Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** parameters, size_t shared,
-                             cudaStream_t) {
+                             cudaStream_t stream) {
+  if (stream != LF_EMULATED_STREAM) return cudaErrorInvalidResourceHandle;
   return launch_emulated(kernel, grid, block, parameters, shared, std::index_sequence_for<Parameters...>());
 }
 

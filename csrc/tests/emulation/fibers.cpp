@@ -27,6 +27,7 @@ dim3 blockIdx, threadIdx, blockDim, gridDim;
 namespace lf::emulation {
 
 Counts counts;
+unsigned most_blocks = UINT32_MAX;
 
 namespace {
 
@@ -162,11 +163,11 @@ bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
   body = &thread;
   failed = false;
   ++launches;
-  const bool backwards = scramble(launches) % 2 != 0;
+  const bool backwards = grid.x <= most_blocks && scramble(launches) % 2 != 0;
   unsigned number = 0;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x && !failed; ++x) {
+      for (unsigned x = grid.x - std::min(grid.x, most_blocks); x < grid.x && !failed; ++x) {
         // Of the very size, so that a sanitizer sees what lies outside.
         const std::unique_ptr<char, FreeShared> memory(
             static_cast<char*>(operator new(shared_bytes, kSharedAlignment)));
