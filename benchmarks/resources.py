@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -47,10 +48,11 @@ class Row:
     """One kernel in one configuration, compiled for one architecture.
 
     Args:
-        threads: of a block; 0 where its launch decides that (CUDA).
+        threads: of a block, at most (CUDA: by its launch bounds).
         spills: bytes, stores and loads together.
         shared: bytes of static and dynamic shared memory.
         wgmma, mma: warpgroup and warp matrix instructions.
+        register_moves: kinds of instructions by which warpgroups take registers or give them up (CUDA).
         loads, stores: global instructions by bytes a thread, smallest first.
         wide_loads, wide_stores: how many 16-byte loads and stores the configuration promises at least.
         promises_wgmma: whether its products must be warpgroup instructions where there are such.
@@ -72,6 +74,7 @@ class Row:
     shared: int = 0
     wgmma: int = 0
     mma: int = 0
+    register_moves: int = 0
     loads: tuple[tuple[int, int], ...] = ()
     stores: tuple[tuple[int, int], ...] = ()
     wide_loads: int = 0
@@ -109,6 +112,7 @@ class Rule(NamedTuple):
 
 
 REGISTERS, MOST_THREADS, MOST_BLOCKS = 65536, 2048, 32  # of a multiprocessor
+UNBOUNDED = 1024  # threads a block may have where nothing bounds them
 SHARED = {80: 164 * 1024, 90: 228 * 1024}  # its bytes
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may have
 WIDE = 16
@@ -142,6 +146,16 @@ def _at_least(value: Callable[[Row], int], least: Callable[[Row], int], what: st
 RULES = (
     Rule("nothing spills", lambda row: True, _at_most("spills", lambda row: 0)),
     Rule("no stack", lambda row: True, _at_most("stack", lambda row: 0)),
+    Rule(
+        "registers of a block fit",
+        lambda row: row.threads > 0,
+        _at_most("registers", lambda row: REGISTERS // row.threads),
+    ),
+    Rule(
+        "registers change hands on sm_90",
+        lambda row: row.backend == "cuda" and row.arch == 90 and row.promises_wgmma,
+        _at_least(lambda row: row.register_moves, lambda row: 2, "kinds of instructions that take registers and that give them up"),
+    ),
     Rule("shared memory fits", lambda row: True, _at_most("shared", lambda row: SHARED_LIMIT[row.arch])),
     Rule(
         "wgmma on sm_90",
@@ -366,13 +380,15 @@ def cuda_rows(op: str, source: Path, arch: int) -> list[Row]:
     """The rows of the kernels in a .cu file, compiled with the build's flags.
 
     Raises:
-        RuntimeError: it does not compile.
+        RuntimeError: it does not compile, or not as it was meant.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         arch_flag = f"-arch=sm_{_cuda_target(arch)}"
         log = _run("nvcc", *_nvcc_flags(), "-cubin", arch_flag, "-Xptxas=-v", str(source), "-o", str(cubin))
+        _refuse_setbacks(log)
         usage, sass = _usage(cubin), _run("cuobjdump", "--dump-sass", str(cubin))
+        threads = _most_threads(_run("cuobjdump", "--dump-elf", str(cubin)))
     parts = re.split(r"^\s*Function : (\S+)$", sass, flags=re.MULTILINE)[1:]
     code = dict(zip(parts[::2], parts[1::2], strict=True))
     spills, names = _spills(log), _demangled(list(usage))
@@ -380,6 +396,8 @@ def cuda_rows(op: str, source: Path, arch: int) -> list[Row]:
     for mangled, figures in usage.items():
         kernel, variant = names[mangled]
         figures |= instructions(code[mangled], SASS)
+        figures |= {"threads": threads.get(mangled, UNBOUNDED)}
+        figures |= {"register_moves": len(set(re.findall(r"USETMAXREG[.\w]*", code[mangled])))}
         wide, wgmma = (
             re.fullmatch(promised.get(source.stem, ""), f"{kernel}<{variant}>") is not None
             for promised in (CUDA_WIDE, CUDA_WGMMA)
@@ -441,6 +459,27 @@ def _spills(log: str) -> dict[str, int]:
     if not found:
         raise RuntimeError(f"ptxas said nothing of spills:\n{log}")
     return {name: int(stores) + int(loads) for name, stores, loads in found}
+
+
+def _refuse_setbacks(log: str) -> None:
+    """That ptxas moves registers between warps (else C7508) and overlaps warpgroup products (else C7510) as told.
+
+    Raises:
+        RuntimeError: it compiled on with a note or a warning of that kind.
+    """
+    if found := re.findall(r".*\bC75\d\d\b.*", log):
+        raise RuntimeError("ptxas did not keep to the code:\n" + "\n".join(found))
+
+
+def _most_threads(elf: str) -> dict[str, int]:
+    """Threads of a block by mangled name, of kernels that bound them."""
+    parts = re.split(r"^\.nv\.info\.(\S+)$", elf, flags=re.MULTILINE)[1:]
+    found = {}
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        bounds = re.search(r"EIATTR_MAX_THREADS\s+Format:\s*\S+\s+Value:((?:\s+0x[0-9a-f]+){3})", text)
+        if bounds is not None:
+            found[name] = math.prod(int(size, 16) for size in bounds.group(1).split())
+    return found
 
 
 def _ptxas_log(ptx: str, arch: int, folder: Path) -> str:

@@ -7,12 +7,17 @@
 
 namespace lf {
 
-// LF_UNSUPPORTED_DEVICE too where the library was not built for sm_90a.
+// By mma.sync.
+lf_status temporal_resize_mma(const TemporalResize& resize, int device, cudaStream_t stream);
+
+// By wgmma and bulk copies. LF_UNSUPPORTED_DEVICE too where the library was not built for sm_90a.
 lf_status temporal_resize_wgmma(const TemporalResize& resize, void* workspace, int device, cudaStream_t stream);
 
-// By mma.sync (common/temporal_resize_mma.cu), or by wgmma and bulk copies (common/temporal_resize_wgmma.cu).
-lf_status temporal_resize_cuda(const TemporalResize& resize, bool wgmma, void* workspace, int device,
-                               cudaStream_t stream);
+inline lf_status temporal_resize_cuda(const TemporalResize& resize, bool wgmma, void* workspace, int device,
+                                      cudaStream_t stream) {
+  return wgmma ? temporal_resize_wgmma(resize, workspace, device, stream)
+               : temporal_resize_mma(resize, device, stream);
+}
 
 }  // namespace lf
 

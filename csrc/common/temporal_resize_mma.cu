@@ -17,11 +17,11 @@
 #include "common/ptx.h"
 #include "common/resized_axis.h"
 #include "common/temporal_resize_device.h"
+#include "common/temporal_resize_packs.h"
 
 namespace lf {
 namespace {
 
-constexpr int kPack = 8;    // elements of 16 bytes
 constexpr int kDepth = 32;  // input channels of a stage
 constexpr int kPacks = kDepth / kPack;
 constexpr int kRowBytes = kDepth * 2;
@@ -379,23 +379,19 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) walk_kernel(const
   if (end == p.resize.frames) write(t * end - 1, [&](int m, int n, int i) { return upto[m][n][i]; });
 }
 
-int64_t ceiling(int64_t a, int64_t b) { return a / b + (a % b != 0); }
-
-bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
 // Whether each position's channels lie in packs.
-bool packed(const lf_clip& clip, int64_t channels, const Sizes& sizes) {
+bool packs_channels(const lf_clip& clip, int64_t channels, const Sizes& sizes) {
   bool fits = is_aligned(clip.data) && clip.strides[kChannel] == 1 && channels % kPack == 0;
   for (const int axis : {0, 2, 3, 4}) fits = fits && (sizes[axis] == 1 || clip.strides[axis] % kPack == 0);
   return fits;
 }
 
-bool packed(const TemporalResize& r) {
+bool packs_all(const TemporalResize& r) {
   const bool weight = is_aligned(r.weight) && r.weight_strides[1] == 1 &&
                       (r.out == 1 || r.weight_strides[0] % kPack == 0) &&
                       (r.taps == 1 || r.weight_strides[2] % kPack == 0);
-  return weight && packed(r.x, r.in, {r.batch, r.in, r.frames, r.height, r.width}) &&
-         packed(r.y, r.out, {r.batch, r.out, r.out_frames, r.height, r.width});
+  return weight && packs_channels(r.x, r.in, {r.batch, r.in, r.frames, r.height, r.width}) &&
+         packs_channels(r.y, r.out, {r.batch, r.out, r.out_frames, r.height, r.width});
 }
 
 Pixels pixels_of(const lf_clip& clip, int64_t height, int64_t width) {
@@ -410,12 +406,12 @@ void cut_walk(Problem& p, int64_t slots) {
   const int64_t frames = p.resize.frames, tiles = p.pixel_tiles * p.channel_tiles * p.resize.batch;
   int64_t least = INT64_MAX;
   for (int64_t pieces = 1; pieces <= std::min<int64_t>(frames, 64); ++pieces) {
-    const int64_t length = ceiling(frames, pieces), products = 3 * length + std::min<int64_t>(pieces - 1, 2);
-    const int64_t cost = ceiling(tiles * pieces, slots) * products;
+    const int64_t length = divide_up(frames, pieces), products = 3 * length + std::min<int64_t>(pieces - 1, 2);
+    const int64_t cost = divide_up(tiles * pieces, slots) * products;
     if (cost >= least) continue;
     least = cost;
     p.length = length;
-    p.pieces = ceiling(frames, length);
+    p.pieces = divide_up(frames, length);
   }
 }
 
@@ -434,8 +430,8 @@ lf_status launch(Kernel* kernel, Problem& p, int threads, int shared_bytes, cuda
 template <class T, class Tile, bool kPacked>
 lf_status run(const TemporalResize& r, int64_t multiprocessors, cudaStream_t stream) {
   Problem p{r, pixels_of(r.x, r.height, r.width), pixels_of(r.y, r.height, r.width), r.height * r.width, 0, 0, 0, 0, 0};
-  p.pixel_tiles = ceiling(p.pixels, Tile::pixels);
-  p.channel_tiles = ceiling(r.out, Tile::channels);
+  p.pixel_tiles = divide_up(p.pixels, Tile::pixels);
+  p.channel_tiles = divide_up(r.out, Tile::channels);
   if constexpr (Tile::taps == 1) {
     p.pieces = r.out_frames;
     return launch(gather_kernel<T, Tile, kPacked>, p, Tile::threads, Tile::shared_bytes, stream);
@@ -453,27 +449,22 @@ lf_status run_packed(const TemporalResize& r, int64_t multiprocessors, cudaStrea
 }
 
 template <class T> lf_status run(const TemporalResize& r, int64_t multiprocessors, cudaStream_t stream) {
-  if (!packed(r)) return run<T, AnyGather, false>(r, multiprocessors, stream);
+  if (!packs_all(r)) return run<T, AnyGather, false>(r, multiprocessors, stream);
   const bool walks = r.direction == Direction::kUp && r.taps == 3 && r.factor > 1;
   return walks ? run_packed<T, WideWalk, NarrowWalk>(r, multiprocessors, stream)
                : run_packed<T, WideGather, NarrowGather>(r, multiprocessors, stream);
 }
 
+}  // namespace
+
 lf_status temporal_resize_mma(const TemporalResize& r, int device, cudaStream_t stream) {
+  if (r.dtype != LF_BFLOAT16 && r.dtype != LF_FLOAT16) return LF_UNSUPPORTED_DTYPE;
   int major = 0, multiprocessors = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return status_of(error);
   if (major < 8) return LF_UNSUPPORTED_DEVICE;
   return r.dtype == LF_BFLOAT16 ? run<BFloat16>(r, multiprocessors, stream) : run<Half>(r, multiprocessors, stream);
-}
-
-}  // namespace
-
-lf_status temporal_resize_cuda(const TemporalResize& r, bool wgmma, void* workspace, int device,
-                               cudaStream_t stream) {
-  if (r.dtype != LF_BFLOAT16 && r.dtype != LF_FLOAT16) return LF_UNSUPPORTED_DTYPE;
-  return wgmma ? temporal_resize_wgmma(r, workspace, device, stream) : temporal_resize_mma(r, device, stream);
 }
 
 }  // namespace lf

@@ -343,7 +343,7 @@ template <class T, int kColumns> __device__ void gather(const Plan& p) {
 #pragma unroll
     for (int part = 0; part < kColumns / kPart; ++part) {
       if (column * kColumns + part * kPart >= p.out) break;
-      consumer.write(work, work.index, part, [&](int i) { return sums[part * kPart / 2 + i]; });
+      consumer.write(work, work.index, part, [&](int n) { return sums[part * kPart / 2 + n]; });
     }
   }
 }
@@ -368,33 +368,32 @@ template <class T> __device__ void share(const Plan& p) {
   }
   take_registers<kConsumerRegisters>();
   Consumer<T, kColumns> consumer(p, memory, column * kPart);
-  float sums[kColumns / 2];  // P0, P1 and P2 of a frame
-  float before[kSums];       // P0 of the frame before
-  float begun[kSums];        // P0 + P1 of it
+  float sums[kColumns / 2];                // P0, P1 and P2 of a frame
+  float before[kSums], before_two[kSums];  // of the frame before: P0, and P0 + P1
   consumer.await_resident();
   for (int64_t i = first; i < p.works; i += step) {
     const Work work = work_at(p, i, p.runs);
     const Run run = run_at(p, work.index);
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) before[i] = begun[i] = 0;
+    for (int n = 0; n < kSums; ++n) before[n] = before_two[n] = 0;
     for (int32_t frame = run.begin; frame < run.end; ++frame) {
       consumer.multiply(sums, 0, false);
       consumer.finish(sums);
-      const bool own = frame > run.begin || frame == 0;
+      const bool own = frame >= work.index * p.run;
       const int32_t j = frame * p.factor;
       if (own && frame > 0) {
-        consumer.write(work, j - 1, 0, [&](int i) { return begun[i] + sums[2 * kSums + i]; });
+        consumer.write(work, j - 1, 0, [&](int n) { return before_two[n] + sums[2 * kSums + n]; });
       }
       if (own) {
-        consumer.write(work, j, 0, [&](int i) { return before[i] + sums[kSums + i] + sums[2 * kSums + i]; });
+        consumer.write(work, j, 0, [&](int n) { return before[n] + sums[kSums + n] + sums[2 * kSums + n]; });
       }
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) before[i] = sums[i], begun[i] = sums[i] + sums[kSums + i];
+      for (int n = 0; n < kSums; ++n) before[n] = sums[n], before_two[n] = sums[n] + sums[kSums + n];
       for (int32_t phase = 1; own && phase < p.factor - 1; ++phase) {
-        consumer.write(work, j + phase, 0, [&](int i) { return begun[i] + sums[2 * kSums + i]; });
+        consumer.write(work, j + phase, 0, [&](int n) { return before_two[n] + sums[2 * kSums + n]; });
       }
       if (frame == p.frames - 1) {
-        consumer.write(work, j + p.factor - 1, 0, [&](int i) { return begun[i]; });
+        consumer.write(work, j + p.factor - 1, 0, [&](int n) { return before_two[n]; });
       }
     }
   }
@@ -438,22 +437,23 @@ __global__ void __launch_bounds__(kPackingThreads) pack_kernel(const Packing p) 
 bool bulk_clip(const TemporalResize& r, int64_t& pixel_stride) {
   const int64_t* strides = r.x.strides;
   pixel_stride = r.width > 1 ? strides[kWidth] : strides[kHeight];
-  return bulk_address(r.x.data) && (r.in == 1 || strides[kChannel] == 1) &&
+  return is_aligned(r.x.data) && (r.in == 1 || strides[kChannel] == 1) &&
          (r.height == 1 || r.width == 1 || strides[kHeight] == r.width * strides[kWidth]) &&
          bulk_stride(r.height * r.width, pixel_stride) && bulk_stride(r.frames, strides[kTime]) &&
          bulk_stride(r.batch, strides[kBatch]);
 }
 
-// Whether 8 channels of y can be written at once, wherever a unit of them begins.
-bool packs(const TemporalResize& r) {
+// Whether 8 channels of y can be written at once, wherever a pack of them begins.
+bool packs_y(const TemporalResize& r) {
   const int64_t sizes[kAxes] = {r.batch, 1, r.out_frames, r.height, r.width};
-  bool all = bulk_address(r.y.data) && r.y.strides[kChannel] == 1;
-  for (int axis = 0; axis < kAxes; ++axis) all = all && (sizes[axis] == 1 || r.y.strides[axis] % kBulkUnit == 0);
+  bool all = is_aligned(r.y.data) && r.y.strides[kChannel] == 1;
+  for (int axis = 0; axis < kAxes; ++axis) all = all && (sizes[axis] == 1 || r.y.strides[axis] % kPack == 0);
   return all;
 }
 
-lf_status encode(CUtensorMap& map, lf_dtype dtype, const void* data, int rank, const int64_t* sizes,
-                 const int64_t* strides, const int* box) {
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode find_encode() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
@@ -462,21 +462,27 @@ lf_status encode(CUtensorMap& map, lf_dtype dtype, const void* data, int rank, c
 #else
   const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
-  if (error != cudaSuccess) return status_of(error);
-  if (found != cudaDriverEntryPointSuccess || !function) return LF_UNSUPPORTED_DEVICE;
+  return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+}
+
+lf_status encode(CUtensorMap& map, lf_dtype dtype, const void* data, int rank, const int64_t* sizes,
+                 const int64_t* strides, const int* box) {
+  static const Encode function = find_encode();  // the driver's, whatever the device
+  if (!function) return LF_UNSUPPORTED_DEVICE;
   constexpr int kMostAxes = 4;
   cuuint64_t dims[kMostAxes], steps[kMostAxes];
   cuuint32_t tile[kMostAxes], ones[kMostAxes];
   for (int axis = 0; axis < rank; ++axis) {
     dims[axis] = static_cast<cuuint64_t>(sizes[axis]);
-    // An axis that is not stepped along may have any stride, but not for the driver.
+    // Nobody steps along an axis of size 1, but the driver refuses a stride that is no multiple of 16 bytes even there:
+    // it gets the stride of the axis before.
     if (axis == 0) steps[axis] = (2 * dims[axis] + 15) / 16 * 16;  // what a second row would be at; not handed over
     else steps[axis] = sizes[axis] > 1 ? static_cast<cuuint64_t>(2 * strides[axis]) : steps[axis - 1];
     tile[axis] = static_cast<cuuint32_t>(box[axis]);
     ones[axis] = 1;
   }
   const auto type = dtype == LF_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
+  const CUresult result = function(
       &map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(data), dims, steps + 1, tile, ones,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -515,21 +521,13 @@ template <int kColumns> void place(Plan& plan, int taps) {
   }
 }
 
-int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
-
 class Launcher {
  public:
-  Launcher(const TemporalResize& r, int processors, cudaStream_t stream)
-      : r_(r), processors_(processors), stream_(stream) {}
+  Launcher(const TemporalResize& r, int64_t pixel_stride, int processors, cudaStream_t stream)
+      : r_(r), pixel_stride_(pixel_stride), processors_(processors), stream_(stream) {}
 
-  lf_status run(int64_t pixel_stride, const Weight& weight) {
+  lf_status run(const Weight& weight) {
     fill();
-    const int64_t* x = r_.x.strides;
-    const int64_t sizes[] = {r_.in, r_.height * r_.width, r_.frames, r_.batch};
-    const int64_t strides[] = {1, pixel_stride, x[kTime], x[kBatch]};
-    const int box[] = {kDepth, kPixels, 1, 1};
-    lf_status status = encode(plan_.x, r_.dtype, r_.x.data, 4, sizes, strides, box);
-    if (status != LF_OK) return status;
     const bool shares = plan_.up && r_.taps == kSharedTaps && r_.factor >= 2;
     return r_.dtype == LF_BFLOAT16 ? run<BFloat16>(shares, weight) : run<Half>(shares, weight);
   }
@@ -549,8 +547,8 @@ class Launcher {
     plan_.up = r_.direction == Direction::kUp;
     plan_.factor = narrow(std::min<int64_t>(r_.factor, INT32_MAX));  // down by more than all frames there is one
     plan_.taps = narrow(r_.taps);
-    plan_.pixel_tiles = narrow(tiles_of(plan_.pixels, kPixels)), plan_.depth_tiles = narrow(tiles_of(r_.in, kDepth));
-    plan_.packs = packs(r_);
+    plan_.pixel_tiles = narrow(divide_up(plan_.pixels, kPixels)), plan_.depth_tiles = narrow(divide_up(r_.in, kDepth));
+    plan_.packs = packs_y(r_);
   }
 
   template <class T> lf_status run(bool shares, const Weight& weight) {
@@ -567,15 +565,15 @@ class Launcher {
 
   // Runs of frames, so many that blocks have about equally much to do: each but the first costs a frame more.
   void divide_frames() {
-    const int64_t columns = tiles_of(r_.out, kPart), tiles = r_.batch * plan_.pixel_tiles;
+    const int64_t columns = divide_up(r_.out, kPart), tiles = r_.batch * plan_.pixel_tiles;
     const int64_t groups = std::max<int64_t>(processors_ / columns, 1);
     int64_t least = INT64_MAX;
     for (int64_t runs = 1; runs <= std::min<int64_t>(r_.frames, 4 * groups); ++runs) {
-      const int64_t run = tiles_of(r_.frames, runs), frames = run + (runs > 1);
-      const int64_t cost = tiles_of(tiles * tiles_of(r_.frames, run), groups) * frames;
+      const int64_t run = divide_up(r_.frames, runs), frames = run + (runs > 1);
+      const int64_t cost = divide_up(tiles * divide_up(r_.frames, run), groups) * frames;
       if (cost >= least) continue;
       least = cost;
-      plan_.run = static_cast<int32_t>(run), plan_.runs = static_cast<int32_t>(tiles_of(r_.frames, run));
+      plan_.run = static_cast<int32_t>(run), plan_.runs = static_cast<int32_t>(divide_up(r_.frames, run));
     }
   }
 
@@ -585,28 +583,43 @@ class Launcher {
     place<kColumns>(plan_, plan_.taps);
     const int64_t bytes = kPixelBytes + (plan_.resident ? 0 : Memory<kColumns>::kWeightBytes);
     const int64_t products = int64_t{kPixels} * kDepth * kColumns;
-    return tiles_of(works * tiles_of(r_.out, kColumns), processors_) * std::max(products / 2048, bytes / 32);
+    return divide_up(works * divide_up(r_.out, kColumns), processors_) * std::max(products / 2048, bytes / 32);
+  }
+
+  lf_status encode_x() {
+    const int64_t sizes[] = {r_.in, r_.height * r_.width, r_.frames, r_.batch};
+    const int64_t strides[] = {1, pixel_stride_, r_.x.strides[kTime], r_.x.strides[kBatch]};
+    const int box[] = {kDepth, kPixels, 1, 1};
+    return encode(plan_.x, r_.dtype, r_.x.data, 4, sizes, strides, box);
+  }
+
+  lf_status encode_weight(const Weight& weight, int channels, int taps) {
+    const int64_t sizes[] = {r_.in, r_.out, r_.taps}, strides[] = {1, weight.strides[0], weight.strides[2]};
+    const int box[] = {kDepth, channels, taps};
+    return encode(plan_.weight, r_.dtype, weight.data, 3, sizes, strides, box);
   }
 
   template <int kColumns, int kTaps, class Kernel>
   lf_status launch(Kernel* kernel, int taps, int64_t works, const Weight& weight) {
     constexpr int kChannels = kColumns / kTaps;
-    const int64_t sizes[] = {r_.in, r_.out, r_.taps}, strides[] = {1, weight.strides[0], weight.strides[2]};
-    const int box[] = {kDepth, kChannels, kTaps};
-    lf_status status = encode(plan_.weight, r_.dtype, weight.data, 3, sizes, strides, box);
+    // Before the driver is asked for descriptions: it wants a context, which a fresh thread lacks even where the device
+    // is current. The runtime makes the device's context the thread's in calls like this one.
+    lf_status status = status_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                      kSharedLimit));
+    if (status == LF_OK) status = encode_x();
+    if (status == LF_OK) status = encode_weight(weight, kChannels, kTaps);
     if (status != LF_OK) return status;
     place<kColumns>(plan_, taps);
     plan_.works = works;
-    plan_.columns = static_cast<int32_t>(tiles_of(r_.out, kChannels));
+    plan_.columns = static_cast<int32_t>(divide_up(r_.out, kChannels));
     const int64_t groups = std::min<int64_t>(std::max(processors_ / plan_.columns, 1), works);
-    status = status_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit));
-    if (status != LF_OK) return status;
     void* parameters[] = {&plan_};
     return status_of(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(groups * plan_.columns)), dim3(kThreads),
                                       parameters, Memory<kColumns>::bytes(plan_, taps), stream_));
   }
 
   const TemporalResize& r_;
+  const int64_t pixel_stride_;  // of x
   const int processors_;
   const cudaStream_t stream_;
   Plan plan_{};
@@ -635,7 +648,7 @@ lf_status temporal_resize_wgmma(const TemporalResize& r, void* workspace, int de
   if (!bulk_clip(r, pixel_stride)) return LF_INVALID_STRIDES;
   Weight weight;
   const lf_status status = status_of(pack_weight(r, workspace, stream, weight));
-  return status == LF_OK ? Launcher(r, processors, stream).run(pixel_stride, weight) : status;
+  return status == LF_OK ? Launcher(r, pixel_stride, processors, stream).run(weight) : status;
 }
 
 #endif  // LF_WITH_SM90A

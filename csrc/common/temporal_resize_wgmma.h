@@ -2,29 +2,26 @@
 #ifndef LF_COMMON_TEMPORAL_RESIZE_WGMMA_H
 #define LF_COMMON_TEMPORAL_RESIZE_WGMMA_H
 
-#include "common/space_time.h"
+#include "common/temporal_resize_packs.h"
 
 namespace lf {
 
-constexpr int64_t kBulkUnit = 8;  // elements of 16 bytes, of which a bulk copy counts addresses and strides
 
 // Whether a bulk copy can step along an axis. One of a single place is not stepped along.
 inline bool bulk_stride(int64_t size, int64_t stride) {
   constexpr int64_t kLimit = (int64_t{1} << 40) / 2;
-  return size == 1 || (stride > 0 && stride < kLimit && stride % kBulkUnit == 0);
+  return size == 1 || (stride > 0 && stride < kLimit && stride % kPack == 0);
 }
-
-inline bool bulk_address(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 // Whether the weight lies so that bulk copies can take it from where it is.
 inline bool bulk_weight(const TemporalResize& r) {
   const int64_t* strides = r.weight_strides;
-  return bulk_address(r.weight) && (r.in == 1 || strides[1] == 1) && bulk_stride(r.out, strides[0]) &&
+  return is_aligned(r.weight) && (r.in == 1 || strides[1] == 1) && bulk_stride(r.out, strides[0]) &&
          bulk_stride(r.taps, strides[2]);
 }
 
 // Else it is packed: (taps, out, in), rows of `in` rounded up to this.
-inline int64_t packed_row(const TemporalResize& r) { return (r.in + kBulkUnit - 1) / kBulkUnit * kBulkUnit; }
+inline int64_t packed_row(const TemporalResize& r) { return divide_up(r.in, kPack) * kPack; }
 
 inline int64_t temporal_resize_wgmma_bytes(const TemporalResize& r) {
   return bulk_weight(r) ? 0 : whole_units(2 * r.taps * r.out * packed_row(r));

@@ -101,7 +101,7 @@ def test_every_shipped_configuration_keeps_the_rules() -> None:
         for source in resources.CUDA_WGMMA:
             op = resources.COMMON_CUDA.get(source, source)
             assert any(row.op == op and row.promises_wgmma and row.wide_stores for row in cuda)
-    assert all(row.registers > 0 and row.loads and row.stores for row in rows if row.missing is None)
+    assert all(row.threads > 0 and row.registers > 0 and row.loads and row.stores for row in rows if row.missing is None)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -186,6 +186,8 @@ def test_a_method_of_a_scalar_that_is_one_is_seen(tmp_path: Path) -> None:
     [
         ("nothing spills", {"spills": 4}),
         ("no stack", {"stack": 8}),
+        ("registers of a block fit", {"registers": 171, "threads": 384}),
+        ("registers of a block fit", {"registers": 65, "threads": 1024}),
         ("shared memory fits", {"shared": 227 * 1024 + 1}),
         ("shared memory fits", {"shared": 163 * 1024 + 1, "arch": 80}),
         ("wgmma on sm_90", {"wgmma": 0, "mma": 64}),
@@ -208,7 +210,58 @@ def test_cuda_kernels_of_wide_loads_store_as_widely() -> None:
     assert broken_rules(split) == {"16-byte global stores"}
 
 
+def test_kernels_that_promise_warpgroup_products_move_registers() -> None:
+    moving = row(backend="cuda", register_moves=2)
+    assert not violations([moving, replace(moving, arch=80, register_moves=0), row(register_moves=0)])
+    assert broken_rules(replace(moving, register_moves=1)) == {"registers change hands on sm_90"}
+
+
+SUBJECT = """
+extern "C" __global__ void BOUNDS hoard(const float* from, float* to, int count) {
+  float held[96] = {};
+  for (int n = 0; n < count; ++n) {
+#pragma unroll
+    for (int i = 0; i < 96; ++i) held[i] = from[n * 96 + i] * held[95 - i] + from[n];
+  }
+#pragma unroll
+  for (int i = 0; i < 96; ++i) to[i * 32 + threadIdx.x] = held[i];
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
+@pytest.mark.parametrize(("bounds", "threads"), [("", 1024), ("__launch_bounds__(96, 1)", 96)])
+def test_blocks_without_bounds_may_have_more_threads_than_registers(bounds: str, threads: int, tmp_path: Path) -> None:
+    source = tmp_path / "subject.cu"
+    source.write_text(SUBJECT.replace("BOUNDS", bounds))
+    (hoard,) = resources.cuda_rows("subject", source, 90)
+    assert hoard.threads == threads and 64 < hoard.registers <= 255 and hoard.register_moves == 0
+    assert broken_rules(hoard) == ({"registers of a block fit"} if threads == 1024 else set())
+
+
+def test_bounds_of_blocks_are_read_kernel_by_kernel() -> None:
+    elf = """
+.nv.info.first
+	Attribute:	EIATTR_REGCOUNT
+	Format:	EIFMT_SVAL
+	Value:	0x20
+.nv.info.second
+	Attribute:	EIATTR_MAX_THREADS
+	Format:	EIFMT_SVAL
+	Value:	0x180 0x2 0x1
+"""
+    assert resources._most_threads(elf) == {"second": 768}
+
+
+def test_what_the_assembler_did_not_do_as_told_is_an_error() -> None:
+    resources._refuse_setbacks("ptxas info    : Used 168 registers, used 1 barriers")
+    note = "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored; unable to determine register count"
+    with pytest.raises(RuntimeError, match="C7508.*setmaxnreg"):
+        resources._refuse_setbacks(f"ptxas info    : 0 bytes gmem\n{note}\n")
+
+
 def test_rules_bind_what_they_are_about() -> None:
+    assert not violations([row(registers=170, threads=384), row(registers=64, threads=1024)])
     assert not violations([row(wgmma=0, arch=80), row(wgmma=0, promises_wgmma=False)])
     assert not violations([row(shared=227 * 1024), row(shared=163 * 1024, arch=80)])
     assert not violations([row(stack=8, missing="nvcc was not found")])
@@ -345,7 +398,7 @@ def test_with_one_compiler_its_rows_are_checked_and_the_other_is_named(
     assert resources.main(["--op", "blend_windows"]) == 0
     printed = capsys.readouterr()
     compiled = len([line for line in printed.out.splitlines() if " triton " in line])
-    assert f"\n{compiled} compiled rows keep all of 6 rules" in printed.out
+    assert f"\n{compiled} compiled rows keep all of {len(RULES)} rules" in printed.out
     assert printed.err == "cuda kernels were not compiled: nvcc was not found: install the CUDA toolkit\n"
 
 

@@ -50,6 +50,7 @@ const char* cudaGetErrorString(cudaError_t error);  // of a launch that failed: 
 
 namespace lf::emulation {
 extern int multiprocessors, compute_capability;  // 80, 90: what the device says of itself
+extern bool context;  // whether the thread has one: the runtime makes one where it needs it, the driver does not
 }
 
 inline void __syncthreads() {
@@ -80,6 +81,7 @@ constexpr size_t kSharedWithoutAsking = 48 * 1024;
 
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  lf::emulation::context = true;
   lf::emulation::allow_shared(reinterpret_cast<void (*)()>(kernel), bytes);
   return bytes >= 0 && bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -104,6 +106,7 @@ cudaError_t launch_emulated(void (*kernel)(Parameters...), dim3 grid, dim3 block
 template <class... Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** parameters, size_t shared,
                              cudaStream_t stream) {
+  lf::emulation::context = true;
   if (stream != LF_EMULATED_STREAM) return cudaErrorInvalidResourceHandle;
   return launch_emulated(kernel, grid, block, parameters, shared, std::index_sequence_for<Parameters...>());
 }

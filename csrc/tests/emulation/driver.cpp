@@ -5,6 +5,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                 const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  if (!lf::emulation::context) return CUDA_ERROR_INVALID_CONTEXT;
   constexpr cuuint64_t kElement = 2;
   bool taken = reinterpret_cast<uintptr_t>(map) % 64 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   taken = taken && data && rank >= 1 && rank <= 5 && box[0] * kElement % 16 == 0;

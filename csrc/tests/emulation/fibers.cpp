@@ -28,6 +28,7 @@ namespace lf::emulation {
 
 Counts counts;
 unsigned most_blocks = UINT32_MAX;
+std::function<void()> after_block;
 
 namespace {
 
@@ -176,6 +177,7 @@ bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
         std::memset(shared, 0xff, shared_bytes);
         blockIdx = dim3(backwards ? grid.x - 1 - x : x, y, z);
         run_block(number++);
+        if (after_block) after_block();
       }
     }
   }

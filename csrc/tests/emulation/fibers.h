@@ -25,6 +25,8 @@ size_t allowed_shared(void (*kernel)());
 // Of a grid with more in a row than this, only the last run: blocks do not know of one another.
 extern unsigned most_blocks;
 
+extern std::function<void()> after_block;  // to be called when a block is done, if there is one
+
 // Runs every thread of every block. False where one could not go on: failure() says why.
 bool run_grid(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread);
 const char* failure();

@@ -4,6 +4,7 @@
 namespace lf::emulation {
 
 int multiprocessors = 2, compute_capability = 90;
+bool context = false;
 
 }  // namespace lf::emulation
 
