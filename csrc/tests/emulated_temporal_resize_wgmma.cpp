@@ -254,6 +254,9 @@ void check_rings_and_runs() {
     c.direction = Direction::kDown, c.factor = 1;
     check(c);
   }
+  Case c;  // a run for each frame
+  c.direction = Direction::kUp, c.processors = 16, c.frames = 5, c.in = 8;
+  check(c);
 }
 
 // Weights that stay in shared memory, and such that do not fit.
