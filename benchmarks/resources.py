@@ -154,7 +154,7 @@ RULES = (
     Rule(
         "registers change hands on sm_90",
         lambda row: row.backend == "cuda" and row.arch == 90 and row.promises_wgmma,
-        _at_least(lambda row: row.register_moves, lambda row: 2, "kinds of instructions that take registers and that give them up"),
+        _at_least(lambda row: row.register_moves, lambda row: 2, "kinds of register moves"),
     ),
     Rule("shared memory fits", lambda row: True, _at_most("shared", lambda row: SHARED_LIMIT[row.arch])),
     Rule(
