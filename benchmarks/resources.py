@@ -90,8 +90,8 @@ class Row:
 
     @property
     def resident(self) -> int | None:
-        """How many blocks a multiprocessor holds at once; None where their threads are not known."""
-        if not self.threads or not self.registers:
+        """How many blocks a multiprocessor holds at once; None where a launch decides on threads or memory (CUDA)."""
+        if self.backend == "cuda" or not self.threads or not self.registers:
             return None
         registers = -(-self.registers // 8) * 8 * self.threads  # a thread's are handed out in eights
         shared = self.shared + 1024  # the system keeps a kilobyte of each block
