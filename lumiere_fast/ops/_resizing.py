@@ -144,10 +144,8 @@ def wgmma_limits(
     """Why its warpgroup kernels cannot, besides what `Needs` says."""
     if weight is None:
         return ("weight is None, it needs one: fixed taps multiply no matrices",)
-    reasons = [*_wrong_dtypes(x, weight, bias, _HALVES), *native.wgmma_reasons(x.shape, x.stride(), x.element_size())]
-    if max(factor[1:]) > 1 and x.shape[1] * x.element_size() % 16:  # of the clip between space and time
-        reasons.append(f"x has {x.shape[1]} channels, with a resize in space it needs a multiple of 8")
-    return reasons
+    lies = native.wgmma_reasons(x.shape, x.stride(), x.element_size(), factor)
+    return [*_wrong_dtypes(x, weight, bias, _HALVES), *lies]
 
 
 def _wrong_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, accepted: Sequence[torch.dtype]) -> list[str]:

@@ -63,7 +63,9 @@ def space_time_downsample(
     Returns:
         (B, C or C_out, ceil(T / t), H / h, W / w) in the dtype and memory format of x, never a view of it. The
         arithmetic is in fp32 at least and rounds once, a kernel once more between space and learned time; fp64 stays
-        fp64. Differentiable in x, weight and bias.
+        fp64. (On a CPU three taps are convolved by minimal filtering for t <= 2, where clip and channels are not small:
+        an error of fp32 rounding is then relative to the largest of the frames an output takes, also where that one's
+        tap is small, and infinity among them may come out as NaN.) Differentiable in x, weight and bias.
 
     Raises:
         ValueError: for shapes, factors and modes other than these; names the two nearest sizes accepted.

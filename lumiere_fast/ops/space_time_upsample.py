@@ -61,8 +61,10 @@ def space_time_upsample(
 
     Returns:
         (B, C or C_out, T * t, H * h, W * w) in the dtype and memory format of x, never a view of it. The arithmetic
-        is in fp32 at least and rounds once, a kernel once more between learned time and space; fp64 stays fp64.
-        Differentiable in x, weight and bias.
+        is in fp32 at least and rounds once, a kernel once more between learned time and space; fp64 stays fp64. (On a
+        CPU three taps are convolved by minimal filtering, where clip and channels are not small: an error of fp32
+        rounding is then relative to the largest of the frames an output takes, also where that one's tap is small, and
+        infinity among them may come out as NaN.) Differentiable in x, weight and bias.
 
     Raises:
         ValueError: for shapes, factors and modes other than these.
