@@ -780,9 +780,7 @@ def space_time_upsample_adjoint(gradient: Any, factor: Sequence[int], mode: str,
     _resize_back("space_time_upsample", gradient, factor, mode, out)
 
 
-def wgmma_reasons(
-    shape: Sequence[int], strides: Sequence[int], element_size: int, factor: Sequence[int]
-) -> list[str]:
+def wgmma_reasons(shape: Sequence[int], strides: Sequence[int], element_size: int, factor: Sequence[int]) -> list[str]:
     """Every reason why bulk copies cannot take a clip x that lies so; empty where they can.
 
     Channels lie behind one another and rows of pixels too, and all other strides are multiples of 16 bytes, above 0 and
