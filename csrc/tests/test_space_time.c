@@ -796,7 +796,7 @@ static void workspace_errors(void) {
     CHECK(workspace_of(direction, &a, 1, &bytes) == LF_OK && bytes > (int64_t)1 << 52);
     a.channels = a.channels_out = 1, a.taps = ((int64_t)1 << 54) - 1;
     CHECK(workspace_of(direction, &a, 1, &bytes) == LF_OK && bytes > (int64_t)1 << 52);
-    a.factor[1] = a.factor[2] = 2, a.width = 4, a.height = (int64_t)1 << 50; /* and a clip between, as large as any */
+    a.factor[1] = a.factor[2] = 2, a.width = 4, a.height = (int64_t)1 << 49; /* and a clip between, as large as any */
     CHECK(workspace_of(direction, &a, 1, &bytes) == LF_OK && bytes > (int64_t)1 << 61);
     a.factor[1] = a.factor[2] = a.width = a.height = 1;
     a.taps = 7, a.frames = (int64_t)1 << 50;
