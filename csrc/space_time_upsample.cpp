@@ -1,43 +1,19 @@
 // space_time_upsample on a CPU; see space_time_upsample.h.
 #include "space_time_upsample.h"
 
-#include "common/resample.h"
+#include "common/space_time_cpu.h"
 
-namespace lf {
-namespace {
-
-constexpr Direction kDirection = Direction::kUp;
-
-lf_status forward(const lf_space_time* arguments, int64_t num_threads) {
-  SpaceTimeCall call;
-  const lf_status status = read_call(arguments, kDirection, Purpose::kForward, call);
-  if (status != LF_OK) return status;
-  return run_call(
-      *arguments, call, [=](const Resample& r) { return gather_coarse_cpu<Upsampling>(r, num_threads); },
-      [=](const TemporalResize& r, void* workspace) { return temporal_resize_cpu(r, workspace, num_threads); },
-      [=](const TemporalResize& r) { return temporal_resize_cpu_bytes(r, num_threads); });
-}
-
-lf_status adjoint(const lf_space_time* arguments, int64_t num_threads) {
-  SpaceTimeCall call;
-  const lf_status status = read_call(arguments, kDirection, Purpose::kAdjoint, call);
-  return status != LF_OK || call.empty ? status : gather_fine_cpu<Upsampling>(call.resample, num_threads);
-}
-
-}  // namespace
-}  // namespace lf
+using Op = lf::SpaceTimeOnCpu<lf::Direction::kUp, lf::Upsampling>;
 
 lf_status lf_space_time_upsample_cpu(const lf_space_time* arguments, int32_t num_threads) noexcept {
-  if (num_threads < 1) return LF_INVALID_ARGUMENT;
-  return lf::guarded([&] { return lf::forward(arguments, num_threads); });
+  return Op::forward(arguments, num_threads);
 }
 
 lf_status lf_space_time_upsample_adjoint_cpu(const lf_space_time* arguments, int32_t num_threads) noexcept {
-  if (num_threads < 1) return LF_INVALID_ARGUMENT;
-  return lf::guarded([&] { return lf::adjoint(arguments, num_threads); });
+  return Op::adjoint(arguments, num_threads);
 }
 
 lf_status lf_space_time_upsample_workspace(const lf_space_time* arguments, int32_t num_threads,
                                            int64_t* bytes) noexcept {
-  return lf::workspace(arguments, lf::kDirection, num_threads, bytes);
+  return Op::workspace(arguments, num_threads, bytes);
 }

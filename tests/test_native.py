@@ -494,22 +494,25 @@ class TestSpaceTime:
             getattr(native, f"{op}_wgmma")(**fixed, out=torch.empty_like(wanted))
         lies = torch.empty(2, 4, 6, 8, 16, dtype=torch.half).permute(0, 4, 1, 2, 3)
         thin = torch.empty(1, 2, 1, 3, 20, dtype=torch.half).permute(0, 4, 1, 2, 3)
+        apart = "axis {} of x has a stride of {} bytes, it needs a multiple of 16 below 2^40"
         for x, reasons in (
             (lies, []),
             (lies[:, :, ::2], []),
             (lies[..., ::2], []),  # every pixel of a row the same way from the next, over its end too
             (lies[..., :4], ["the rows of x lie apart, they need to lie one behind the other"]),
-            (
-                lies[:, :, :1].expand(-1, -1, 2, -1, -1),
-                ["axis 2 of x has a stride of 0 bytes, it needs a multiple of 16"],
-            ),
+            (lies[:, :, :1].expand(-1, -1, 2, -1, -1), [apart.format(2, 0)]),
             (lies[:, ::2], ["axis 1 of x has stride 2, it needs stride 1"]),
-            (
-                thin,
-                [f"axis {a} of x has a stride of {n} bytes, it needs a multiple of 16" for a, n in ((2, 120), (4, 40))],
-            ),
+            (thin, [apart.format(a, n) for a, n in ((2, 120), (4, 40))]),
         ):
-            assert native.wgmma_reasons(x.shape, x.stride(), 2) == reasons
+            assert native.wgmma_reasons(x.shape, x.stride(), 2, (2, 1, 1)) == reasons
+        padded = lies[:, :12]  # pixels lie right, but not those of the clip between space and time
+        between = "x has 12 channels, with a resize in space it needs a multiple of 8"
+        for factor in ((2, 1, 2), (1, 2, 1)):
+            assert native.wgmma_reasons(padded.shape, padded.stride(), 2, factor) == [between]
+            assert native.wgmma_reasons(lies.shape, lies.stride(), 2, factor) == []
+        assert native.wgmma_reasons(padded.shape, padded.stride(), 2, (2, 1, 1)) == []
+        far = (1 << 39, *lies.stride()[1:])
+        assert native.wgmma_reasons(lies.shape, far, 2, (2, 1, 1)) == [apart.format(0, 1 << 40)]
 
 
 class Foreign:

@@ -45,7 +45,7 @@ struct SpaceTimeCall {
   bool empty, fixed, learned, learned_first;
   Resample resample;
   TemporalResize temporal;
-  int64_t between;  // bytes of the clip between the two
+  int64_t between;  // bytes of the clip between the two, at most a 16th of what can be counted
 };
 
 // What a call is looked at for.
@@ -60,38 +60,49 @@ lf_status check_workspace(const lf_space_time& arguments, const SpaceTimeCall& c
 
 inline int64_t whole_units(int64_t bytes) { return (bytes + kWorkspaceUnit - 1) / kWorkspaceUnit * kWorkspaceUnit; }
 
-// Runs the parts of a call: resample(Resample), and learned(TemporalResize, void* workspace), which needs
-// `own_bytes(TemporalResize)` of it. Both return a status.
-template <class Fixed, class Learned, class OwnBytes>
-lf_status run_call(const lf_space_time& arguments, SpaceTimeCall& call, const Fixed& resample, const Learned& learned,
-                   const OwnBytes& own_bytes) {
-  if (call.empty) return LF_OK;
-  if (!call.learned) return resample(call.resample);
-  const lf_status room = check_workspace(arguments, call, call.between + own_bytes(call.temporal));
+// Runs the parts of a call: gather(Resample), and engines.resize(TemporalResize, void* workspace), which needs
+// engines.resize_bytes(TemporalResize) of it.
+template <class Engines, class Gather>
+lf_status run_parts(const lf_space_time& arguments, SpaceTimeCall& call, const Engines& engines, const Gather& gather) {
+  if (!call.learned) return gather(call.resample);
+  const lf_status room = check_workspace(arguments, call, call.between + engines.resize_bytes(call.temporal));
   if (room != LF_OK) return room;
   auto* const workspace = static_cast<char*>(arguments.workspace);
-  const auto run_learned = [&] { return learned(call.temporal, workspace + call.between); };
-  if (!call.fixed) return run_learned();
+  const auto resize = [&] { return engines.resize(call.temporal, workspace + call.between); };
+  if (!call.fixed) return resize();
   call.resample.to.data = call.learned_first ? call.resample.to.data : workspace;
   call.resample.from.data = call.learned_first ? workspace : call.resample.from.data;
   call.temporal.x.data = call.learned_first ? call.temporal.x.data : workspace;
   call.temporal.y.data = call.learned_first ? workspace : call.temporal.y.data;
-  const lf_status status = call.learned_first ? run_learned() : resample(call.resample);
+  const lf_status status = call.learned_first ? resize() : gather(call.resample);
   if (status != LF_OK) return status;
-  return call.learned_first ? resample(call.resample) : run_learned();
+  return call.learned_first ? gather(call.resample) : resize();
+}
+
+// An op of these taps in this direction, or its adjoint, by a device's engines; engines.use(work) runs work() where the
+// device is current. Down goes to the coarse side, and its adjoint to the fine one: up it is the other way round.
+template <Direction direction, class Taps, Purpose purpose, class Engines>
+lf_status run_call(const lf_space_time* arguments, const Engines& engines) noexcept {
+  return guarded([&] {
+    SpaceTimeCall call;
+    const lf_status status = read_call(arguments, direction, purpose, call);
+    if (status != LF_OK || call.empty) return status;
+    return engines.use([&] {
+      return run_parts(*arguments, call, engines, [&](const Resample& resample) {
+        constexpr bool to_coarse = (direction == Direction::kDown) == (purpose == Purpose::kForward);
+        if constexpr (to_coarse) return engines.template gather_fine<Taps>(resample);
+        else return engines.template gather_coarse<Taps>(resample);
+      });
+    });
+  });
 }
 
 // lf_space_time_*_workspace.
 lf_status workspace(const lf_space_time* arguments, Direction direction, int64_t num_threads, int64_t* bytes) noexcept;
 
-// The engines: common/resample*.* for fixed taps, common/temporal_resize*.* for learned ones.
-template <class Taps> lf_status gather_fine_cpu(const Resample& resample, int64_t num_threads);    // to the coarse side
-template <class Taps> lf_status gather_coarse_cpu(const Resample& resample, int64_t num_threads);  // to the fine side
-
+// Of any device; without a CUDA half too. At most half of what can be counted, so that `between` can be added.
 int64_t temporal_resize_cpu_bytes(const TemporalResize& resize, int64_t num_threads);
-lf_status temporal_resize_cpu(const TemporalResize& resize, void* workspace, int64_t num_threads);
-
-// Known without a CUDA half too. Of weights as warpgroup instructions take them, where they do not lie so already.
+// Of weights as warpgroup instructions take them, where they do not lie so already.
 int64_t temporal_resize_cuda_bytes(const TemporalResize& resize, bool wgmma);
 
 }  // namespace lf

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "common/conv_plan.h"
-#include "common/space_time.h"
+#include "common/space_time_cpu.h"
 
 namespace lf {
 namespace {

@@ -44,14 +44,14 @@ enum {
   LF_INVALID_ARGUMENT = 1,    /* a pointer that must not be null is null, or a number is not one of those accepted */
   LF_UNSUPPORTED_DTYPE = 2,   /* the code is none of those below, or of a dtype that is not taken there */
   LF_INVALID_SHAPE = 3,       /* a size is not one of those accepted, groups do not divide it, or shapes do not fit */
-  LF_INVALID_STRIDES = 4,     /* elements of an output may lie on top of one another */
+  LF_INVALID_STRIDES = 4,     /* elements of an output may lie on top of one another, or strides are not as needed */
   LF_WINDOW_OUT_OF_RANGE = 5, /* a window sticks out of the video */
   LF_UNCOVERED = 6,           /* a position of the video is in no window */
   LF_INVALID_WEIGHTS = 7,     /* a weight is not positive and finite, or the windows it is for differ in length */
   LF_OUT_OF_MEMORY = 8,       /* working memory on the host could not be had */
   LF_NOT_BUILT = 9,           /* this library was built without its CUDA half */
   LF_CUDA_ERROR = 10,         /* CUDA reported an error: lf_last_cuda_error() says which */
-  LF_TOO_MANY = 11,           /* more windows over one position, or more weights, than one launch can take */
+  LF_TOO_MANY = 11,           /* more windows over one position, weights or outputs than one launch can take */
   LF_UNEVEN_WEIGHTS = 12,     /* the largest weight of an axis is over 1e100 times its least */
   LF_SHARED_MEMORY = 13,      /* an output lies in the memory of an input */
   LF_NO_WORKSPACE = 14,       /* the working memory is missing, too small, or not aligned */
@@ -252,7 +252,16 @@ LF_API int32_t lf_temporal_conv_lanes(void) LF_NOEXCEPT;
  *   up    y[j, o] = bias[o] + sum_k sum_c weight[o, c, k] s[(j - taps / 2 + k) / t, c]    (the quotient rounded down)
  *
  * with zeros outside the clip. Arithmetic is in fp32 at least and is rounded once; between a learned resize in time and
- * one in space there is one rounding more. Results do not depend on the number of threads. */
+ * one in space there is one rounding more. Results do not depend on the number of threads.
+ *
+ * On the CPU 3 taps over at least 4 frames, of s and of y, and at least 24 channels, of both, are done by minimal
+ * filtering, but for t > 2 going down: sums of an output's frames are multiplied by sums of its taps. An error of fp32
+ * rounding is then relative to
+ *
+ *   |bias[o]| + sum_c (sum_k |weight[o, c, k]|) (sum_k |s[frame k, c]|)
+ *
+ * over the frames that the output takes and no others, also where a frame's own weight is small or 0. Where that, or
+ * the sum of two frames or taps, is no finite number of fp32, the output may be infinite or NaN. */
 typedef int32_t lf_resize_mode;
 enum { LF_NEAREST = 0, LF_LINEAR = 1, LF_AREA = 2, LF_BLUR = 3 };
 
@@ -283,8 +292,8 @@ LF_API lf_status lf_space_time_upsample_workspace(const lf_space_time* arguments
                                                   int64_t* bytes) LF_NOEXCEPT;
 
 /* With at most `num_threads` >= 1 threads, the caller's among them; little work takes only that one.
- * LF_NO_WORKSPACE: it is null, too small or not at a multiple of 64 bytes. LF_SHARED_MEMORY: also where it is in the
- * memory of another. */
+ * LF_NO_WORKSPACE: it is null, too small or not at a multiple of 64 bytes. LF_SHARED_MEMORY: also where it overlaps
+ * another operand, be that only read. */
 LF_API lf_status lf_space_time_downsample_cpu(const lf_space_time* arguments, int32_t num_threads) LF_NOEXCEPT;
 LF_API lf_status lf_space_time_upsample_cpu(const lf_space_time* arguments, int32_t num_threads) LF_NOEXCEPT;
 
@@ -293,9 +302,15 @@ LF_API lf_status lf_space_time_downsample_adjoint_cpu(const lf_space_time* argum
 LF_API lf_status lf_space_time_upsample_adjoint_cpu(const lf_space_time* arguments, int32_t num_threads) LF_NOEXCEPT;
 
 /* The same on CUDA device `device`, queued on `stream`, as for blend_windows: nothing is allocated, and a graph can
- * capture it. With `wgmma` LF_UNSUPPORTED_DEVICE: the device's compute capability is not 9.0; LF_INVALID_STRIDES: not
- * all of x lies as bulk copies need it: channels behind one another, rows of pixels too, and the address and all other
- * strides at multiples of 16 bytes. */
+ * capture it. LF_NO_WORKSPACE, LF_SHARED_MEMORY: as on the CPU, also of the workspace. LF_TOO_MANY: more outputs of
+ * fixed taps than one launch can number. With `wgmma`
+ *
+ * LF_UNSUPPORTED_DEVICE  the device's compute capability is not 9.0, or the library was not built for it
+ * LF_INVALID_SHAPE       also where the batch, channels, frames, pixels of a frame or taps are over 2^31 - 257
+ * LF_INVALID_STRIDES     also where not all of x lies as bulk copies need it: channels behind one another, rows of
+ *                        pixels too, the address at a multiple of 16 bytes, and all other strides above 0, below 2^40
+ *                        bytes and multiples of 16 bytes. Going down in H or W that is the clip between space and time:
+ *                        channels must be a multiple of 8, and x may lie anyhow */
 LF_API lf_status lf_space_time_downsample_cuda(const lf_space_time* arguments, int32_t device,
                                                void* stream) LF_NOEXCEPT;
 LF_API lf_status lf_space_time_upsample_cuda(const lf_space_time* arguments, int32_t device, void* stream) LF_NOEXCEPT;

@@ -548,6 +548,74 @@ static void filtered_learned(void) {
   }
 }
 
+/* Frame of x that tap k of output i falls on, or -1. */
+static int64_t source_of(const Learned* c, int64_t i, int64_t k) {
+  const int64_t t = c->factor[0], place = (c->direction == DOWN ? t * i : i) - c->taps / 2 + k;
+  if (place < 0 || place >= (c->direction == DOWN ? c->frames : t * c->frames)) return -1;
+  return c->direction == DOWN ? place : place / t;
+}
+
+/* What the header says of minimal filtering: an error is relative to the frames that an output takes, each times all
+ * its taps; and none to other frames, however large they are. */
+static double filtered_size(const Learned* c, const Call* call, const int64_t at[AXES]) {
+  const lf_space_time* a = &call->a;
+  double size = fabs(read_element(call->bias + at[C] * a->bias_stride * 4, LF_FLOAT32));
+  for (int64_t i = 0; i < c->in; ++i) {
+    double taps = 0, frames = 0;
+    for (int64_t k = 0; k < c->taps; ++k) {
+      const int64_t offset = at[C] * a->weight_strides[0] + i * a->weight_strides[1] + k * a->weight_strides[2];
+      const int64_t from[AXES] = {at[B], i, source_of(c, at[T], k), at[H], at[W]};
+      taps += fabs(read_element(call->weight + offset * 4, LF_FLOAT32));
+      if (from[T] >= 0) frames += fabs(get(&call->x, place(&call->x, from)));
+    }
+    size += taps * frames;
+  }
+  return size;
+}
+
+static int takes_frame(const Learned* c, int64_t i, int64_t frame) {
+  for (int64_t k = 0; k < c->taps; ++k) {
+    if (source_of(c, i, k) == frame) return 1;
+  }
+  return 0;
+}
+
+/* One outer tap is 0 in every other channel, and the other in the rest; one frame is so many times the others. */
+static void one_sided(int direction, int64_t t, int64_t loud, double ratio) {
+  const Learned c = {direction, LF_FLOAT32, LF_NEAREST, 1, 40, 36, 9, {1, 5}, {t, 1, 1}, 3, 1, 0, LAST, LAST};
+  const Call call = make_call(&c, 1);
+  const Taps taps[3] = {taps_of(DOWN, LF_NEAREST, c.frames, 1, 0), taps_of(direction, LF_NEAREST, 1, 1, 0),
+                        taps_of(direction, LF_NEAREST, 5, 1, 0)};
+  int64_t at[AXES] = {0}, wrong = 0;
+  for (int64_t o = 0; o < c.out; ++o) {
+    for (int64_t i = 0; i < c.in; ++i) {
+      const int64_t* s = call.a.weight_strides;
+      write_element(call.weight + (o * s[0] + i * s[1] + o % 2 * 2 * s[2]) * 4, LF_FLOAT32, 0);
+    }
+  }
+  do {
+    const int64_t x = place(&call.x, at);
+    if (at[T] == loud) write_element(element(&call.x, x), LF_FLOAT32, ratio * get(&call.x, x));
+  } while (next(at, call.x.shape));
+  CHECK(ENTRIES[direction][FORWARD](&call.a, 1) == LF_OK);
+  do {
+    double size;
+    const double got = get(&call.y, place(&call.y, at));
+    if (isinf(ratio) && takes_frame(&c, at[T], loud)) continue;
+    const double expected = learned_at(&c, &call, taps, at, &size);
+    wrong += !(fabs(got - expected) <= 1e-6 * filtered_size(&c, &call, at));
+  } while (next(at, call.y.shape));
+  if (wrong) fprintf(stderr, "one-sided, %d by %d, frame %d: %d wrong\n", direction, (int)t, (int)loud, (int)wrong);
+  CHECK(wrong == 0);
+  for (int axis = 0; axis < 3; ++axis) free(taps[axis].parts);
+  release(&call);
+}
+
+static void one_sided_learned(void) {
+  static const double ratios[] = {1, 1e4, 1e8, HUGE_VAL};
+  for (int i = 0; i < 2 * 3 * 9 * 4; ++i) one_sided(i % 2, 1 + i / 2 % 3, i / 6 % 9, ratios[i / 54]);
+}
+
 /* --- what is refused --------------------------------------------------------------------------------------------- */
 
 typedef void (*Change)(lf_space_time*);
@@ -728,6 +796,9 @@ static void workspace_errors(void) {
     CHECK(workspace_of(direction, &a, 1, &bytes) == LF_OK && bytes > (int64_t)1 << 52);
     a.channels = a.channels_out = 1, a.taps = ((int64_t)1 << 54) - 1;
     CHECK(workspace_of(direction, &a, 1, &bytes) == LF_OK && bytes > (int64_t)1 << 52);
+    a.factor[1] = a.factor[2] = 2, a.width = 4, a.height = (int64_t)1 << 49; /* and a clip between, as large as any */
+    CHECK(workspace_of(direction, &a, 1, &bytes) == LF_OK && bytes > (int64_t)1 << 61);
+    a.factor[1] = a.factor[2] = a.width = a.height = 1;
     a.taps = 7, a.frames = (int64_t)1 << 50;
     CHECK(workspace_of(direction, &a, 3, &bytes) == LF_OK && bytes < 1 << 24);
     a.frames = 4, a.factor[0] = (int64_t)1 << 50;
@@ -744,6 +815,7 @@ int main(void) {
   every_learned();
   large_learned();
   filtered_learned();
+  one_sided_learned();
   errors();
   no_threads();
   workspace_errors();

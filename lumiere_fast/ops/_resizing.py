@@ -80,10 +80,20 @@ def coarser(sizes: Sequence[int], factor: Sequence[int]) -> Factor:
     return t, h, w
 
 
-def describe(x: Tensor, sizes: Sequence[int], weight: Tensor | None) -> _registry.Result:
-    """The result of resizing `x` to T, H, W = `sizes`."""
-    channels = x.shape[1] if weight is None else weight.shape[0]
-    return _registry.Result((x.shape[0], channels, *sizes), x.dtype, x.device, _layout.video_format(x))
+Sizes = Callable[[Sequence[int], Sequence[int]], Factor]
+
+
+def make_describe(sizes: Sizes) -> Callable[..., _registry.Result]:
+    """What the result of an op is, of T, H and W as `sizes` makes them of the input's and the factor."""
+
+    def describe(
+        x: Tensor, factor: Sequence[int], mode: str, weight: Tensor | None, bias: Tensor | None
+    ) -> _registry.Result:
+        channels = x.shape[1] if weight is None else weight.shape[0]
+        shape = (x.shape[0], channels, *sizes(x.shape[2:], factor))
+        return _registry.Result(shape, x.dtype, x.device, _layout.video_format(x))
+
+    return describe
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------
@@ -144,10 +154,8 @@ def wgmma_limits(
     """Why its warpgroup kernels cannot, besides what `Needs` says."""
     if weight is None:
         return ("weight is None, it needs one: fixed taps multiply no matrices",)
-    reasons = [*_wrong_dtypes(x, weight, bias, _HALVES), *native.wgmma_reasons(x.shape, x.stride(), x.element_size())]
-    if max(factor[1:]) > 1 and x.shape[1] * x.element_size() % 16:  # of the clip between space and time
-        reasons.append(f"x has {x.shape[1]} channels, with a resize in space it needs a multiple of 8")
-    return reasons
+    lies = native.wgmma_reasons(x.shape, x.stride(), x.element_size(), factor)
+    return [*_wrong_dtypes(x, weight, bias, _HALVES), *lies]
 
 
 def _wrong_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, accepted: Sequence[torch.dtype]) -> list[str]:
@@ -164,9 +172,7 @@ def _wrong_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None, accepted: Sequ
 Adjoint = Callable[[Tensor, Sequence[int], str, torch.memory_format], Tensor]
 
 
-def make_adjoint(
-    op: str, function: Callable[..., None], sizes: Callable[[Sequence[int], Sequence[int]], Factor]
-) -> Adjoint:
+def make_adjoint(op: str, function: Callable[..., None], sizes: Sizes) -> Adjoint:
     """The adjoint of an op's fixed taps, by the native core.
 
     Args:
@@ -201,9 +207,31 @@ def make_adjoint(
     return adjoint
 
 
-def convolution_gradients(
-    gradient: Tensor, x: Tensor, of_x: bool, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, weight and bias
+
+
+def make_backward(adjoint: Adjoint, learned_gradients: Callable[..., Gradients]) -> Callable[..., tuple[Any, ...]]:
+    """An op's backward. `learned_gradients` takes the gradient and the op's arguments where there is a weight."""
+
+    def backward(
+        gradients: Sequence[Tensor],
+        x: Tensor,
+        factor: Sequence[int],
+        mode: str,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Any, ...]:
+        (gradient,) = gradients
+        with torch.no_grad():
+            if weight is None:
+                return adjoint(gradient, factor, mode, _layout.video_format(x)), None, None, None, None
+            of_x, of_weight, of_bias = learned_gradients(gradient, x, factor, mode, weight, bias)
+        return of_x, None, None, of_weight, of_bias
+
+    return backward
+
+
+def convolution_gradients(gradient: Tensor, x: Tensor, of_x: bool, weight: Tensor, bias: Tensor | None) -> Gradients:
     """Of `temporal_conv(x, weight, bias)` the gradients of x, where `of_x`, and of what wants one of the others."""
     arguments = (x.detach().requires_grad_(of_x), weight, bias, "zeros", *[None] * 9)
     of_x_, of_weight, of_bias, *_ = TEMPORAL_CONV.gradients(AUTO, arguments, (gradient, None, None))
@@ -217,7 +245,7 @@ def make_spec(
     name: str,
     scenarios: tuple[Scenario, ...],
     checks: tuple[Scenario, ...],
-    output_sizes: Callable[[Sequence[int], Sequence[int]], Factor],
+    output_sizes: Sizes,
 ) -> OpSpec:
     """The spec of either op. `scenario.options`: `factor`, `mode` and `learned`, a kernel of k or 3 taps with a bias.
 

@@ -63,7 +63,9 @@ def space_time_downsample(
     Returns:
         (B, C or C_out, ceil(T / t), H / h, W / w) in the dtype and memory format of x, never a view of it. The
         arithmetic is in fp32 at least and rounds once, a kernel once more between space and learned time; fp64 stays
-        fp64. Differentiable in x, weight and bias.
+        fp64. (On a CPU three taps are convolved by minimal filtering for t <= 2, where clip and channels are not small:
+        an error of fp32 rounding is then relative to the largest of the frames an output takes, also where that one's
+        tap is small, and infinity among them may come out as NaN.) Differentiable in x, weight and bias.
 
     Raises:
         ValueError: for shapes, factors and modes other than these; names the two nearest sizes accepted.
@@ -136,47 +138,34 @@ def flatten(x: Tensor, factor: Sequence[int], mode: str, weight: Tensor | None, 
     return x, (t, h, w), mode, weight, bias
 
 
-def describe(
-    x: Tensor, factor: Sequence[int], mode: str, weight: Tensor | None, bias: Tensor | None
-) -> _registry.Result:
-    return _resizing.describe(x, coarser(x.shape[2:], factor), weight)
-
-
 _adjoint = _resizing.make_adjoint("space_time_downsample", native.space_time_downsample_adjoint, finer)
 
 
-def space_time_downsample_backward(
-    gradients: Sequence[Tensor],
-    x: Tensor,
-    factor: Sequence[int],
-    mode: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Any, ...]:
-    """Through a learned resize as every t-th frame of a `temporal_conv`: zeros lie between those of the gradient."""
-    (gradient,) = gradients
+def _learned_gradients(
+    gradient: Tensor, x: Tensor, factor: Sequence[int], mode: str, weight: Tensor, bias: Tensor | None
+) -> _resizing.Gradients:
+    """As every t-th frame of a `temporal_conv`: zeros lie between those of the gradient."""
     (t, h, w), memory_format = factor, _layout.video_format(x)
-    with torch.no_grad():
-        if weight is None:
-            return _adjoint(gradient, factor, mode, memory_format), None, None, None, None
-        resized = h * w > 1
-        s = space_time_downsample(x, (1, h, w), mode=mode, backend=AUTO) if resized else x
-        if t > 1:
-            shape = (*gradient.shape[:2], x.shape[2], *gradient.shape[3:])
-            stuffed = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format).zero_()
-            stuffed[:, :, ::t] = gradient
-            gradient = stuffed
-        of_x, of_weight, of_bias = convolution_gradients(gradient, s, x.requires_grad, weight, bias)
-        if resized and of_x is not None:
-            of_x = _adjoint(of_x, (1, h, w), mode, memory_format)
-    return of_x, None, None, of_weight, of_bias
+    resized = h * w > 1
+    s = space_time_downsample(x, (1, h, w), mode=mode, backend=AUTO) if resized else x
+    if t > 1:
+        shape = (*gradient.shape[:2], x.shape[2], *gradient.shape[3:])
+        stuffed = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format).zero_()
+        stuffed[:, :, ::t] = gradient
+        gradient = stuffed
+    of_x, of_weight, of_bias = convolution_gradients(gradient, s, x.requires_grad, weight, bias)
+    if resized and of_x is not None:
+        of_x = _adjoint(of_x, (1, h, w), mode, memory_format)
+    return of_x, of_weight, of_bias
 
+
+space_time_downsample_backward = _resizing.make_backward(_adjoint, _learned_gradients)
 
 _OP = _registry.register(
     space_time_downsample,
     space_time_downsample_reference,
     flatten,
-    describe,
+    _resizing.make_describe(coarser),
     _resizing.backends("space_time_downsample", f"{__name__}:space_time_downsample_backward"),
 )
 

@@ -61,8 +61,10 @@ def space_time_upsample(
 
     Returns:
         (B, C or C_out, T * t, H * h, W * w) in the dtype and memory format of x, never a view of it. The arithmetic
-        is in fp32 at least and rounds once, a kernel once more between learned time and space; fp64 stays fp64.
-        Differentiable in x, weight and bias.
+        is in fp32 at least and rounds once, a kernel once more between learned time and space; fp64 stays fp64. (On a
+        CPU three taps are convolved by minimal filtering, where clip and channels are not small: an error of fp32
+        rounding is then relative to the largest of the frames an output takes, also where that one's tap is small, and
+        infinity among them may come out as NaN.) Differentiable in x, weight and bias.
 
     Raises:
         ValueError: for shapes, factors and modes other than these.
@@ -125,43 +127,30 @@ def flatten(x: Tensor, factor: Sequence[int], mode: str, weight: Tensor | None, 
     return x, values, mode, weight, bias
 
 
-def describe(
-    x: Tensor, factor: Sequence[int], mode: str, weight: Tensor | None, bias: Tensor | None
-) -> _registry.Result:
-    return _resizing.describe(x, finer(x.shape[2:], factor), weight)
-
-
 _adjoint = _resizing.make_adjoint("space_time_upsample", native.space_time_upsample_adjoint, coarser)
 
 
-def space_time_upsample_backward(
-    gradients: Sequence[Tensor],
-    x: Tensor,
-    factor: Sequence[int],
-    mode: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Any, ...]:
-    """Through a learned resize as `temporal_conv` of duplicated frames, which so exist in the backward alone."""
-    (gradient,) = gradients
+def _learned_gradients(
+    gradient: Tensor, x: Tensor, factor: Sequence[int], mode: str, weight: Tensor, bias: Tensor | None
+) -> _resizing.Gradients:
+    """As `temporal_conv` of duplicated frames, which so exist in the backward alone."""
     (t, h, w), memory_format = factor, _layout.video_format(x)
-    with torch.no_grad():
-        if weight is None:
-            return _adjoint(gradient, factor, mode, memory_format), None, None, None, None
-        if h * w > 1:
-            gradient = _adjoint(gradient, (1, h, w), mode, memory_format)
-        frames = space_time_upsample(x, (t, 1, 1), backend=AUTO) if t > 1 else x
-        of_x, of_weight, of_bias = convolution_gradients(gradient, frames, x.requires_grad, weight, bias)
-        if t > 1 and of_x is not None:
-            of_x = _adjoint(of_x, (t, 1, 1), "nearest", memory_format)
-    return of_x, None, None, of_weight, of_bias
+    if h * w > 1:
+        gradient = _adjoint(gradient, (1, h, w), mode, memory_format)
+    frames = space_time_upsample(x, (t, 1, 1), backend=AUTO) if t > 1 else x
+    of_x, of_weight, of_bias = convolution_gradients(gradient, frames, x.requires_grad, weight, bias)
+    if t > 1 and of_x is not None:
+        of_x = _adjoint(of_x, (t, 1, 1), "nearest", memory_format)
+    return of_x, of_weight, of_bias
 
+
+space_time_upsample_backward = _resizing.make_backward(_adjoint, _learned_gradients)
 
 _OP = _registry.register(
     space_time_upsample,
     space_time_upsample_reference,
     flatten,
-    describe,
+    _resizing.make_describe(finer),
     _resizing.backends("space_time_upsample", f"{__name__}:space_time_upsample_backward"),
 )
 

@@ -22,6 +22,8 @@ from tests.ops.common import (
     assert_no_worse_than_torch,
     check_compiled,
     check_operator,
+    check_operator_gradient,
+    check_out,
     device_of,
     in_layout,
     steps,
@@ -223,3 +225,72 @@ def identity(channels: int, taps: int, dtype: torch.dtype) -> Tensor:
     weight = torch.zeros(channels, channels, taps, dtype=dtype)
     weight[:, :, taps // 2] = torch.eye(channels, dtype=dtype)
     return weight
+
+
+class EveryWay:
+    """What is tested of either op through every way to it: as an operator, compiled, by each backend on its device."""
+
+    op: Op
+    backward: Callable[..., Any]
+    modes: tuple[str, ...]
+    mode: str  # one of them, of several taps
+    frames: Callable[[Tensor, int], Tensor]  # what identity weights make of a clip, by the factor in time
+
+    @pytest.mark.parametrize("memory_format", FORMATS)
+    @pytest.mark.parametrize(("learned", "factor"), [(False, (2, 2, 2)), (True, (2, 2, 2)), (True, (2, 1, 1))])
+    def test_operator(self, learned: bool, factor: tuple[int, int, int], memory_format: torch.memory_format) -> None:
+        draw = Draw(20)
+        x = draw.clip(2, 3, 4, 6, 2, memory_format=memory_format, grad=True)
+        call: dict[str, Any] = {"factor": factor, "mode": "linear" if learned else self.mode}
+        if learned:
+            call |= {"weight": draw(5, 3, 3, grad=True), "bias": draw(5, grad=True)}
+        check_operator(self.op, x, **call)
+        check_operator_gradient(self.op, x, **call)
+        check_compiled(self.op, x, **call)
+        with torch.no_grad():
+            check_out(self.op, x, **call)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("backend", KERNELS)
+    def test_every_backend_is_the_reference_on_its_device(self, backend: str, dtype: torch.dtype) -> None:
+        check_backend(self.op, self.modes, backend, dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("backend", KERNELS)
+    def test_gradients_of_every_backend_are_the_reference_s(self, backend: str, dtype: torch.dtype) -> None:
+        check_backend_gradients(self.op, self.modes, backend, dtype)
+
+    @needs_core
+    def test_gradients_of_a_learned_resize_by_temporal_conv(self) -> None:
+        check_learned_backward(self.op, self.modes, self.backward)
+
+    @needs_avx2
+    @pytest.mark.parametrize("learned", [False, True])
+    def test_cpu_takes_slices(self, learned: bool) -> None:
+        check_half_written_memory(self.op, learned)
+
+    @needs_avx2
+    def test_cpu_is_chosen_and_captured(self) -> None:
+        check_captured(self.op, "linear")
+
+    @needs_core
+    def test_gradients_pass_through_compile(self) -> None:
+        for mode in self.modes:
+            check_compiled_gradient(self.op, mode)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
+    @pytest.mark.parametrize("backend", KERNELS)
+    def test_identity_weights_pass_bits_on(self, backend: str, dtype: torch.dtype) -> None:
+        """Every path: what a fresh resize of an inflated model computes is its image model's, to the bit."""
+        if not takes_learned(backend, dtype):
+            pytest.skip(f"{backend} multiplies no {dtype}")
+        device = device_for(backend)
+        for channels, frames, taps, t in [(24, 8, 3, 2), (64, 7, 3, 2), (40, 5, 5, 3), (16, 4, 1, 4), (320, 2, 3, 2)]:
+            x = Draw(58).clip(2, channels, frames, 5, 7).to(device, dtype)
+            weight = identity(channels, taps, dtype).to(device)
+            for bias in (None, x.new_zeros(channels)):
+                y = self.op(x, (t, 1, 1), weight=weight, bias=bias, backend=backend)
+                assert torch.equal(y, self.frames(x, t))
+
+    def test_warpgroups_where_a_gpu_has_proved_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        check_choice_on_gpus(self.op, monkeypatch)

@@ -10,14 +10,9 @@ from lumiere_fast.ops.space_time_upsample import MODES, space_time_upsample_back
 from tests.ops import resizing
 from tests.ops.common import (
     CHANNELS_LAST,
-    CONTIGUOUS,
     FORMATS,
     HALF_DTYPES,
     Draw,
-    check_compiled,
-    check_operator,
-    check_operator_gradient,
-    check_out,
 )
 
 FACTORS = [(1, 2, 2), (2, 1, 1), (2, 2, 2), (3, 2, 4), (1, 5, 3)]
@@ -180,77 +175,12 @@ def test_errors(draw: Draw) -> None:
         space_time_upsample(x[0], (2, 1, 1))
 
 
-CALLS = [
-    (False, (2, 2, 2), "linear", CHANNELS_LAST),
-    (True, (2, 2, 2), "linear", CHANNELS_LAST),
-    (True, (2, 1, 1), "nearest", CONTIGUOUS),
-]
+class TestEveryWay(resizing.EveryWay):
+    op = staticmethod(space_time_upsample)
+    backward = staticmethod(space_time_upsample_backward)
+    modes = MODES
+    mode = "linear"
 
-
-@pytest.mark.parametrize(("learned", "factor", "mode", "memory_format"), CALLS)
-def test_operator(
-    learned: bool, factor: tuple[int, int, int], mode: str, memory_format: torch.memory_format, draw: Draw
-) -> None:
-    x = draw.clip(2, 3, 4, 3, 2, memory_format=memory_format, grad=True)
-    parameters = {"weight": draw(5, 3, 3, grad=True), "bias": draw(5, grad=True)} if learned else {}
-    check_operator(space_time_upsample, x, factor, mode=mode, **parameters)
-    check_operator_gradient(space_time_upsample, x, factor, mode=mode, **parameters)
-    check_compiled(space_time_upsample, x, factor, mode=mode, **parameters)
-    with torch.no_grad():
-        check_out(space_time_upsample, x, factor, mode=mode, **parameters)
-
-
-# Every backend, on its device ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", resizing.DTYPES, ids=str)
-@pytest.mark.parametrize("backend", resizing.KERNELS)
-def test_every_backend_is_the_reference_on_its_device(backend: str, dtype: torch.dtype) -> None:
-    resizing.check_backend(space_time_upsample, MODES, backend, dtype)
-
-
-@pytest.mark.parametrize("dtype", resizing.DTYPES, ids=str)
-@pytest.mark.parametrize("backend", resizing.KERNELS)
-def test_gradients_of_every_backend_are_the_reference_s(backend: str, dtype: torch.dtype) -> None:
-    resizing.check_backend_gradients(space_time_upsample, MODES, backend, dtype)
-
-
-@resizing.needs_core
-def test_gradients_of_a_learned_resize_by_temporal_conv() -> None:
-    resizing.check_learned_backward(space_time_upsample, MODES, space_time_upsample_backward)
-
-
-@resizing.needs_avx2
-@pytest.mark.parametrize("learned", [False, True])
-def test_cpu_takes_slices(learned: bool) -> None:
-    resizing.check_half_written_memory(space_time_upsample, learned)
-
-
-@resizing.needs_avx2
-def test_cpu_is_chosen_and_captured() -> None:
-    resizing.check_captured(space_time_upsample, "linear")
-
-
-@resizing.needs_core
-@pytest.mark.parametrize("mode", MODES)
-def test_gradients_pass_through_compile(mode: str) -> None:
-    resizing.check_compiled_gradient(space_time_upsample, mode)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
-@pytest.mark.parametrize("backend", resizing.KERNELS)
-def test_identity_weights_pass_bits_on(backend: str, dtype: torch.dtype) -> None:
-    """Every path: what a fresh resize of an inflated model computes is its image model's, to the bit."""
-    if not resizing.takes_learned(backend, dtype):
-        pytest.skip(f"{backend} multiplies no {dtype}")
-    device = resizing.device_for(backend)
-    for channels, frames, taps, factor in [(24, 8, 3, 2), (64, 7, 3, 2), (40, 5, 5, 3), (16, 4, 1, 4), (320, 2, 3, 2)]:
-        x = Draw(58).clip(2, channels, frames, 5, 7).to(device, dtype)
-        weight = resizing.identity(channels, taps, dtype).to(device)
-        for bias in (None, x.new_zeros(channels)):
-            y = space_time_upsample(x, (factor, 1, 1), weight=weight, bias=bias, backend=backend)
-            assert torch.equal(y, x.repeat_interleave(factor, dim=2))
-
-
-def test_warpgroups_where_a_gpu_has_proved_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    resizing.check_choice_on_gpus(space_time_upsample, monkeypatch)
+    @staticmethod
+    def frames(x: Tensor, factor: int) -> Tensor:
+        return x.repeat_interleave(factor, dim=2)
