@@ -222,7 +222,8 @@ static void check_only_files_are_replaced(void) {
   CHECK(mkfifo("pipe", 0600) == 0 && mkdir("folder", 0700) == 0);
   for (int i = 0; i < 8; ++i) {
     char arguments[256];
-    snprintf(arguments, sizeof arguments, "%s clip.u8 %s " SHAPE " down 2x2x2", i < 4 ? "" : "--overwrite", outs[i % 4]);
+    snprintf(arguments, sizeof arguments, "%s clip.u8 %s " SHAPE " down 2x2x2", i < 4 ? "" : "--overwrite",
+             outs[i % 4]);
     refuses(arguments, "it is a link, or else no regular file");
     CHECK(kind_of(outs[i % 4]) == kinds[i % 4]);
   }
@@ -231,6 +232,25 @@ static void check_only_files_are_replaced(void) {
   CHECK(symlink("none.u8", "none.f32.part") == 0);
   refuses("clip.u8 none.f32 " SHAPE " down 2x2x2", "none.f32.part: it exists");
   CHECK(kind_of("none.f32.part") == S_IFLNK && kind_of("none.f32") == 0 && kind_of("none.u8") == 0);
+#endif
+}
+
+/* Another makes OUT or its part once the names have been looked at: it is given the clip through a pipe. */
+static void check_what_comes_meanwhile_stays(void) {
+#ifdef POSIX_FILES
+  static const char* const made[] = {"none.u8", "none.u8.part"};
+  static const char* const words[] = {"none.u8: it exists", "none.u8.part: "};
+  CHECK(mkfifo("feed", 0600) == 0);
+  for (int i = 0; i < 2; ++i) {
+    char command[256];
+    snprintf(command, sizeof command,
+             "(exec 3> feed; cp clip.u8 %s; cat clip.u8 >&3) < clip.u8 > feed.txt 2>&1 &", made[i]);
+    CHECK(system(command) == 0);
+    refuses("feed none.u8 " SHAPE " down 2x2x2", words[i]);
+    CHECK(read_file(made[i], got) == sizeof clip && memcmp(got, clip, sizeof clip) == 0);
+    remove(made[i]);
+    CHECK(read_file(made[1 - i], got) == -1);
+  }
 #endif
 }
 
@@ -258,7 +278,7 @@ static void remove_files(void) {
                                "out.f16", "out.u8.part", "none.u8",  "none.u8.part", "said.txt"};
   for (size_t i = 0; i < sizeof names / sizeof *names; ++i) remove(names[i]);
 #ifdef POSIX_FILES
-  static const char* const others[] = {"link", "dangling", "pipe", "folder", "none.f32.part"};
+  static const char* const others[] = {"link", "dangling", "pipe", "folder", "none.f32.part", "feed", "feed.txt"};
   for (size_t i = 0; i < sizeof others / sizeof *others; ++i) remove(others[i]);
 #endif
 }
@@ -285,6 +305,7 @@ int main(int argc, char** argv) {
   check_what_exists_stays();
   check_part_stays();
   check_only_files_are_replaced();
+  check_what_comes_meanwhile_stays();
   check_writing_fails();
   if (failures == 0) {
     remove_files();
