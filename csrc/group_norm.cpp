@@ -595,19 +595,19 @@ struct Written {
   int axes;
 };
 
-// Whether what is written shares memory with a tensor of x's shape that is read meanwhile.
-bool shares(const Input& input, const Written& written, const void* data, const int64_t* strides) {
+// Whether what is written lies apart from a tensor of x's shape that is read meanwhile.
+lf_status check_apart(const Input& input, const Written& written, const void* data, const int64_t* strides) {
   int64_t bytes = 0, written_bytes = 0;
   lf_dtype_size(input.dtype, &bytes);
   lf_dtype_size(written.dtype, &written_bytes);
-  return meet(span_of(written.data, written.shape, written.strides, written.axes, written_bytes),
-              span_of(data, input.shape, strides, kAxes, bytes));
+  return check_apart(span_of(written.data, written.shape, written.strides, written.axes, written_bytes),
+                     span_of(data, input.shape, strides, kAxes, bytes));
 }
 
 lf_status check(const Input& input, const Written& written) {
   if (!written.strides || !written.data) return LF_INVALID_ARGUMENT;
   if (!elements_apart(written.shape, written.strides, written.axes)) return LF_INVALID_STRIDES;
-  return shares(input, written, input.x, input.strides) ? LF_SHARED_MEMORY : LF_OK;
+  return check_apart(input, written, input.x, input.strides);
 }
 
 // A call's parts, which refer to one another.
@@ -662,7 +662,7 @@ lf_status backward(const Input& input, const void* gy, const int64_t* gy_strides
   if (gx) {
     const Written written{input.dtype, gx, input.shape, gx_strides, kAxes};
     status = check(input, written);
-    if (status == LF_OK && shares(input, written, gy, gy_strides)) status = LF_SHARED_MEMORY;
+    if (status == LF_OK) status = check_apart(input, written, gy, gy_strides);
   }
   if (status != LF_OK) return status;
   with_type(input.dtype, [&](auto element) {

@@ -73,11 +73,11 @@ lf_status check_y(const lf_temporal_conv& a) {
   if (!elements_apart(out.data(), a.y.strides, kAxes)) return LF_INVALID_STRIDES;
   int64_t size;
   lf_dtype_size(a.dtype, &size);
-  const auto meets_y = [&](const lf_clip& clip, const Shape& shape) {
-    return clip.data && meet(span_of(clip.data, shape.data(), clip.strides, kAxes, size),
-                             span_of(a.y.data, out.data(), a.y.strides, kAxes, size));
+  const auto span = [size](const lf_clip& clip, const Shape& shape) {
+    return span_of(clip.data, shape.data(), clip.strides, kAxes, size);
   };
-  return meets_y(a.x, in) || meets_y(a.residual, out) ? LF_SHARED_MEMORY : LF_OK;
+  const lf_status status = a.x.data ? check_apart(span(a.x, in), span(a.y, out)) : LF_OK;
+  return status != LF_OK || !a.residual.data ? status : check_apart(span(a.residual, out), span(a.y, out));
 }
 
 // --- the convolution -------------------------------------------------------------------------------------------------

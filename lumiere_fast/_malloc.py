@@ -21,9 +21,12 @@ SETTINGS = ("mmap_threshold", "trim_threshold", "top_pad", "mmap_max")
 
 def keep_freed_memory() -> bool:
     """Have this process reuse the memory of large blocks. False where malloc is not glibc's, or is set by the user."""
-    if platform.libc_ver()[0] != "glibc" or _set_by_user():
+    try:
+        if platform.libc_ver()[0] != "glibc" or _set_by_user():
+            return False
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # libc_ver reads Python's own file, CDLL may open nothing, mallopt may be missing
         return False
-    mallopt = ctypes.CDLL(None).mallopt
     # Until glibc 2.35 or so there is no such threshold above 32 MB, but one can do without mmap.
     reused = mallopt(M_MMAP_THRESHOLD, LARGEST) or mallopt(M_MMAP_MAX, 0)
     return bool(reused and mallopt(M_TRIM_THRESHOLD, KEPT))

@@ -104,11 +104,13 @@ lf_status read_weights(const double* weights, Cover& cover) {
 // Told by where they start and end: tensors that interleave count as meeting.
 lf_status check_memory(const Cover& cover) {
   if (cover.empty()) return LF_OK;
-  const Span out =
-      span_of(cover.out, cover.out_shape.data(), cover.out_strides.data(), kAxes, cover.element_size);
+  const auto span = [&cover](const void* data, const Shape& shape, const Shape& strides) {
+    return span_of(data, shape.data(), strides.data(), kAxes, cover.element_size);
+  };
+  const std::optional<Span> out = span(cover.out, cover.out_shape, cover.out_strides);
   for (const Window& window : cover.windows) {
-    const Span part = span_of(window.data, window.shape.data(), window.strides.data(), kAxes, cover.element_size);
-    if (meet(part, out)) return LF_SHARED_MEMORY;
+    const lf_status status = check_apart(span(window.data, window.shape, window.strides), out);
+    if (status != LF_OK) return status;
   }
   return LF_OK;
 }

@@ -1,7 +1,5 @@
 #include "common/memory.h"
 
-#include <functional>
-
 namespace lf {
 
 bool elements_apart(const int64_t* shape, const int64_t* strides, int axes) {
@@ -20,16 +18,23 @@ bool elements_apart(const int64_t* shape, const int64_t* strides, int axes) {
   return true;
 }
 
-Span span_of(const void* data, const int64_t* shape, const int64_t* strides, int axes, int64_t element_size) {
-  int64_t below = 0, above = 1;
-  for (int axis = 0; axis < axes; ++axis) (strides[axis] < 0 ? below : above) += (shape[axis] - 1) * strides[axis];
-  const char* at = static_cast<const char*>(data);
-  return {at + below * element_size, at + above * element_size};
+std::optional<Span> span_of(const void* data, const int64_t* shape, const int64_t* strides, int axes,
+                            int64_t element_size) {
+  const uint64_t size = element_size, most = INT64_MAX / size - 1;
+  uint64_t below = 0, above = 0;  // how far elements reach
+  for (int axis = 0; axis < axes; ++axis) {
+    const uint64_t step = magnitude(strides[axis]), steps = shape[axis] - 1;
+    if (step != 0 && steps > (most - below - above) / step) return std::nullopt;
+    (strides[axis] < 0 ? below : above) += steps * step;
+  }
+  const uint64_t at = reinterpret_cast<uintptr_t>(data);
+  if (below * size > at || (above + 1) * size > UINTPTR_MAX - at) return std::nullopt;
+  return Span{at - below * size, at + (above + 1) * size};
 }
 
-bool meet(const Span& a, const Span& b) {
-  const std::less<const char*> before;
-  return before(a.first, b.end) && before(b.first, a.end);
+lf_status check_apart(const std::optional<Span>& a, const std::optional<Span>& b) {
+  if (!a || !b) return LF_INVALID_STRIDES;
+  return a->first < b->end && b->first < a->end ? LF_SHARED_MEMORY : LF_OK;
 }
 
 }  // namespace lf

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <optional>
 
 #include "lumiere_fast.h"
 
@@ -20,14 +21,17 @@ inline uint64_t magnitude(int64_t stride) { return stride < 0 ? -static_cast<uin
 // all that the smaller ones reach.
 bool elements_apart(const int64_t* shape, const int64_t* strides, int axes);
 
-// From the first byte of a tensor to the one after its last. Sizes are >= 1.
+// The addresses from the first byte of a tensor to the one after its last: numbers, as strides may lead anywhere.
 struct Span {
-  const char* first;
-  const char* end;
+  uint64_t first, end;
 };
-Span span_of(const void* data, const int64_t* shape, const int64_t* strides, int axes, int64_t element_size);
 
-bool meet(const Span& a, const Span& b);
+// None where it leaves the address space, or has more bytes between its ends than int64 counts. Sizes are >= 1.
+std::optional<Span> span_of(const void* data, const int64_t* shape, const int64_t* strides, int axes,
+                            int64_t element_size);
+
+// Whether both lie in memory (LF_INVALID_STRIDES), and neither in the other's (LF_SHARED_MEMORY).
+lf_status check_apart(const std::optional<Span>& a, const std::optional<Span>& b);
 
 constexpr int64_t kLine = 64;  // bytes of the cache's
 

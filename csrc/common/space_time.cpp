@@ -22,20 +22,7 @@ bool countable(const Sizes& shape, int64_t element_size) {
   return true;
 }
 
-// Whether no element is further from the first than can be addressed.
-bool reachable(const Sizes& shape, const int64_t* strides, int64_t element_size) {
-  uint64_t reach = 0;
-  const uint64_t most = static_cast<uint64_t>(INT64_MAX / element_size - 1);
-  for (int axis = 0; axis < kAxes; ++axis) {
-    const uint64_t step = magnitude(strides[axis]), steps = static_cast<uint64_t>(shape[axis] - 1);
-    if (shape[axis] <= 1 || step == 0) continue;
-    if (steps > (most - reach) / step) return false;
-    reach += steps * step;
-  }
-  return true;
-}
-
-Span span_of(const lf_clip& clip, const Sizes& shape, int64_t element_size) {
+std::optional<Span> span_of(const lf_clip& clip, const Sizes& shape, int64_t element_size) {
   return span_of(clip.data, shape.data(), clip.strides, kAxes, element_size);
 }
 
@@ -47,9 +34,9 @@ struct Parameters {
         weights{a.channels_out, a.channels, a.taps, 1, 1},
         biases{a.bias ? a.channels_out : 1, 1, 1, 1, 1} {}
 
-  bool meet(const Span& written, int64_t element_size) const {
-    return lf::meet(span_of(weight, weights, element_size), written) ||
-           (bias.data && lf::meet(span_of(bias, biases, element_size), written));
+  lf_status check_apart(const std::optional<Span>& written, int64_t element_size) const {
+    const lf_status status = lf::check_apart(span_of(weight, weights, element_size), written);
+    return status != LF_OK || !bias.data ? status : lf::check_apart(span_of(bias, biases, element_size), written);
   }
 
   lf_clip weight, bias;
@@ -121,17 +108,10 @@ class Reader {
     const bool adjoint = purpose_ == Purpose::kAdjoint;
     const lf_clip &in = adjoint ? a_.y : a_.x, &out = adjoint ? a_.x : a_.y;
     const Sizes &in_shape = adjoint ? y_ : x_, &out_shape = adjoint ? x_ : y_;
-    const bool apart = elements_apart(out_shape.data(), out.strides, kAxes);
-    if (!apart || !reachable(out_shape, out.strides, element_size_)) return LF_INVALID_STRIDES;
-    if (!reachable(in_shape, in.strides, element_size_)) return LF_INVALID_STRIDES;
-    const Span written = span_of(out, out_shape, element_size_);
-    if (meet(span_of(in, in_shape, element_size_), written)) return LF_SHARED_MEMORY;
-    if (!a_.weight) return LF_OK;
-    const Parameters p(a_);
-    const bool reached = reachable(p.weights, p.weight.strides, element_size_) &&
-                         reachable(p.biases, p.bias.strides, element_size_);
-    if (!reached) return LF_INVALID_STRIDES;
-    return p.meet(written, element_size_) ? LF_SHARED_MEMORY : LF_OK;
+    if (!elements_apart(out_shape.data(), out.strides, kAxes)) return LF_INVALID_STRIDES;
+    const std::optional<Span> written = span_of(out, out_shape, element_size_);
+    const lf_status status = check_apart(span_of(in, in_shape, element_size_), written);
+    return status != LF_OK || !a_.weight ? status : Parameters(a_).check_apart(written, element_size_);
   }
 
   // Of the clip between a resize in space and a learned one in time: the smaller of the two there could be.
@@ -194,15 +174,17 @@ lf_status check_workspace(const lf_space_time& arguments, const SpaceTimeCall& c
   if (address == 0 || address % kWorkspaceUnit != 0 || arguments.workspace_size < needed) return LF_NO_WORKSPACE;
   int64_t size = 0;
   lf_dtype_size(arguments.dtype, &size);
-  const auto* memory = static_cast<const char*>(arguments.workspace);
-  const Span own{memory, memory + needed};
+  const int64_t step = 1;
+  const std::optional<Span> own = span_of(arguments.workspace, &needed, &step, 1, 1);
+  if (!own) return LF_NO_WORKSPACE;
   const TemporalResize& t = call.temporal;
   const Sizes in{t.batch, t.in, t.frames, t.height, t.width}, out{t.batch, t.out, t.out_frames, t.height, t.width};
   const bool down = t.direction == Direction::kDown;
   const Sizes &x = call.fixed && down ? call.resample.from_shape : in;
   const Sizes &y = call.fixed && !down ? call.resample.to_shape : out;
-  const bool shared = meet(span_of(arguments.x, x, size), own) || meet(span_of(arguments.y, y, size), own);
-  return shared || Parameters(arguments).meet(own, size) ? LF_SHARED_MEMORY : LF_OK;
+  lf_status status = check_apart(span_of(arguments.x, x, size), own);
+  if (status == LF_OK) status = check_apart(span_of(arguments.y, y, size), own);
+  return status == LF_OK ? Parameters(arguments).check_apart(own, size) : status;
 }
 
 }  // namespace lf

@@ -4,7 +4,9 @@
 #define _XOPEN_SOURCE 700
 #include <signal.h>
 #include <sys/resource.h>
-#define LIMITS_FILES
+#include <sys/stat.h>
+#include <unistd.h>
+#define POSIX_FILES
 #endif
 
 #include <stdint.h>
@@ -168,8 +170,11 @@ static void check_refusals(void) {
   refuses("--dtype u9 clip.u8 none.u8 " SHAPE " down 2x2x2", "u9: expected one of u8 f32 f16");
   refuses("--threads 0 clip.u8 none.u8 " SHAPE " down 2x2x2", "0: expected a number from 1 on");
   refuses("--what clip.u8 none.u8 " SHAPE " down 2x2x2", "usage: resize_clip");
-  refuses("clip.u8 none.u8 " SHAPE " up 2x2x2 area", "invalid argument");
-  refuses("clip.u8 none.u8 " SHAPE " down 3x2x2", "invalid shape");
+  refuses("clip.u8 none.u8 " SHAPE " up 2x2x2 area", "area: up takes nearest, linear");
+  refuses("clip.u8 none.u8 " SHAPE " up 2x2x2 blur", "blur: up takes nearest, linear");
+  refuses("clip.u8 none.u8 " SHAPE " down 3x2x2", "frames: 4 cannot be divided by 3");
+  refuses("clip.u8 none.u8 " SHAPE " down 2x12x2", "height: 6 cannot be divided by 12");
+  refuses("clip.u8 none.u8 " SHAPE " down 2x2x3 nearest", "width: 10 cannot be divided by 3");
   refuses("clip.u8 none.u8 9000000000x9000000000x1x1 up 1x1x1", "invalid shape");
   refuses("clip.u8 none.u8 100000000x1000000000x1x1 down 1x1x1", "no memory for 400000000000000000 bytes");
   refuses("missing.u8 none.u8 " SHAPE " down 2x2x2", "missing.u8: ");
@@ -189,9 +194,69 @@ static void check_what_exists_stays(void) {
   CHECK(read_file("out.u8", got) == bytes && memcmp(got, before, (size_t)bytes) == 0);
 }
 
+/* Not even the input, which is then read from nowhere. */
+static void check_part_stays(void) {
+  static const char words[] = "none.u8.part: it exists; move it, or remove it if a run that was stopped left it";
+  write_file("none.u8.part", clip, sizeof clip);
+  refuses("clip.u8 none.u8 " SHAPE " down 2x2x2", words);
+  refuses("none.u8.part none.u8 " SHAPE " down 2x2x2", words);
+  refuses("--overwrite none.u8.part none.u8 " SHAPE " down 2x2x2", words);
+  CHECK(read_file("none.u8.part", got) == sizeof clip && memcmp(got, clip, sizeof clip) == 0);
+  CHECK(read_file("none.u8", got) == -1);
+  remove("none.u8.part");
+}
+
+#ifdef POSIX_FILES
+static mode_t kind_of(const char* name) {
+  struct stat found;
+  return lstat(name, &found) == 0 ? found.st_mode & S_IFMT : 0;
+}
+#endif
+
+/* Links, also to nothing, pipes and folders stay, and so does what a link leads to. */
+static void check_only_files_are_replaced(void) {
+#ifdef POSIX_FILES
+  static const char* const outs[] = {"link", "dangling", "pipe", "folder"};
+  const mode_t kinds[] = {S_IFLNK, S_IFLNK, S_IFIFO, S_IFDIR};
+  CHECK(symlink("clip.u8", "link") == 0 && symlink("none.u8", "dangling") == 0);
+  CHECK(mkfifo("pipe", 0600) == 0 && mkdir("folder", 0700) == 0);
+  for (int i = 0; i < 8; ++i) {
+    char arguments[256];
+    snprintf(arguments, sizeof arguments, "%s clip.u8 %s " SHAPE " down 2x2x2", i < 4 ? "" : "--overwrite",
+             outs[i % 4]);
+    refuses(arguments, "it is a link, or else no regular file");
+    CHECK(kind_of(outs[i % 4]) == kinds[i % 4]);
+  }
+  CHECK(read_file("clip.u8", got) == sizeof clip && memcmp(got, clip, sizeof clip) == 0);
+  CHECK(kind_of("none.u8") == 0);
+  CHECK(symlink("none.u8", "none.f32.part") == 0);
+  refuses("clip.u8 none.f32 " SHAPE " down 2x2x2", "none.f32.part: it exists");
+  CHECK(kind_of("none.f32.part") == S_IFLNK && kind_of("none.f32") == 0 && kind_of("none.u8") == 0);
+#endif
+}
+
+/* Another makes OUT or its part once the names have been looked at: it is given the clip through a pipe. */
+static void check_what_comes_meanwhile_stays(void) {
+#ifdef POSIX_FILES
+  static const char* const made[] = {"none.u8", "none.u8.part"};
+  static const char* const words[] = {"none.u8: it exists", "none.u8.part: "};
+  CHECK(mkfifo("feed", 0600) == 0);
+  for (int i = 0; i < 2; ++i) {
+    char command[256];
+    snprintf(command, sizeof command,
+             "(exec 3> feed; cp clip.u8 %s; cat clip.u8 >&3) < clip.u8 > feed.txt 2>&1 &", made[i]);
+    CHECK(system(command) == 0);
+    refuses("feed none.u8 " SHAPE " down 2x2x2", words[i]);
+    CHECK(read_file(made[i], got) == sizeof clip && memcmp(got, clip, sizeof clip) == 0);
+    remove(made[i]);
+    CHECK(read_file(made[1 - i], got) == -1);
+  }
+#endif
+}
+
 /* As on a full disk: neither half a clip nor a loss of the one that was there. */
 static void check_writing_fails(void) {
-#ifdef LIMITS_FILES
+#ifdef POSIX_FILES
   struct rlimit limit = {0, 0}, lower;
   CHECK(getrlimit(RLIMIT_FSIZE, &limit) == 0);
   const long bytes = read_file("out.u8", before);
@@ -199,8 +264,8 @@ static void check_writing_fails(void) {
   lower.rlim_cur = 1000; /* under the 5760 to be written */
   signal(SIGXFSZ, SIG_IGN);
   CHECK(setrlimit(RLIMIT_FSIZE, &lower) == 0);
-  refuses("clip.u8 none.u8 " SHAPE " up 2x2x2", "none.u8: it cannot be written");
-  refuses("--overwrite clip.u8 out.u8 " SHAPE " up 2x2x2", "out.u8: it cannot be written");
+  refuses("clip.u8 none.u8 " SHAPE " up 2x2x2", "none.u8.part: it cannot be written");
+  refuses("--overwrite clip.u8 out.u8 " SHAPE " up 2x2x2", "out.u8.part: it cannot be written");
   CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0);
   CHECK(read_file("none.u8", got) == -1 && read_file("none.u8.part", got) == -1);
   CHECK(read_file("out.u8.part", got) == -1);
@@ -212,6 +277,10 @@ static void remove_files(void) {
   const char* const names[] = {"clip.u8", "clip.f32",    "clip.f16", "out.u8",       "out.f32",
                                "out.f16", "out.u8.part", "none.u8",  "none.u8.part", "said.txt"};
   for (size_t i = 0; i < sizeof names / sizeof *names; ++i) remove(names[i]);
+#ifdef POSIX_FILES
+  static const char* const others[] = {"link", "dangling", "pipe", "folder", "none.f32.part", "feed", "feed.txt"};
+  for (size_t i = 0; i < sizeof others / sizeof *others; ++i) remove(others[i]);
+#endif
 }
 
 int main(int argc, char** argv) {
@@ -226,7 +295,6 @@ int main(int argc, char** argv) {
   uint32_t state = 1;
   for (int i = 0; i < COUNT; ++i) clip[i] = (unsigned char)((state = state * 1664525u + 1013904223u) >> 24);
   write_file("clip.u8", clip, sizeof clip);
-  write_file("out.u8.part", clip, 1); /* as a run that was killed leaves it */
   for (size_t i = 0; i < sizeof factors / sizeof *factors; ++i) {
     for (int mode = 0; mode < 4; ++mode) check_bytes(down[mode], 0, factors[i]);
     for (int mode = 0; mode < 2; ++mode) check_bytes(down[mode], 1, factors[i]);
@@ -235,6 +303,9 @@ int main(int argc, char** argv) {
   check_halves();
   check_refusals();
   check_what_exists_stays();
+  check_part_stays();
+  check_only_files_are_replaced();
+  check_what_comes_meanwhile_stays();
   check_writing_fails();
   if (failures == 0) {
     remove_files();

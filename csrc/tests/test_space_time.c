@@ -679,6 +679,13 @@ static void far_y(lf_space_time* a) { a->y.strides[T] = INT64_MAX / 4; }
 static void furthest_x(lf_space_time* a) { a->x.strides[H] = INT64_MIN; }
 static void furthest_y(lf_space_time* a) { a->y.strides[H] = INT64_MIN; }
 static void far_weight(lf_space_time* a) { a->weight_strides[2] = INT64_MAX / 4; }
+/* Fewer bytes away than int64 counts, but below address 0, or past the last. */
+static void x_below_memory(lf_space_time* a) { a->x.strides[H] = -((int64_t)1 << 57); }
+static void y_below_memory(lf_space_time* a) { a->y.strides[H] = -((int64_t)1 << 57); }
+static void x_past_memory(lf_space_time* a) { a->x.data = (void*)(UINTPTR_MAX - 63); }
+static void y_past_memory(lf_space_time* a) { a->y.data = (void*)(UINTPTR_MAX - 63); }
+static void weight_below_memory(lf_space_time* a) { a->weight_strides[2] = -((int64_t)1 << 57); }
+static void bias_below_memory(lf_space_time* a) { a->bias_stride = -((int64_t)1 << 57); }
 static void far_bias(lf_space_time* a) { a->bias_stride = INT64_MIN; }
 static void one_memory(lf_space_time* a) { a->y.data = a->x.data; }
 static void y_behind_x(lf_space_time* a) { a->y.data = (float*)a->x.data + 4; }
@@ -717,11 +724,14 @@ static void errors(void) {
       {no_width, LF_INVALID_SHAPE},       {far_x, LF_INVALID_STRIDES},       {far_y, LF_INVALID_STRIDES},
       {furthest_x, LF_INVALID_STRIDES},   {furthest_y, LF_INVALID_STRIDES},  {one_memory, LF_SHARED_MEMORY},
       {y_behind_x, LF_SHARED_MEMORY},     {x_behind_y, LF_SHARED_MEMORY},    {leave, LF_OK},
+      {x_below_memory, LF_INVALID_STRIDES}, {y_below_memory, LF_INVALID_STRIDES},
+      {x_past_memory, LF_INVALID_STRIDES}, {y_past_memory, LF_INVALID_STRIDES},
       {no_batch, LF_OK},
   }, learning[] = {
       {full_precision, LF_UNSUPPORTED_DTYPE}, {even_taps, LF_INVALID_SHAPE},  {no_taps, LF_INVALID_SHAPE},
       {negative_taps, LF_INVALID_SHAPE},  {huge_taps, LF_INVALID_SHAPE},     {no_channels_out, LF_INVALID_SHAPE},
       {huge_channels_out, LF_INVALID_SHAPE}, {far_weight, LF_INVALID_STRIDES}, {far_bias, LF_INVALID_STRIDES},
+      {weight_below_memory, LF_INVALID_STRIDES}, {bias_below_memory, LF_INVALID_STRIDES},
       {weight_in_y, LF_SHARED_MEMORY},    {bias_in_y, LF_SHARED_MEMORY},     {take_workspace, LF_NO_WORKSPACE},
       {small_workspace, LF_NO_WORKSPACE}, {negative_workspace, LF_NO_WORKSPACE},
       {x_in_workspace, LF_SHARED_MEMORY}, {weight_in_workspace, LF_SHARED_MEMORY},

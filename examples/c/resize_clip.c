@@ -1,22 +1,36 @@
 /* Resizes a raw clip in time and space: frames one behind the other, pixels row by row, the channels of a pixel
  * together, no header, as `ffmpeg -i in.mp4 -f rawvideo -pix_fmt rgb24 in.rgb` writes. */
+#ifndef _WIN32
+#define _XOPEN_SOURCE 700 /* lstat() */
+#endif
+
 #include <errno.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/types.h>
+
+#include <sys/stat.h>
 
 #include "lumiere_fast.h"
+
+#ifdef _WIN32
+#define lstat _stat64
+#define stat _stat64
+#define S_ISREG(mode) (((mode) & _S_IFMT) == _S_IFREG)
+#endif
 
 static const char usage[] =
     "usage: resize_clip [options] IN OUT FRAMESxHEIGHTxWIDTHxCHANNELS down|up TxHxW [nearest|linear|area|blur]\n"
     "\n"
     "Divides (down) or multiplies (up) frames, height and width by the whole numbers T, H and W.\n"
     "Default: area down, linear up. There is no area or blur up.\n"
+    "While it is written the clip is OUT.part, a name that nothing may have.\n"
     "\n"
     "  --dtype u8|f32|f16  elements of both files: bytes (default), or floats in the machine's byte order\n"
     "  --threads N         at most N threads (default 1)\n"
-    "  --overwrite         replace OUT\n";
+    "  --overwrite         replace OUT if it is a regular file; links are not followed\n";
 
 enum { FRAMES, HEIGHT, WIDTH, CHANNELS };
 
@@ -81,6 +95,19 @@ static int read_threads(const char* text, Job* job) {
   return 1;
 }
 
+/* What the library would refuse too, in words about this clip. */
+static int fits(const Job* job, const char* mode) {
+  static const char* const axes[] = {"frames", "height", "width"};
+  if (job->up && job->mode != LF_NEAREST && job->mode != LF_LINEAR) return fail(mode, "up takes nearest, linear");
+  for (int i = FRAMES; i <= WIDTH && !job->up; ++i) {
+    if (job->shape[i] % job->factor[i] == 0) continue;
+    fprintf(stderr, "resize_clip: %s: %lld cannot be divided by %lld\n", axes[i], (long long)job->shape[i],
+            (long long)job->factor[i]);
+    return 0;
+  }
+  return 1;
+}
+
 static int read_positional(int count, char** given, Job* job) {
   static const char* const directions[] = {"down", "up"};
   static const char* const modes[] = {"nearest", "linear", "area", "blur"}; /* in the order of lf_resize_mode */
@@ -94,7 +121,9 @@ static int read_positional(int count, char** given, Job* job) {
   if (!read_numbers(given[2], 4, job->shape) || !read_name(given[3], directions, 2, &direction)) return 0;
   job->up = direction == 1;
   job->mode = job->up ? LF_LINEAR : LF_AREA;
-  return read_numbers(given[4], 3, job->factor) && (count == 5 || read_name(given[5], modes, 4, &job->mode));
+  if (!read_numbers(given[4], 3, job->factor)) return 0;
+  if (count == 6 && !read_name(given[5], modes, 4, &job->mode)) return 0;
+  return fits(job, modes[job->mode]);
 }
 
 static int read_job(int argc, char** argv, Job* job) {
@@ -140,31 +169,57 @@ static int read_file(const char* path, void* data, int64_t bytes) {
   return 0;
 }
 
-static int exists(const char* path) {
-  FILE* file = fopen(path, "rb");
-  if (file) fclose(file);
-  return file != NULL;
+/* Whether nothing has this name, not even a link to nothing, or else a file that may be replaced. */
+static int may_write(const char* path, int replace) {
+  struct stat found;
+  if (lstat(path, &found) != 0) return errno == ENOENT || fail(path, strerror(errno));
+  if (!S_ISREG(found.st_mode)) return fail(path, "it is a link, or else no regular file, and none is replaced");
+  return replace || fail(path, "it exists; --overwrite replaces it");
 }
 
-/* Under another name until it is whole, so that a failure neither leaves half a clip nor takes what was there. */
-static int write_file(const char* path, const void* data, int64_t bytes) {
-  int done = 0;
-  char* part = allocate((int64_t)strlen(path) + 6);
-  if (!part) return 0;
-  strcat(strcpy(part, path), ".part");
-  FILE* file = fopen(part, "wb");
-  if (file) {
-    done = fwrite(data, 1, (size_t)bytes, file) == (size_t)bytes;
-    done = fclose(file) == 0 && done;
+/* The name of OUT until it is whole, so that a failure neither leaves half a clip nor takes what was there. */
+static char* part_of(const Job* job) {
+  char* part = allocate((int64_t)strlen(job->out) + 6);
+  return part ? strcat(strcpy(part, job->out), ".part") : NULL;
+}
+
+static int write_part(const char* part, const void* data, int64_t bytes) {
+  FILE* file = fopen(part, "wbx"); /* never one that is there */
+  if (!file) return fail(part, strerror(errno));
+  const int written = fwrite(data, 1, (size_t)bytes, file) == (size_t)bytes;
+  if (fclose(file) == 0 && written) return 1;
+  remove(part);
+  return fail(part, "it cannot be written");
+}
+
+/* What OUT is may have changed meanwhile. */
+static int rename_part(const char* part, const Job* job) {
+  int done = may_write(job->out, job->overwrite);
 #ifdef _WIN32
-    if (done) remove(path); /* rename() does not replace it there */
+  if (done) remove(job->out); /* rename() does not replace it there */
 #endif
-    done = done && rename(part, path) == 0;
-    if (!done) remove(part);
-  }
-  if (!done) fail(path, "it cannot be written");
+  if (done && rename(part, job->out) != 0) done = fail(job->out, strerror(errno));
+  if (!done) remove(part);
+  return done;
+}
+
+static int write_file(const Job* job, const void* data, int64_t bytes) {
+  char* part = part_of(job);
+  const int done = part && write_part(part, data, bytes) && rename_part(part, job);
   free(part);
   return done;
+}
+
+/* Before anything is read, so that no work is lost. */
+static int check_names(const Job* job) {
+  struct stat found;
+  char* part = part_of(job);
+  int may = part && may_write(job->out, job->overwrite);
+  if (may && lstat(part, &found) == 0) {
+    may = fail(part, "it exists; move it, or remove it if a run that was stopped left it");
+  }
+  free(part);
+  return may;
 }
 
 /* ---- the resize ---- */
@@ -246,11 +301,11 @@ static int read_clip(const Job* job, int64_t count, int64_t size, void* clip) {
 }
 
 static int write_clip(const Job* job, int64_t count, int64_t size, const void* clip) {
-  if (!job->bytes) return write_file(job->out, clip, count * size);
+  if (!job->bytes) return write_file(job, clip, count * size);
   unsigned char* bytes = allocate(count);
   if (!bytes) return 0;
   to_bytes(clip, count, bytes);
-  const int done = write_file(job->out, bytes, count);
+  const int done = write_file(job, bytes, count);
   free(bytes);
   return done;
 }
@@ -258,8 +313,7 @@ static int write_clip(const Job* job, int64_t count, int64_t size, const void* c
 static int run(const Job* job) {
   lf_space_time call;
   int64_t to_shape[4], size;
-  if (!job->overwrite && exists(job->out)) return fail(job->out, "it exists; --overwrite replaces it");
-  if (!prepare(job, &call) || failed(lf_dtype_size(job->dtype, &size))) return 0;
+  if (!check_names(job) || !prepare(job, &call) || failed(lf_dtype_size(job->dtype, &size))) return 0;
   result_shape(job, to_shape);
   const int64_t from_count = elements(job->shape), to_count = elements(to_shape);
   void *from = allocate(from_count * size), *to = allocate(to_count * size);
