@@ -10,9 +10,11 @@
 #define LF_COMMON_RESAMPLE_DEVICE_H
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "common/device.h"
+#include "common/ptx.h"
 #include "common/space_time.h"
 
 namespace lf {
@@ -32,6 +34,7 @@ struct Gather {
   void* to;
   int64_t from_strides[kAxes], to_strides[kAxes];
   ResizedAxis axes[3];
+  double inverse[3];    // of the parts that weights are counted in
   int64_t channels, width;
   int64_t apart, from_apart, to_apart;  // from one channel of a thread to its next, where they are not together
   int64_t size[kAxes];  // of what is shared out: packs for channels, runs for W; the axes in the order of the memory
@@ -42,57 +45,103 @@ struct Gather {
   int32_t log2_lanes;   // of a block's threads so many lie along the two innermost axes, the others on rows
 };
 
-// The two ways through an op's taps.
-template <class Taps> struct ToCoarse {
-  static constexpr bool always_few = false;
-  template <class I> LF_HD static RangeOf<I> range(const AxisOf<I>& axis, IndexOf<I> i) {
-    return Taps::fine_of(axis, i);
-  }
-  template <class A, class I> LF_HD static A weight(const AxisOf<I>& axis, IndexOf<I> i, IndexOf<I> j) {
-    return Taps::template weight<A>(axis, i, j);
-  }
-};
-template <class Taps> struct ToFine {
-  static constexpr bool always_few = true;
-  template <class I> LF_HD static RangeOf<I> range(const AxisOf<I>& axis, IndexOf<I> j) {
-    return Taps::coarse_of(axis, j);
-  }
-  template <class A, class I> LF_HD static A weight(const AxisOf<I>& axis, IndexOf<I> j, IndexOf<I> i) {
-    return Taps::template weight<A>(axis, i, j);
+// n / d of whole numbers up to kMostParts, rounded once, by an inverse 1 / d of one unit's error at most: the remainder of
+// the first guess is exact, and what its own quotient errs by is less than what parts any n / d from a tie.
+template <class A> LF_HD inline A quotient(A n, A d, A inverse) {
+  using std::fma;
+  const A guess = n * inverse;
+  return fma(fma(-guess, d, n), inverse, guess);
+}
+constexpr int64_t kMostParts = int64_t{1} << 22;
+
+// An axis as a thread of the device needs it.
+template <class Taps, class A, class I> struct DeviceAxis : AxisOf<I> {
+  A parts, inverse;
+
+  __device__ DeviceAxis(const Gather& g, int axis)
+      : AxisOf<I>{static_cast<I>(g.axes[axis].coarse), static_cast<I>(g.axes[axis].factor), g.axes[axis].mode},
+        parts(static_cast<A>(Taps::parts(static_cast<const AxisOf<I>&>(*this)))),
+        inverse(static_cast<A>(g.inverse[axis])) {}
+
+  __device__ A weight(I coarse, I fine) const {
+    const AxisOf<I>& axis = *this;
+    if constexpr (sizeof(I) == 8) return Taps::template weight<A>(axis, coarse, fine);
+    else return quotient(static_cast<A>(Taps::part(axis, coarse, fine)), parts, inverse);
   }
 };
 
-// The taps of one place of `to` on an axis: at most two, weighed once ...
-template <class Way, class A, class I> struct FewTaps {
-  using Index = int;
-  static constexpr bool few = true;
+// The two ways through an op's taps, each from a place of `to`, which knows the next.
+template <class Op> struct ToCoarse {
+  using Taps = Op;
+  static constexpr bool always_few = false;
+  template <class I> struct Place {
+    I at;
+    LF_HD Place(const AxisOf<I>&, I place) : at(place) {}
+    LF_HD void move_on(const AxisOf<I>&) { ++at; }
+  };
+  template <class I> LF_HD static RangeOf<I> range(const AxisOf<I>& axis, const Place<I>& place) {
+    return Taps::fine_of(axis, place.at);
+  }
+  template <class A, class I>
+  __device__ static A weight(const DeviceAxis<Taps, A, I>& axis, const Place<I>& place, std::common_type_t<I> j) {
+    return axis.weight(place.at, j);
+  }
+};
+template <class Op> struct ToFine {
+  using Taps = Op;
+  static constexpr bool always_few = true;
+  template <class I> struct Place {
+    I at, coarse, phase;  // f coarse + phase
+    LF_HD Place(const AxisOf<I>& axis, I place) : at(place), coarse(place / axis.factor) {
+      phase = place - coarse * axis.factor;
+    }
+    LF_HD void move_on(const AxisOf<I>& axis) {
+      ++at, ++phase;
+      if (phase == axis.factor) ++coarse, phase = 0;
+    }
+  };
+  template <class I> LF_HD static RangeOf<I> range(const AxisOf<I>& axis, const Place<I>& place) {
+    return Taps::coarse_at(axis, place.coarse, place.phase);
+  }
+  template <class A, class I>
+  __device__ static A weight(const DeviceAxis<Taps, A, I>& axis, const Place<I>& place, std::common_type_t<I> i) {
+    return axis.weight(i, place.at);
+  }
+};
+
+// The taps of one place of `to` on an axis: a few, weighed once ...
+template <class Way, class A, class I, int kMost> struct FewTaps {
+  using Axis = DeviceAxis<typename Way::Taps, A, I>;
+  using Place = typename Way::template Place<I>;
+  static constexpr int most = kMost;
   I first;
   int count;
-  A weights[2];
+  A weights[kMost];
 
-  __device__ FewTaps(const AxisOf<I>& axis, I place) {
-    const RangeOf<I> range = Way::range(axis, place);
+  __device__ FewTaps(const Axis& axis, const Place& place) {
+    const RangeOf<I> range = Way::template range<I>(axis, place);
     first = range.first;
     count = static_cast<int>(range.end - range.first);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) weights[k] = k < count ? Way::template weight<A>(axis, place, first + k) : A(0);
+    for (int k = 0; k < kMost; ++k) weights[k] = Way::template weight<A, I>(axis, place, first + k);
   }
-  __device__ A weight(int k) const { return weights[k]; }
 };
 
 // ... or any number.
 template <class Way, class A, class I> struct AnyTaps {
-  using Index = I;
-  static constexpr bool few = false;
-  AxisOf<I> axis;
-  I place, first, count;
+  using Axis = DeviceAxis<typename Way::Taps, A, I>;
+  using Place = typename Way::template Place<I>;
+  static constexpr int most = 0;
+  Axis axis;
+  Place place;
+  I first, count;
 
-  __device__ AnyTaps(const AxisOf<I>& along, I at) : axis(along), place(at) {
-    const RangeOf<I> range = Way::range(axis, place);
+  __device__ AnyTaps(const Axis& along, const Place& at) : axis(along), place(at) {
+    const RangeOf<I> range = Way::template range<I>(axis, place);
     first = range.first;
     count = range.end - range.first;
   }
-  __device__ A weight(I k) const { return Way::template weight<A>(axis, place, first + k); }
+  __device__ A weight(I k) const { return Way::template weight<A, I>(axis, place, first + k); }
 };
 
 // One more term of a sum, or the first.
@@ -110,9 +159,28 @@ template <class T> union Pack {
   __device__ Pack() : bytes{0, 0, 0, 0} {}
 };
 
-template <class T> __device__ inline void narrow_into(Pack<T>& pack, const Acc<T> (&sums)[kPackWidth<T>]) {
+template <class T> __device__ inline void widen_into(Acc<T> (&values)[kPackWidth<T>], const Pack<T>& pack) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t pairs[] = {pack.bytes.x, pack.bytes.y, pack.bytes.z, pack.bytes.w};
 #pragma unroll
-  for (int i = 0; i < kPackWidth<T>; ++i) pack.values[i] = narrow<T>(sums[i]);
+    for (int i = 0; i < 4; ++i) {
+      values[2 * i] = float_of(pairs[i] << 16);
+      values[2 * i + 1] = float_of(pairs[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPackWidth<T>; ++i) values[i] = widen(pack.values[i]);
+  }
+}
+
+template <class T> __device__ inline void narrow_into(Pack<T>& pack, const Acc<T> (&sums)[kPackWidth<T>]) {
+  if constexpr (sizeof(T) == 2) {
+    const auto pair = [&](int i) { return narrow_pair<T>(sums[2 * i], sums[2 * i + 1]); };
+    pack.bytes = {pair(0), pair(1), pair(2), pair(3)};
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPackWidth<T>; ++i) pack.values[i] = sums[i];
+  }
 }
 
 // A thread's channels: those of 16 bytes ...
@@ -121,8 +189,9 @@ template <class T> struct Together {
 
   __device__ Together(const Gather&, int64_t pack) : channel(pack * kPackWidth<T>) {}
   __device__ void load(const T* at, Pack<T>& pack) const { pack.bytes = __ldg(reinterpret_cast<const uint4*>(at)); }
-  // By name, lest the compiler stores the words that it has made of a pack one by one.
-  __device__ void store(T* at, const Pack<T>& pack) const { __stwb(reinterpret_cast<uint4*>(at), pack.bytes); }
+  __device__ void store(T* at, const Pack<T>& pack) const {
+    store_16(at, pack.bytes.x, pack.bytes.y, pack.bytes.z, pack.bytes.w);
+  }
 };
 
 // ... or as many, so far apart that lanes next to one another hold channels, or pixels, next to one another.
@@ -174,11 +243,6 @@ template <class I> __device__ inline bool find_item(const Gather& g, I (&at)[kAx
   return lane < static_cast<U>(g.size[3]) && row < static_cast<U>(g.size[0]);
 }
 
-template <class I> __device__ inline AxisOf<I> axis_of(const Gather& g, int axis) {
-  const ResizedAxis& whole = g.axes[axis];
-  return {static_cast<I>(whole.coarse), static_cast<I>(whole.factor), whole.mode};
-}
-
 // Of an item, without what lies along W, and T and H where their taps begin.
 template <class I>
 __device__ inline int64_t from_offset(const Gather& g, const I (&at)[kAxes], int64_t channel, I frame, I row) {
@@ -194,41 +258,48 @@ template <class I> __device__ inline int64_t to_offset(const Gather& g, const I 
 // are some. Loads come before what is made of them, so that several are under way at once.
 template <class T, class Access, class Taps> struct Column {
   using A = Acc<T>;
-  using I = typename Taps::Index;
   static constexpr int kPack = kPackWidth<T>;
   const Access& access;
   const Taps &t, &h;
   int64_t frame, row;  // strides
 
   __device__ void sum(const T* at, A (&sums)[kPack]) const {
-    if constexpr (Taps::few) {
+    if constexpr (Taps::most > 0) {
       sum_few(at, sums);
     } else {
-      for (I k = 0; k < h.count; k += 2) add_two_rows(at + k * row, k, sums);
+      for (auto k = h.count; k > 0; k -= 2) add_two_rows(at + (h.count - k) * row, h.count - k, sums);
     }
   }
 
  private:
+  // Of two rows at once where both have at most two taps.
   __device__ void sum_few(const T* at, A (&sums)[kPack]) const {
-    Pack<T> packs[2][2];
+    constexpr int kMost = Taps::most, kRows = kMost == 2 ? 2 : 1;
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
+    for (int k = 0; k < kMost; k += kRows) {
+      Pack<T> packs[kRows][kMost];
 #pragma unroll
-      for (int l = 0; l < 2; ++l) {
-        if (k < h.count && l < t.count) access.load(at + k * row + l * frame, packs[k][l]);
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int l = 0; l < kMost; ++l) {
+          if (k + i < h.count && l < t.count) access.load(at + (k + i) * row + l * frame, packs[i][l]);
+        }
       }
-    }
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (k >= h.count) continue;
-      A sum[kPack] = {};
-      add_weighed(packs[k][0], t.weight(0), true, sum);
-      if (t.count > 1) add_weighed(packs[k][1], t.weight(1), false, sum);
-      add(sum, h.weight(k), k == 0, sums);
+      for (int i = 0; i < kRows; ++i) {
+        if (k + i >= h.count) continue;
+        A sum[kPack] = {};
+        add_weighed(packs[i][0], t.weights[0], true, sum);
+#pragma unroll
+        for (int l = 1; l < kMost; ++l) {
+          if (l < t.count) add_weighed(packs[i][l], t.weights[l], false, sum);
+        }
+        add(sum, h.weights[k + i], k + i == 0, sums);
+      }
     }
   }
 
-  __device__ void add_two_rows(const T* at, I k, A (&sums)[kPack]) const {
+  template <class I> __device__ void add_two_rows(const T* at, I k, A (&sums)[kPack]) const {
     const bool both = k + 1 < h.count;
     A upper[kPack] = {}, lower[kPack] = {};
     for (I l = 0; l < t.count; ++l, at += frame) {
@@ -237,7 +308,7 @@ template <class T, class Access, class Taps> struct Column {
       if (both) access.load(at + row, packs[1]);
       const A weight = t.weight(l);
       add_weighed(packs[0], weight, l == 0, upper);
-      add_weighed(packs[1], weight, l == 0, lower);
+      if (both) add_weighed(packs[1], weight, l == 0, lower);
     }
     add(upper, h.weight(k), k == 0, sums);
     if (both) add(lower, h.weight(k + 1), false, sums);
@@ -245,17 +316,9 @@ template <class T, class Access, class Taps> struct Column {
 
   __device__ static void add_weighed(const Pack<T>& pack, A weight, bool first, A (&sums)[kPack]) {
     A values[kPack];
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) values[i] = widen(pack.values[i]);
+    widen_into(values, pack);
     add(values, weight, first, sums);
   }
-};
-
-// The last one or two columns that a walk along W has summed, at `place` and behind it.
-template <class A, class I, int kPack> struct Held {
-  A first[kPack] = {}, second[kPack] = {};
-  I place = -1;
-  bool both = false;
 };
 
 // At most two taps on each axis.
@@ -263,64 +326,68 @@ template <class Way, class T, class Access>
 __global__ void __launch_bounds__(kThreads, kBlocks) gather_few_kernel(const __grid_constant__ Gather g) {
   using A = Acc<T>;
   using I = int32_t;
-  using Taps = FewTaps<Way, A, I>;
+  using Taps = FewTaps<Way, A, I, 2>;
+  using Axis = typename Taps::Axis;
+  using Place = typename Taps::Place;
   constexpr int kPack = kPackWidth<T>;
   I at[kAxes];
   if (!find_item(g, at)) return;
   const Access access(g, at[kChannel]);
-  const Taps t(axis_of<I>(g, 0), at[kTime]), h(axis_of<I>(g, 1), at[kHeight]);
-  const AxisOf<I> along = axis_of<I>(g, 2);
+  const Axis time(g, 0), height(g, 1), width(g, 2);
+  const Taps t(time, Place(time, at[kTime])), h(height, Place(height, at[kHeight]));
   const T* from = static_cast<const T*>(g.from) + from_offset(g, at, access.channel, t.first, h.first);
-  T* to = static_cast<T*>(g.to) + to_offset(g, at, access.channel);
   const Column<T, Access, Taps> column{access, t, h, g.from_strides[kTime], g.from_strides[kHeight]};
-  const int64_t step = g.from_strides[kWidth];
   const bool empty = t.count == 0 || h.count == 0;
   const I begin = at[kWidth] * g.run, end = smaller_of<I>(begin + g.run, static_cast<I>(g.width));
-  Held<A, I, kPack> held;
-  for (I w = begin; w < end; ++w) {
-    const Taps taps(along, w);
+  T* to = static_cast<T*>(g.to) + to_offset(g, at, access.channel) + begin * g.to_strides[kWidth];
+  // Columns summed last, those that end at `held`. Where two taps follow one another, no later place has the first
+  // alone: a sole tap is the last column.
+  A before[kPack] = {}, last[kPack] = {};
+  I held = 0;
+  Place place(width, begin);
+  for (I w = begin; w < end; ++w, place.move_on(width), to += g.to_strides[kWidth]) {
+    const Taps taps(width, place);
     Pack<T> result;
     if (!empty && taps.count > 0) {
-      if (taps.first != held.place) {
-        if (held.both && taps.first == held.place + 1) {
+      held = larger_of(held, taps.first);
+      for (; held < taps.first + taps.count; ++held) {
 #pragma unroll
-          for (int i = 0; i < kPack; ++i) held.first[i] = held.second[i];
-        } else {
-          column.sum(from + taps.first * step, held.first);
-        }
-        held.place = taps.first;
-        held.both = false;
-      }
-      if (taps.count > 1 && !held.both) {
-        column.sum(from + (taps.first + 1) * step, held.second);
-        held.both = true;
+        for (int i = 0; i < kPack; ++i) before[i] = last[i];
+        column.sum(from + held * g.from_strides[kWidth], last);
       }
       A sums[kPack] = {};
-      add(held.first, taps.weight(0), true, sums);
-      if (taps.count > 1) add(held.second, taps.weight(1), false, sums);
+      if (taps.count > 1) {
+        add(before, taps.weights[0], true, sums);
+        add(last, taps.weights[1], false, sums);
+      } else {
+        add(last, taps.weights[0], true, sums);
+      }
       narrow_into(result, sums);
     }
-    access.store(to + w * g.to_strides[kWidth], result);
+    access.store(to, result);
   }
 }
 
-// Any number of taps.
-template <class Way, class T, class Access, class I>
+// Any number of taps on W, and on T and H as many as `Taps` hold.
+template <class Way, class T, class Access, class I, class Taps>
 __global__ void __launch_bounds__(kThreads, kBlocksOfAny) gather_any_kernel(const __grid_constant__ Gather g) {
   using A = Acc<T>;
-  using Taps = AnyTaps<Way, A, I>;
+  using Along = AnyTaps<Way, A, I>;
+  using Axis = typename Taps::Axis;
+  using Place = typename Taps::Place;
   constexpr int kPack = kPackWidth<T>;
   I at[kAxes];
   if (!find_item(g, at)) return;
   const Access access(g, at[kChannel]);
-  const Taps t(axis_of<I>(g, 0), at[kTime]), h(axis_of<I>(g, 1), at[kHeight]);
+  const Axis time(g, 0), height(g, 1), width(g, 2);
+  const Taps t(time, Place(time, at[kTime])), h(height, Place(height, at[kHeight]));
   const T* from = static_cast<const T*>(g.from) + from_offset(g, at, access.channel, t.first, h.first);
   T* to = static_cast<T*>(g.to) + to_offset(g, at, access.channel);
   const Column<T, Access, Taps> column{access, t, h, g.from_strides[kTime], g.from_strides[kHeight]};
   const bool empty = t.count == 0 || h.count == 0;
   const I begin = at[kWidth] * g.run, end = smaller_of<I>(begin + g.run, static_cast<I>(g.width));
   for (I w = begin; w < end; ++w) {
-    const Taps taps(axis_of<I>(g, 2), w);
+    const Along taps(width, Place(width, w));
     Pack<T> result;
     A sums[kPack] = {};
     for (I k = 0; k < taps.count && !empty; ++k) {
@@ -337,18 +404,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfAny) gather_any_kernel(cons
 template <class Way>
 __global__ void __launch_bounds__(kThreads, kBlocks) gather_copy_kernel(const __grid_constant__ Gather g) {
   using I = int32_t;
+  using Axis = DeviceAxis<typename Way::Taps, float, I>;
+  using Place = typename Way::template Place<I>;
   I at[kAxes];
   if (!find_item(g, at)) return;
-  const AxisOf<I> along = axis_of<I>(g, 2);
-  const RangeOf<I> t = Way::range(axis_of<I>(g, 0), at[kTime]), h = Way::range(axis_of<I>(g, 1), at[kHeight]);
+  const Axis time(g, 0), height(g, 1), width(g, 2);
+  const RangeOf<I> t = Way::template range<I>(time, Place(time, at[kTime]));
+  const RangeOf<I> h = Way::template range<I>(height, Place(height, at[kHeight]));
   const uint4* from = static_cast<const uint4*>(g.from) + from_offset(g, at, at[kChannel], t.first, h.first);
   uint4* to = static_cast<uint4*>(g.to) + to_offset(g, at, at[kChannel]);
   const bool empty = t.first == t.end || h.first == h.end;
   const I begin = at[kWidth] * g.run, end = smaller_of<I>(begin + g.run, static_cast<I>(g.width));
   uint4 pack{0, 0, 0, 0};
   I held = -1;
-  for (I w = begin; w < end; ++w) {
-    const RangeOf<I> range = Way::range(along, w);
+  Place place(width, begin);
+  for (I w = begin; w < end; ++w, place.move_on(width)) {
+    const RangeOf<I> range = Way::template range<I>(width, place);
     const bool none = empty || range.first == range.end;
     if (!none && range.first != held) {
       pack = __ldg(from + range.first * g.from_strides[kWidth]);
@@ -371,6 +442,7 @@ template <class Way> class GatherLaunch {
     std::copy_n(r.from.strides, kAxes, g_.from_strides);
     std::copy_n(r.to.strides, kAxes, g_.to_strides);
     std::copy_n(r.axes, 3, g_.axes);
+    for (int i = 0; i < 3; ++i) g_.inverse[i] = 1.0 / static_cast<double>(Way::Taps::parts(r.axes[i]));
     g_.channels = r.to_shape[kChannel], g_.width = r.to_shape[kWidth];
     g_.apart = (g_.channels + width_ - 1) / width_;
     g_.from_apart = g_.apart * g_.from_strides[kChannel], g_.to_apart = g_.apart * g_.to_strides[kChannel];
@@ -436,35 +508,47 @@ template <class Way> class GatherLaunch {
 
   bool is_short() const {
     bool fits = lanes() < INT32_MAX - kThreads && rows() < INT32_MAX - kThreads && g_.channels <= kShortAxis;
-    for (const ResizedAxis& axis : g_.axes) fits = fits && axis.coarse <= kShortAxis / axis.factor;
+    for (const ResizedAxis& axis : g_.axes) {
+      fits = fits && axis.coarse <= kShortAxis / axis.factor && Way::Taps::parts(axis) <= kMostParts;
+    }
     return fits;
   }
 
-  // At the ends there are no more taps than in the middle, unless they are all there is.
-  bool few() const {
-    bool few = true;
+  // The most taps of a place on any axis: at the ends there are no more than in the middle, unless they are all there is.
+  int64_t most_taps() const {
+    int64_t most = 0;
     for (int i = 0; i < 3; ++i) {
-      const Range range = Way::range(g_.axes[i], r_.to_shape[kTime + i] / 2);
-      few = few && range.end - range.first <= 2;
+      const Range range = range_at(g_.axes[i], r_.to_shape[kTime + i] / 2);
+      most = std::max(most, range.end - range.first);
     }
-    return few || Way::always_few;
+    return most;
+  }
+
+  static Range range_at(const ResizedAxis& axis, int64_t place) {
+    return Way::template range<int64_t>(axis, typename Way::template Place<int64_t>(axis, place));
   }
 
   bool copies() const {
     return std::all_of(g_.axes, g_.axes + 3, [](const ResizedAxis& axis) {
       if (axis.factor == 1) return true;
-      const Range range = Way::range(axis, int64_t{0});
+      const Range range = range_at(axis, 0);
       return axis.mode == LF_NEAREST && range.end - range.first <= 1;
     });
   }
 
   template <class T> GatherKernel kernel_of() const {
-    if (!is_short()) return gather_any_kernel<Way, T, Apart<T>, int64_t>;
-    if (few()) return together_ ? gather_few_kernel<Way, T, Together<T>> : gather_few_kernel<Way, T, Apart<T>>;
-    if constexpr (!Way::always_few) {
-      if (together_) return gather_any_kernel<Way, T, Together<T>, int32_t>;
+    constexpr auto any = gather_any_kernel<Way, T, Apart<T>, int64_t, AnyTaps<Way, Acc<T>, int64_t>>;
+    if (!is_short()) return any;
+    if constexpr (Way::always_few) {
+      return together_ ? gather_few_kernel<Way, T, Together<T>> : gather_few_kernel<Way, T, Apart<T>>;
+    } else {
+      using I = int32_t;
+      const int64_t most = most_taps();
+      if (most <= 2) return together_ ? gather_few_kernel<Way, T, Together<T>> : gather_few_kernel<Way, T, Apart<T>>;
+      if (!together_) return any;
+      if (most <= 4) return gather_any_kernel<Way, T, Together<T>, I, FewTaps<Way, Acc<T>, I, 4>>;
+      return gather_any_kernel<Way, T, Together<T>, I, AnyTaps<Way, Acc<T>, I>>;
     }
-    return gather_any_kernel<Way, T, Apart<T>, int64_t>;
   }
 
   GatherKernel choose() {
