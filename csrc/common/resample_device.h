@@ -35,6 +35,7 @@ struct Gather {
   int64_t from_strides[kAxes], to_strides[kAxes];
   ResizedAxis axes[3];
   double inverse[3];    // of the parts that weights are counted in
+  float inverse_single[3];
   int64_t channels, width;
   int64_t apart, from_apart, to_apart;  // from one channel of a thread to its next, where they are not together
   int64_t size[kAxes];  // of what is shared out: packs for channels, runs for W; the axes in the order of the memory
@@ -45,8 +46,8 @@ struct Gather {
   int32_t log2_lanes;   // of a block's threads so many lie along the two innermost axes, the others on rows
 };
 
-// n / d of whole numbers up to kMostParts, rounded once, by an inverse 1 / d of one unit's error at most: the remainder of
-// the first guess is exact, and what its own quotient errs by is less than what parts any n / d from a tie.
+// n / d of whole numbers up to kMostParts, rounded once, by an inverse 1 / d that errs by little more than half a unit:
+// the remainder of the first guess is exact, and its own quotient errs by less than what parts any n / d from a tie.
 template <class A> LF_HD inline A quotient(A n, A d, A inverse) {
   using std::fma;
   const A guess = n * inverse;
@@ -61,7 +62,7 @@ template <class Taps, class A, class I> struct DeviceAxis : AxisOf<I> {
   __device__ DeviceAxis(const Gather& g, int axis)
       : AxisOf<I>{static_cast<I>(g.axes[axis].coarse), static_cast<I>(g.axes[axis].factor), g.axes[axis].mode},
         parts(static_cast<A>(Taps::parts(static_cast<const AxisOf<I>&>(*this)))),
-        inverse(static_cast<A>(g.inverse[axis])) {}
+        inverse(std::is_same_v<A, double> ? g.inverse[axis] : g.inverse_single[axis]) {}
 
   __device__ A weight(I coarse, I fine) const {
     const AxisOf<I>& axis = *this;
@@ -272,6 +273,8 @@ template <class T, class Access, class Taps> struct Column {
   }
 
  private:
+  static __device__ bool has(const Taps& taps, int k) { return k == 0 || k < taps.count; }
+
   // Of two rows at once where both have at most two taps.
   __device__ void sum_few(const T* at, A (&sums)[kPack]) const {
     constexpr int kMost = Taps::most, kRows = kMost == 2 ? 2 : 1;
@@ -282,12 +285,12 @@ template <class T, class Access, class Taps> struct Column {
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int l = 0; l < kMost; ++l) {
-          if (k + i < h.count && l < t.count) access.load(at + (k + i) * row + l * frame, packs[i][l]);
+          if (has(h, k + i) && has(t, l)) access.load(at + (k + i) * row + l * frame, packs[i][l]);
         }
       }
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (k + i >= h.count) continue;
+        if (!has(h, k + i)) continue;
         A sum[kPack] = {};
         add_weighed(packs[i][0], t.weights[0], true, sum);
 #pragma unroll
@@ -442,7 +445,10 @@ template <class Way> class GatherLaunch {
     std::copy_n(r.from.strides, kAxes, g_.from_strides);
     std::copy_n(r.to.strides, kAxes, g_.to_strides);
     std::copy_n(r.axes, 3, g_.axes);
-    for (int i = 0; i < 3; ++i) g_.inverse[i] = 1.0 / static_cast<double>(Way::Taps::parts(r.axes[i]));
+    for (int i = 0; i < 3; ++i) {
+      g_.inverse[i] = 1.0 / static_cast<double>(Way::Taps::parts(r.axes[i]));
+      g_.inverse_single[i] = static_cast<float>(g_.inverse[i]);
+    }
     g_.channels = r.to_shape[kChannel], g_.width = r.to_shape[kWidth];
     g_.apart = (g_.channels + width_ - 1) / width_;
     g_.from_apart = g_.apart * g_.from_strides[kChannel], g_.to_apart = g_.apart * g_.to_strides[kChannel];
@@ -514,7 +520,7 @@ template <class Way> class GatherLaunch {
     return fits;
   }
 
-  // The most taps of a place on any axis: at the ends there are no more than in the middle, unless they are all there is.
+  // The most taps of a place on any axis: at the ends no more than in the middle, unless they are all there is.
   int64_t most_taps() const {
     int64_t most = 0;
     for (int i = 0; i < 3; ++i) {
