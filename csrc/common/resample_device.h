@@ -21,9 +21,9 @@ namespace lf {
 namespace {
 
 constexpr int kThreads = 256, kLog2Warp = 5;
-constexpr int kBlocks = 3, kBlocksOfAny = 2;  // that a multiprocessor holds at least, so that nothing need spill
+constexpr int kBlocks = 3, kBlocksOfFew = 4, kBlocksOfAny = 2;  // that a multiprocessor holds at least, so that nothing need spill
 constexpr int kPackBytes = 16;
-constexpr int64_t kLongestRun = 8;
+constexpr int64_t kLongestRun = 8, kMostRowChannels = 4;
 constexpr int64_t kEnoughThreads = 1 << 17;  // about as many as a device of 132 multiprocessors holds at once
 
 template <class T> constexpr int kPackWidth = kPackBytes / static_cast<int>(sizeof(T));
@@ -186,6 +186,8 @@ template <class T> __device__ inline void narrow_into(Pack<T>& pack, const Acc<T
 
 // A thread's channels: those of 16 bytes ...
 template <class T> struct Together {
+  using Loaded = Pack<T>;
+  static constexpr int count = kPackWidth<T>, blocks = sizeof(T) == 8 ? kBlocks : kBlocksOfFew;
   int64_t channel;
 
   __device__ Together(const Gather&, int64_t pack) : channel(pack * kPackWidth<T>) {}
@@ -195,33 +197,61 @@ template <class T> struct Together {
   }
 };
 
-// ... or as many, so far apart that lanes next to one another hold channels, or pixels, next to one another.
-template <class T> struct Apart {
+template <class T> __device__ inline void load_one(const T* at, T& value) {
   using Bits = std::conditional_t<sizeof(T) == 2, unsigned short,
                                   std::conditional_t<sizeof(T) == 4, unsigned, unsigned long long>>;
+  const Bits bits = __ldg(reinterpret_cast<const Bits*>(at));
+  memcpy(&value, &bits, sizeof bits);
+}
+
+// ... or as many, so far apart that lanes next to one another hold channels, or pixels, next to one another ...
+template <class T> struct Apart {
+  using Loaded = Pack<T>;
+  static constexpr int count = kPackWidth<T>, blocks = kBlocks;
   const Gather& g;
   int64_t channel;
-  int count = 0;
+  int there = 0;
 
   __device__ Apart(const Gather& gather, int64_t first) : g(gather), channel(first) {
 #pragma unroll
-    for (int k = 0; k < kPackWidth<T>; ++k) count += first + k * g.apart < g.channels;
+    for (int k = 0; k < count; ++k) there += first + k * g.apart < g.channels;
   }
   __device__ void load(const T* at, Pack<T>& pack) const {
 #pragma unroll
-    for (int k = 0; k < kPackWidth<T>; ++k) {
-      if (k >= count) continue;
-      const Bits bits = __ldg(reinterpret_cast<const Bits*>(at + k * g.from_apart));
-      memcpy(&pack.values[k], &bits, sizeof bits);
+    for (int k = 0; k < count; ++k) {
+      if (k < there) load_one(at + k * g.from_apart, pack.values[k]);
     }
   }
   __device__ void store(T* at, const Pack<T>& pack) const {
 #pragma unroll
-    for (int k = 0; k < kPackWidth<T>; ++k) {
-      if (k < count) at[k * g.to_apart] = pack.values[k];
+    for (int k = 0; k < count; ++k) {
+      if (k < there) at[k * g.to_apart] = pack.values[k];
     }
   }
 };
+
+template <class T, int kChannels> struct LoadedPixel {
+  T values[kChannels] = {};
+};
+
+// ... or a pixel's few, of which those of pixels next to one another make packs.
+template <class T, int kChannels> struct Pixel {
+  using Loaded = LoadedPixel<T, kChannels>;
+  static constexpr int count = kChannels;
+  int64_t channel, apart;
+
+  __device__ Pixel(const Gather& g, int64_t first) : channel(first), apart(g.from_strides[kChannel]) {}
+  __device__ void load(const T* at, Loaded& pixel) const {
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) load_one(at + k * apart, pixel.values[k]);
+  }
+};
+
+template <class T, int kChannels>
+__device__ inline void widen_into(Acc<T> (&values)[kChannels], const LoadedPixel<T, kChannels>& pixel) {
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) values[k] = widen(pixel.values[k]);
+}
 
 // What a thread works on, as indices by axis. False where there is nothing for it.
 template <class I> __device__ inline bool find_item(const Gather& g, I (&at)[kAxes]) {
@@ -259,7 +289,8 @@ template <class I> __device__ inline int64_t to_offset(const Gather& g, const I 
 // are some. Loads come before what is made of them, so that several are under way at once.
 template <class T, class Access, class Taps> struct Column {
   using A = Acc<T>;
-  static constexpr int kPack = kPackWidth<T>;
+  using Loaded = typename Access::Loaded;
+  static constexpr int kPack = Access::count;
   const Access& access;
   const Taps &t, &h;
   int64_t frame, row;  // strides
@@ -280,7 +311,7 @@ template <class T, class Access, class Taps> struct Column {
     constexpr int kMost = Taps::most, kRows = kMost == 2 ? 2 : 1;
 #pragma unroll
     for (int k = 0; k < kMost; k += kRows) {
-      Pack<T> packs[kRows][kMost];
+      Loaded packs[kRows][kMost];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
@@ -306,7 +337,7 @@ template <class T, class Access, class Taps> struct Column {
     const bool both = k + 1 < h.count;
     A upper[kPack] = {}, lower[kPack] = {};
     for (I l = 0; l < t.count; ++l, at += frame) {
-      Pack<T> packs[2];
+      Loaded packs[2];
       access.load(at, packs[0]);
       if (both) access.load(at + row, packs[1]);
       const A weight = t.weight(l);
@@ -317,57 +348,114 @@ template <class T, class Access, class Taps> struct Column {
     if (both) add(lower, h.weight(k + 1), false, sums);
   }
 
-  __device__ static void add_weighed(const Pack<T>& pack, A weight, bool first, A (&sums)[kPack]) {
+  __device__ static void add_weighed(const Loaded& pack, A weight, bool first, A (&sums)[kPack]) {
     A values[kPack];
     widen_into(values, pack);
     add(values, weight, first, sums);
   }
 };
 
-// At most two taps on each axis.
-template <class Way, class T, class Access>
-__global__ void __launch_bounds__(kThreads, kBlocks) gather_few_kernel(const __grid_constant__ Gather g) {
+// A thread's places on W, one after the other, where no axis has more than two taps.
+template <class Way, class T, class Access> class Walk {
+ public:
   using A = Acc<T>;
   using I = int32_t;
+  static constexpr int count = Access::count;
+
+  __device__ Walk(const Gather& g, const I (&at)[kAxes], const Access& access)
+      : width_(g, 2), place_(width_, at[kWidth] * g.run), access_(access),
+        t_(taps(g, 0, at[kTime])), h_(taps(g, 1, at[kHeight])), frame_(g.from_strides[kTime]),
+        row_(g.from_strides[kHeight]),
+        from_(static_cast<const T*>(g.from) + from_offset(g, at, access.channel, t_.first, h_.first)),
+        step_(g.from_strides[kWidth]), empty_(t_.count == 0 || h_.count == 0) {}
+
+  __device__ I place() const { return place_.at; }
+
+  // Of the place it has come to; zeros where there are no taps.
+  __device__ void sum(A (&sums)[count]) {
+    const Taps taps(width_, place_);
+    const Column<T, Access, Taps> column{access_, t_, h_, frame_, row_};  // kept, it would keep all of this in memory
+    if (!empty_ && taps.count > 0) {
+      held_ = larger_of(held_, taps.first);
+      for (; held_ < taps.first + taps.count; ++held_) {
+#pragma unroll
+        for (int i = 0; i < count; ++i) before_[i] = last_[i];
+        column.sum(from_ + held_ * step_, last_);
+      }
+      if (taps.count > 1) {
+        add(before_, taps.weights[0], true, sums);
+        add(last_, taps.weights[1], false, sums);
+      } else {
+        add(last_, taps.weights[0], true, sums);
+      }
+    }
+    place_.move_on(width_);
+  }
+
+ private:
   using Taps = FewTaps<Way, A, I, 2>;
   using Axis = typename Taps::Axis;
   using Place = typename Taps::Place;
-  constexpr int kPack = kPackWidth<T>;
-  I at[kAxes];
+
+  __device__ static Taps taps(const Gather& g, int axis, I place) {
+    const Axis along(g, axis);
+    return Taps(along, Place(along, place));
+  }
+
+  const Axis width_;
+  Place place_;
+  const Access& access_;
+  const Taps t_, h_;
+  const int64_t frame_, row_;
+  const T* const from_;
+  const int64_t step_;
+  const bool empty_;
+  // The columns summed last, which end at `held_`. Where two taps follow one another, no later place has the first
+  // alone: a sole tap is the last column.
+  A before_[count] = {}, last_[count] = {};
+  I held_ = 0;
+};
+
+// At most two taps on each axis.
+template <class Way, class T, class Access>
+__global__ void __launch_bounds__(kThreads, Access::blocks) gather_few_kernel(const __grid_constant__ Gather g) {
+  int32_t at[kAxes];
   if (!find_item(g, at)) return;
   const Access access(g, at[kChannel]);
-  const Axis time(g, 0), height(g, 1), width(g, 2);
-  const Taps t(time, Place(time, at[kTime])), h(height, Place(height, at[kHeight]));
-  const T* from = static_cast<const T*>(g.from) + from_offset(g, at, access.channel, t.first, h.first);
-  const Column<T, Access, Taps> column{access, t, h, g.from_strides[kTime], g.from_strides[kHeight]};
-  const bool empty = t.count == 0 || h.count == 0;
-  const I begin = at[kWidth] * g.run, end = smaller_of<I>(begin + g.run, static_cast<I>(g.width));
-  T* to = static_cast<T*>(g.to) + to_offset(g, at, access.channel) + begin * g.to_strides[kWidth];
-  // Columns summed last, those that end at `held`. Where two taps follow one another, no later place has the first
-  // alone: a sole tap is the last column.
-  A before[kPack] = {}, last[kPack] = {};
-  I held = 0;
-  Place place(width, begin);
-  for (I w = begin; w < end; ++w, place.move_on(width), to += g.to_strides[kWidth]) {
-    const Taps taps(width, place);
+  Walk<Way, T, Access> walk(g, at, access);
+  const int32_t end = smaller_of(walk.place() + g.run, static_cast<int32_t>(g.width));
+  T* to = static_cast<T*>(g.to) + to_offset(g, at, access.channel) + walk.place() * g.to_strides[kWidth];
+  for (; walk.place() < end; to += g.to_strides[kWidth]) {
+    Acc<T> sums[kPackWidth<T>] = {};
+    walk.sum(sums);
     Pack<T> result;
-    if (!empty && taps.count > 0) {
-      held = larger_of(held, taps.first);
-      for (; held < taps.first + taps.count; ++held) {
-#pragma unroll
-        for (int i = 0; i < kPack; ++i) before[i] = last[i];
-        column.sum(from + held * g.from_strides[kWidth], last);
-      }
-      A sums[kPack] = {};
-      if (taps.count > 1) {
-        add(before, taps.weights[0], true, sums);
-        add(last, taps.weights[1], false, sums);
-      } else {
-        add(last, taps.weights[0], true, sums);
-      }
-      narrow_into(result, sums);
-    }
+    narrow_into(result, sums);
     access.store(to, result);
+  }
+}
+
+// At most two taps on each axis, and pixels of kChannels that lie next to one another in a row: those of as many packs.
+template <class Way, class T, int kChannels>
+__global__ void __launch_bounds__(kThreads, kBlocks) gather_row_kernel(const __grid_constant__ Gather g) {
+  constexpr int kPack = kPackWidth<T>;
+  int32_t at[kAxes];
+  if (!find_item(g, at)) return;
+  const Pixel<T, kChannels> pixel(g, at[kChannel]);
+  Walk<Way, T, Pixel<T, kChannels>> walk(g, at, pixel);
+  T* const to = static_cast<T*>(g.to) + to_offset(g, at, pixel.channel) + int64_t{walk.place()} * kChannels;
+  Acc<T> row[kChannels][kPack];
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    Acc<T> sums[kChannels] = {};
+    walk.sum(sums);
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) row[(i * kChannels + k) / kPack][(i * kChannels + k) % kPack] = sums[k];
+  }
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    Pack<T> pack;
+    narrow_into(pack, row[k]);
+    store_16(to + k * kPack, pack.bytes.x, pack.bytes.y, pack.bytes.z, pack.bytes.w);
   }
 }
 
@@ -452,7 +540,9 @@ template <class Way> class GatherLaunch {
     g_.channels = r.to_shape[kChannel], g_.width = r.to_shape[kWidth];
     g_.apart = (g_.channels + width_ - 1) / width_;
     g_.from_apart = g_.apart * g_.from_strides[kChannel], g_.to_apart = g_.apart * g_.to_strides[kChannel];
+    row_channels_ = row_channels();
     share_out();
+    if (row_channels_ > 0 && !is_short()) row_channels_ = 0, share_out();
   }
 
   lf_status run(cudaStream_t stream) {
@@ -478,16 +568,30 @@ template <class Way> class GatherLaunch {
     return fits;
   }
 
+  // How many channels next to one another the pixels of a row are of, where threads write packs of pixels; 0 if not.
+  int row_channels() const {
+    const Sizes& shape = r_.to_shape;
+    if (!Way::always_few || together_ || shape[kChannel] > kMostRowChannels || shape[kWidth] % width_ != 0) return 0;
+    const bool pixels = r_.to.strides[kWidth] == 3 && r_.to.strides[kChannel] == 1 && shape[kChannel] == 3;
+    bool fits = reinterpret_cast<uintptr_t>(r_.to.data) % kPackBytes == 0 && (pixels || r_.to.strides[kWidth] == 1);
+    for (int axis = 0; axis < kWidth; ++axis) {
+      if (axis == kChannel && pixels) continue;
+      fits = fits && (shape[axis] == 1 || r_.to.strides[axis] % width_ == 0);
+    }
+    return fits ? pixels ? 3 : 1 : 0;
+  }
+
   // Lays the outputs out over blocks.
   void share_out() {
     Sizes size = r_.to_shape;
-    size[kChannel] = g_.apart;
+    size[kChannel] = row_channels_ > 0 ? size[kChannel] / row_channels_ : g_.apart;
     std::array<int, kAxes> order{kBatch, kChannel, kTime, kHeight, kWidth};
     const auto reach = [&](int axis) { return size[axis] == 1 ? UINT64_MAX : magnitude(g_.to_strides[axis]); };
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return reach(a) > reach(b); });
     // Along the innermost axis lanes lie next to one another.
     g_.run = 1;
-    if (order[kAxes - 1] != kWidth) g_.run = static_cast<int32_t>(longest_run(size));
+    if (row_channels_ > 0) g_.run = static_cast<int32_t>(width_);
+    else if (order[kAxes - 1] != kWidth) g_.run = static_cast<int32_t>(longest_run(size));
     size[kWidth] = (size[kWidth] + g_.run - 1) / g_.run;
     // Frames that share sources are to meet in a block, where rows do not.
     const auto rows_end = order.begin() + 3, frames = std::find(order.begin(), rows_end, int{kTime});
@@ -546,6 +650,8 @@ template <class Way> class GatherLaunch {
     constexpr auto any = gather_any_kernel<Way, T, Apart<T>, int64_t, AnyTaps<Way, Acc<T>, int64_t>>;
     if (!is_short()) return any;
     if constexpr (Way::always_few) {
+      if (row_channels_ == 3) return gather_row_kernel<Way, T, 3>;
+      if (row_channels_ == 1) return gather_row_kernel<Way, T, 1>;
       return together_ ? gather_few_kernel<Way, T, Together<T>> : gather_few_kernel<Way, T, Apart<T>>;
     } else {
       using I = int32_t;
@@ -574,6 +680,7 @@ template <class Way> class GatherLaunch {
 
   const Resample& r_;
   int64_t element_size_ = 0, width_ = 1;
+  int row_channels_ = 0;
   bool together_ = false;
   Gather g_{};
 };
