@@ -23,7 +23,7 @@ namespace {
 constexpr int kThreads = 256, kLog2Warp = 5;
 constexpr int kBlocks = 3, kBlocksOfFew = 4, kBlocksOfAny = 2;  // that a multiprocessor holds at least, so that nothing need spill
 constexpr int kPackBytes = 16;
-constexpr int64_t kLongestRun = 8, kMostRowChannels = 4;
+constexpr int64_t kLongestRun = 32, kCommonRun = 8, kMostRowChannels = 4;
 constexpr int64_t kEnoughThreads = 1 << 17;  // about as many as a device of 132 multiprocessors holds at once
 
 template <class T> constexpr int kPackWidth = kPackBytes / static_cast<int>(sizeof(T));
@@ -607,12 +607,17 @@ template <class Way> class GatherLaunch {
     g_.tiles = (lanes() + (int64_t{1} << g_.log2_lanes) - 1) >> g_.log2_lanes;
   }
 
-  // As long as there are threads enough, and no longer than the row.
+  // As long as there are threads enough, and no longer than the row. Beyond kCommonRun what a longer run saves at its
+  // beginning is less than what a last, unfilled round of threads may cost: there are to be many rounds.
   static int64_t longest_run(const Sizes& size) {
     double packs = 1;
     for (const int64_t n : size) packs *= static_cast<double>(n);
     int64_t run = kLongestRun;
-    while (run > 1 && (run / 2 >= size[kWidth] || packs / static_cast<double>(run) < kEnoughThreads)) run /= 2;
+    const auto fits = [&] {
+      const int64_t enough = run > kCommonRun ? 8 * kEnoughThreads : kEnoughThreads;
+      return run / 2 < size[kWidth] && packs >= static_cast<double>(enough * run);
+    };
+    while (run > 1 && !fits()) run /= 2;
     return run;
   }
 
