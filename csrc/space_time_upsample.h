@@ -28,7 +28,9 @@ struct Upsampling {
   }
 
   // A weight is part / parts, rounded once.
-  template <class I> LF_HD static I parts(const AxisOf<I>& axis) { return axis.mode == LF_LINEAR ? 2 * axis.factor : 1; }
+  template <class I> LF_HD static I parts(const AxisOf<I>& axis) {
+    return axis.mode == LF_LINEAR ? 2 * axis.factor : 1;
+  }
   template <class I> LF_HD static I part(const AxisOf<I>& axis, IndexOf<I> i, IndexOf<I> j) {
     if (axis.mode != LF_LINEAR) return 1;
     const I whole = 2 * axis.factor, last = whole * (axis.coarse - 1);

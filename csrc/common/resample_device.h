@@ -21,7 +21,8 @@ namespace lf {
 namespace {
 
 constexpr int kThreads = 256, kLog2Warp = 5;
-constexpr int kBlocks = 3, kBlocksOfFew = 4, kBlocksOfAny = 2;  // that a multiprocessor holds at least, so that nothing need spill
+// That a multiprocessor holds at least, so that nothing need spill.
+constexpr int kBlocks = 3, kBlocksOfFew = 4, kBlocksOfAny = 2;
 constexpr int kPackBytes = 16;
 constexpr int64_t kLongestRun = 32, kCommonRun = 8, kMostRowChannels = 4;
 constexpr int64_t kEnoughThreads = 1 << 17;  // about as many as a device of 132 multiprocessors holds at once
