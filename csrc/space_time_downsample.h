@@ -20,9 +20,9 @@ struct Downsampling {
     }
   }
 
-  // Of those in the first and past the last place: there may be none.
-  template <class I> LF_HD static RangeOf<I> coarse_of(const AxisOf<I>& axis, IndexOf<I> j) {
-    const I f = axis.factor, i = j / f, p = j % f;
+  // Of place f i + p; of those in the first and past the last place: there may be none.
+  template <class I> LF_HD static RangeOf<I> coarse_at(const AxisOf<I>& axis, IndexOf<I> i, IndexOf<I> p) {
+    const I f = axis.factor;
     if (f == 1) return {i, i + 1};
     switch (axis.mode) {
       case LF_LINEAR: return {i, i + (p >= (f - 1) / 2 && p <= f / 2)};
@@ -31,16 +31,27 @@ struct Downsampling {
       default: return {i, i + (p == 0)};
     }
   }
+  template <class I> LF_HD static RangeOf<I> coarse_of(const AxisOf<I>& axis, IndexOf<I> j) {
+    return coarse_at(axis, j / axis.factor, j % axis.factor);
+  }
 
-  template <class A, class I> LF_HD static A weight(const AxisOf<I>& axis, IndexOf<I> i, IndexOf<I> j) {
+  // A weight is part / parts, rounded once.
+  template <class I> LF_HD static I parts(const AxisOf<I>& axis) {
     const I f = axis.factor;
-    if (f == 1) return A(1);
+    if (f == 1) return 1;
     switch (axis.mode) {
-      case LF_LINEAR: return f % 2 ? A(1) : A(0.5);
-      case LF_AREA: return A(1) / static_cast<A>(f);
-      case LF_BLUR: return j != f * i ? A(0.25) : i == 0 ? A(0.75) : A(0.5);  // the first place counts twice
-      default: return A(1);
+      case LF_LINEAR: return f % 2 ? 1 : 2;
+      case LF_AREA: return f;
+      case LF_BLUR: return 4;
+      default: return 1;
     }
+  }
+  template <class I> LF_HD static I part(const AxisOf<I>& axis, IndexOf<I> i, IndexOf<I> j) {
+    if (axis.factor == 1 || axis.mode != LF_BLUR) return 1;
+    return j != axis.factor * i ? 1 : i == 0 ? 3 : 2;  // the first place counts twice
+  }
+  template <class A, class I> LF_HD static A weight(const AxisOf<I>& axis, IndexOf<I> i, IndexOf<I> j) {
+    return static_cast<A>(part(axis, i, j)) / static_cast<A>(parts(axis));
   }
 };
 

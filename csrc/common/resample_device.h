@@ -10,18 +10,21 @@
 #define LF_COMMON_RESAMPLE_DEVICE_H
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "common/device.h"
+#include "common/ptx.h"
 #include "common/space_time.h"
 
 namespace lf {
 namespace {
 
 constexpr int kThreads = 256, kLog2Warp = 5;
-constexpr int kBlocks = 3, kBlocksOfAny = 2;  // that a multiprocessor holds at least, so that nothing need spill
+// That a multiprocessor holds at least, so that nothing need spill.
+constexpr int kBlocks = 3, kBlocksOfFew = 4, kBlocksOfAny = 2;
 constexpr int kPackBytes = 16;
-constexpr int64_t kLongestRun = 8;
+constexpr int64_t kLongestRun = 32, kCommonRun = 8, kMostRowChannels = 4;
 constexpr int64_t kEnoughThreads = 1 << 17;  // about as many as a device of 132 multiprocessors holds at once
 
 template <class T> constexpr int kPackWidth = kPackBytes / static_cast<int>(sizeof(T));
@@ -32,6 +35,8 @@ struct Gather {
   void* to;
   int64_t from_strides[kAxes], to_strides[kAxes];
   ResizedAxis axes[3];
+  double inverse[3];    // of the parts that weights are counted in
+  float inverse_single[3];
   int64_t channels, width;
   int64_t apart, from_apart, to_apart;  // from one channel of a thread to its next, where they are not together
   int64_t size[kAxes];  // of what is shared out: packs for channels, runs for W; the axes in the order of the memory
@@ -42,57 +47,103 @@ struct Gather {
   int32_t log2_lanes;   // of a block's threads so many lie along the two innermost axes, the others on rows
 };
 
-// The two ways through an op's taps.
-template <class Taps> struct ToCoarse {
-  static constexpr bool always_few = false;
-  template <class I> LF_HD static RangeOf<I> range(const AxisOf<I>& axis, IndexOf<I> i) {
-    return Taps::fine_of(axis, i);
-  }
-  template <class A, class I> LF_HD static A weight(const AxisOf<I>& axis, IndexOf<I> i, IndexOf<I> j) {
-    return Taps::template weight<A>(axis, i, j);
-  }
-};
-template <class Taps> struct ToFine {
-  static constexpr bool always_few = true;
-  template <class I> LF_HD static RangeOf<I> range(const AxisOf<I>& axis, IndexOf<I> j) {
-    return Taps::coarse_of(axis, j);
-  }
-  template <class A, class I> LF_HD static A weight(const AxisOf<I>& axis, IndexOf<I> j, IndexOf<I> i) {
-    return Taps::template weight<A>(axis, i, j);
+// n / d of whole numbers up to kMostParts, rounded once, by an inverse 1 / d that errs by little more than half a unit:
+// the remainder of the first guess is exact, and its own quotient errs by less than what parts any n / d from a tie.
+template <class A> LF_HD inline A quotient(A n, A d, A inverse) {
+  using std::fma;
+  const A guess = n * inverse;
+  return fma(fma(-guess, d, n), inverse, guess);
+}
+constexpr int64_t kMostParts = int64_t{1} << 22;
+
+// An axis as a thread of the device needs it.
+template <class Taps, class A, class I> struct DeviceAxis : AxisOf<I> {
+  A parts, inverse;
+
+  __device__ DeviceAxis(const Gather& g, int axis)
+      : AxisOf<I>{static_cast<I>(g.axes[axis].coarse), static_cast<I>(g.axes[axis].factor), g.axes[axis].mode},
+        parts(static_cast<A>(Taps::parts(static_cast<const AxisOf<I>&>(*this)))),
+        inverse(std::is_same_v<A, double> ? g.inverse[axis] : g.inverse_single[axis]) {}
+
+  __device__ A weight(I coarse, I fine) const {
+    const AxisOf<I>& axis = *this;
+    if constexpr (sizeof(I) == 8) return Taps::template weight<A>(axis, coarse, fine);
+    else return quotient(static_cast<A>(Taps::part(axis, coarse, fine)), parts, inverse);
   }
 };
 
-// The taps of one place of `to` on an axis: at most two, weighed once ...
-template <class Way, class A, class I> struct FewTaps {
-  using Index = int;
-  static constexpr bool few = true;
+// The two ways through an op's taps, each from a place of `to`, which knows the next.
+template <class Op> struct ToCoarse {
+  using Taps = Op;
+  static constexpr bool always_few = false;
+  template <class I> struct Place {
+    I at;
+    LF_HD Place(const AxisOf<I>&, I place) : at(place) {}
+    LF_HD void move_on(const AxisOf<I>&) { ++at; }
+  };
+  template <class I> LF_HD static RangeOf<I> range(const AxisOf<I>& axis, const Place<I>& place) {
+    return Taps::fine_of(axis, place.at);
+  }
+  template <class A, class I>
+  __device__ static A weight(const DeviceAxis<Taps, A, I>& axis, const Place<I>& place, std::common_type_t<I> j) {
+    return axis.weight(place.at, j);
+  }
+};
+template <class Op> struct ToFine {
+  using Taps = Op;
+  static constexpr bool always_few = true;
+  template <class I> struct Place {
+    I at, coarse, phase;  // f coarse + phase
+    LF_HD Place(const AxisOf<I>& axis, I place) : at(place), coarse(place / axis.factor) {
+      phase = place - coarse * axis.factor;
+    }
+    LF_HD void move_on(const AxisOf<I>& axis) {
+      ++at, ++phase;
+      if (phase == axis.factor) ++coarse, phase = 0;
+    }
+  };
+  template <class I> LF_HD static RangeOf<I> range(const AxisOf<I>& axis, const Place<I>& place) {
+    return Taps::coarse_at(axis, place.coarse, place.phase);
+  }
+  template <class A, class I>
+  __device__ static A weight(const DeviceAxis<Taps, A, I>& axis, const Place<I>& place, std::common_type_t<I> i) {
+    return axis.weight(i, place.at);
+  }
+};
+
+// The taps of one place of `to` on an axis: a few, weighed once ...
+template <class Way, class A, class I, int kMost> struct FewTaps {
+  using Axis = DeviceAxis<typename Way::Taps, A, I>;
+  using Place = typename Way::template Place<I>;
+  static constexpr int most = kMost;
   I first;
   int count;
-  A weights[2];
+  A weights[kMost];
 
-  __device__ FewTaps(const AxisOf<I>& axis, I place) {
-    const RangeOf<I> range = Way::range(axis, place);
+  __device__ FewTaps(const Axis& axis, const Place& place) {
+    const RangeOf<I> range = Way::template range<I>(axis, place);
     first = range.first;
     count = static_cast<int>(range.end - range.first);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) weights[k] = k < count ? Way::template weight<A>(axis, place, first + k) : A(0);
+    for (int k = 0; k < kMost; ++k) weights[k] = Way::template weight<A, I>(axis, place, first + k);
   }
-  __device__ A weight(int k) const { return weights[k]; }
 };
 
 // ... or any number.
 template <class Way, class A, class I> struct AnyTaps {
-  using Index = I;
-  static constexpr bool few = false;
-  AxisOf<I> axis;
-  I place, first, count;
+  using Axis = DeviceAxis<typename Way::Taps, A, I>;
+  using Place = typename Way::template Place<I>;
+  static constexpr int most = 0;
+  Axis axis;
+  Place place;
+  I first, count;
 
-  __device__ AnyTaps(const AxisOf<I>& along, I at) : axis(along), place(at) {
-    const RangeOf<I> range = Way::range(axis, place);
+  __device__ AnyTaps(const Axis& along, const Place& at) : axis(along), place(at) {
+    const RangeOf<I> range = Way::template range<I>(axis, place);
     first = range.first;
     count = range.end - range.first;
   }
-  __device__ A weight(I k) const { return Way::template weight<A>(axis, place, first + k); }
+  __device__ A weight(I k) const { return Way::template weight<A, I>(axis, place, first + k); }
 };
 
 // One more term of a sum, or the first.
@@ -110,48 +161,98 @@ template <class T> union Pack {
   __device__ Pack() : bytes{0, 0, 0, 0} {}
 };
 
-template <class T> __device__ inline void narrow_into(Pack<T>& pack, const Acc<T> (&sums)[kPackWidth<T>]) {
+template <class T> __device__ inline void widen_into(Acc<T> (&values)[kPackWidth<T>], const Pack<T>& pack) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t pairs[] = {pack.bytes.x, pack.bytes.y, pack.bytes.z, pack.bytes.w};
 #pragma unroll
-  for (int i = 0; i < kPackWidth<T>; ++i) pack.values[i] = narrow<T>(sums[i]);
+    for (int i = 0; i < 4; ++i) {
+      values[2 * i] = float_of(pairs[i] << 16);
+      values[2 * i + 1] = float_of(pairs[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPackWidth<T>; ++i) values[i] = widen(pack.values[i]);
+  }
+}
+
+template <class T> __device__ inline void narrow_into(Pack<T>& pack, const Acc<T> (&sums)[kPackWidth<T>]) {
+  if constexpr (sizeof(T) == 2) {
+    const auto pair = [&](int i) { return narrow_pair<T>(sums[2 * i], sums[2 * i + 1]); };
+    pack.bytes = {pair(0), pair(1), pair(2), pair(3)};
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPackWidth<T>; ++i) pack.values[i] = sums[i];
+  }
 }
 
 // A thread's channels: those of 16 bytes ...
 template <class T> struct Together {
+  using Loaded = Pack<T>;
+  static constexpr int count = kPackWidth<T>, blocks = sizeof(T) == 8 ? kBlocks : kBlocksOfFew;
   int64_t channel;
 
   __device__ Together(const Gather&, int64_t pack) : channel(pack * kPackWidth<T>) {}
   __device__ void load(const T* at, Pack<T>& pack) const { pack.bytes = __ldg(reinterpret_cast<const uint4*>(at)); }
-  // By name, lest the compiler stores the words that it has made of a pack one by one.
-  __device__ void store(T* at, const Pack<T>& pack) const { __stwb(reinterpret_cast<uint4*>(at), pack.bytes); }
+  __device__ void store(T* at, const Pack<T>& pack) const {
+    store_16(at, pack.bytes.x, pack.bytes.y, pack.bytes.z, pack.bytes.w);
+  }
 };
 
-// ... or as many, so far apart that lanes next to one another hold channels, or pixels, next to one another.
-template <class T> struct Apart {
+template <class T> __device__ inline void load_one(const T* at, T& value) {
   using Bits = std::conditional_t<sizeof(T) == 2, unsigned short,
                                   std::conditional_t<sizeof(T) == 4, unsigned, unsigned long long>>;
+  const Bits bits = __ldg(reinterpret_cast<const Bits*>(at));
+  memcpy(&value, &bits, sizeof bits);
+}
+
+// ... or as many, so far apart that lanes next to one another hold channels, or pixels, next to one another ...
+template <class T> struct Apart {
+  using Loaded = Pack<T>;
+  static constexpr int count = kPackWidth<T>, blocks = kBlocks;
   const Gather& g;
   int64_t channel;
-  int count = 0;
+  int there = 0;
 
   __device__ Apart(const Gather& gather, int64_t first) : g(gather), channel(first) {
 #pragma unroll
-    for (int k = 0; k < kPackWidth<T>; ++k) count += first + k * g.apart < g.channels;
+    for (int k = 0; k < count; ++k) there += first + k * g.apart < g.channels;
   }
   __device__ void load(const T* at, Pack<T>& pack) const {
 #pragma unroll
-    for (int k = 0; k < kPackWidth<T>; ++k) {
-      if (k >= count) continue;
-      const Bits bits = __ldg(reinterpret_cast<const Bits*>(at + k * g.from_apart));
-      memcpy(&pack.values[k], &bits, sizeof bits);
+    for (int k = 0; k < count; ++k) {
+      if (k < there) load_one(at + k * g.from_apart, pack.values[k]);
     }
   }
   __device__ void store(T* at, const Pack<T>& pack) const {
 #pragma unroll
-    for (int k = 0; k < kPackWidth<T>; ++k) {
-      if (k < count) at[k * g.to_apart] = pack.values[k];
+    for (int k = 0; k < count; ++k) {
+      if (k < there) at[k * g.to_apart] = pack.values[k];
     }
   }
 };
+
+template <class T, int kChannels> struct LoadedPixel {
+  T values[kChannels] = {};
+};
+
+// ... or a pixel's few, of which those of pixels next to one another make packs.
+template <class T, int kChannels> struct Pixel {
+  using Loaded = LoadedPixel<T, kChannels>;
+  static constexpr int count = kChannels;
+  int64_t channel, apart;
+
+  __device__ Pixel(const Gather& g, int64_t first) : channel(first), apart(g.from_strides[kChannel]) {}
+  __device__ void load(const T* at, Loaded& pixel) const {
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) load_one(at + k * apart, pixel.values[k]);
+  }
+};
+
+template <class T, int kChannels>
+__device__ inline void widen_into(Acc<T> (&values)[kChannels], const LoadedPixel<T, kChannels>& pixel) {
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) values[k] = widen(pixel.values[k]);
+}
 
 // What a thread works on, as indices by axis. False where there is nothing for it.
 template <class I> __device__ inline bool find_item(const Gather& g, I (&at)[kAxes]) {
@@ -174,11 +275,6 @@ template <class I> __device__ inline bool find_item(const Gather& g, I (&at)[kAx
   return lane < static_cast<U>(g.size[3]) && row < static_cast<U>(g.size[0]);
 }
 
-template <class I> __device__ inline AxisOf<I> axis_of(const Gather& g, int axis) {
-  const ResizedAxis& whole = g.axes[axis];
-  return {static_cast<I>(whole.coarse), static_cast<I>(whole.factor), whole.mode};
-}
-
 // Of an item, without what lies along W, and T and H where their taps begin.
 template <class I>
 __device__ inline int64_t from_offset(const Gather& g, const I (&at)[kAxes], int64_t channel, I frame, I row) {
@@ -194,133 +290,196 @@ template <class I> __device__ inline int64_t to_offset(const Gather& g, const I 
 // are some. Loads come before what is made of them, so that several are under way at once.
 template <class T, class Access, class Taps> struct Column {
   using A = Acc<T>;
-  using I = typename Taps::Index;
-  static constexpr int kPack = kPackWidth<T>;
+  using Loaded = typename Access::Loaded;
+  static constexpr int kPack = Access::count;
   const Access& access;
   const Taps &t, &h;
   int64_t frame, row;  // strides
 
   __device__ void sum(const T* at, A (&sums)[kPack]) const {
-    if constexpr (Taps::few) {
+    if constexpr (Taps::most > 0) {
       sum_few(at, sums);
     } else {
-      for (I k = 0; k < h.count; k += 2) add_two_rows(at + k * row, k, sums);
+      for (auto k = h.count; k > 0; k -= 2) add_two_rows(at + (h.count - k) * row, h.count - k, sums);
     }
   }
 
  private:
+  static __device__ bool has(const Taps& taps, int k) { return k == 0 || k < taps.count; }
+
+  // Of two rows at once where both have at most two taps.
   __device__ void sum_few(const T* at, A (&sums)[kPack]) const {
-    Pack<T> packs[2][2];
+    constexpr int kMost = Taps::most, kRows = kMost == 2 ? 2 : 1;
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
+    for (int k = 0; k < kMost; k += kRows) {
+      Loaded packs[kRows][kMost];
 #pragma unroll
-      for (int l = 0; l < 2; ++l) {
-        if (k < h.count && l < t.count) access.load(at + k * row + l * frame, packs[k][l]);
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int l = 0; l < kMost; ++l) {
+          if (has(h, k + i) && has(t, l)) access.load(at + (k + i) * row + l * frame, packs[i][l]);
+        }
       }
-    }
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (k >= h.count) continue;
-      A sum[kPack] = {};
-      add_weighed(packs[k][0], t.weight(0), true, sum);
-      if (t.count > 1) add_weighed(packs[k][1], t.weight(1), false, sum);
-      add(sum, h.weight(k), k == 0, sums);
+      for (int i = 0; i < kRows; ++i) {
+        if (!has(h, k + i)) continue;
+        A sum[kPack] = {};
+        add_weighed(packs[i][0], t.weights[0], true, sum);
+#pragma unroll
+        for (int l = 1; l < kMost; ++l) {
+          if (l < t.count) add_weighed(packs[i][l], t.weights[l], false, sum);
+        }
+        add(sum, h.weights[k + i], k + i == 0, sums);
+      }
     }
   }
 
-  __device__ void add_two_rows(const T* at, I k, A (&sums)[kPack]) const {
+  template <class I> __device__ void add_two_rows(const T* at, I k, A (&sums)[kPack]) const {
     const bool both = k + 1 < h.count;
     A upper[kPack] = {}, lower[kPack] = {};
     for (I l = 0; l < t.count; ++l, at += frame) {
-      Pack<T> packs[2];
+      Loaded packs[2];
       access.load(at, packs[0]);
       if (both) access.load(at + row, packs[1]);
       const A weight = t.weight(l);
       add_weighed(packs[0], weight, l == 0, upper);
-      add_weighed(packs[1], weight, l == 0, lower);
+      if (both) add_weighed(packs[1], weight, l == 0, lower);
     }
     add(upper, h.weight(k), k == 0, sums);
     if (both) add(lower, h.weight(k + 1), false, sums);
   }
 
-  __device__ static void add_weighed(const Pack<T>& pack, A weight, bool first, A (&sums)[kPack]) {
+  __device__ static void add_weighed(const Loaded& pack, A weight, bool first, A (&sums)[kPack]) {
     A values[kPack];
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) values[i] = widen(pack.values[i]);
+    widen_into(values, pack);
     add(values, weight, first, sums);
   }
 };
 
-// The last one or two columns that a walk along W has summed, at `place` and behind it.
-template <class A, class I, int kPack> struct Held {
-  A first[kPack] = {}, second[kPack] = {};
-  I place = -1;
-  bool both = false;
+// A thread's places on W, one after the other, where no axis has more than two taps.
+template <class Way, class T, class Access> class Walk {
+ public:
+  using A = Acc<T>;
+  using I = int32_t;
+  static constexpr int count = Access::count;
+
+  __device__ Walk(const Gather& g, const I (&at)[kAxes], const Access& access)
+      : width_(g, 2), place_(width_, at[kWidth] * g.run), access_(access),
+        t_(taps(g, 0, at[kTime])), h_(taps(g, 1, at[kHeight])), frame_(g.from_strides[kTime]),
+        row_(g.from_strides[kHeight]),
+        from_(static_cast<const T*>(g.from) + from_offset(g, at, access.channel, t_.first, h_.first)),
+        step_(g.from_strides[kWidth]), empty_(t_.count == 0 || h_.count == 0) {}
+
+  __device__ I place() const { return place_.at; }
+
+  // Of the place it has come to; zeros where there are no taps.
+  __device__ void sum(A (&sums)[count]) {
+    const Taps taps(width_, place_);
+    const Column<T, Access, Taps> column{access_, t_, h_, frame_, row_};  // kept, it would keep all of this in memory
+    if (!empty_ && taps.count > 0) {
+      held_ = larger_of(held_, taps.first);
+      for (; held_ < taps.first + taps.count; ++held_) {
+#pragma unroll
+        for (int i = 0; i < count; ++i) before_[i] = last_[i];
+        column.sum(from_ + held_ * step_, last_);
+      }
+      if (taps.count > 1) {
+        add(before_, taps.weights[0], true, sums);
+        add(last_, taps.weights[1], false, sums);
+      } else {
+        add(last_, taps.weights[0], true, sums);
+      }
+    }
+    place_.move_on(width_);
+  }
+
+ private:
+  using Taps = FewTaps<Way, A, I, 2>;
+  using Axis = typename Taps::Axis;
+  using Place = typename Taps::Place;
+
+  __device__ static Taps taps(const Gather& g, int axis, I place) {
+    const Axis along(g, axis);
+    return Taps(along, Place(along, place));
+  }
+
+  const Axis width_;
+  Place place_;
+  const Access& access_;
+  const Taps t_, h_;
+  const int64_t frame_, row_;
+  const T* const from_;
+  const int64_t step_;
+  const bool empty_;
+  // The columns summed last, which end at `held_`. Where two taps follow one another, no later place has the first
+  // alone: a sole tap is the last column.
+  A before_[count] = {}, last_[count] = {};
+  I held_ = 0;
 };
 
 // At most two taps on each axis.
 template <class Way, class T, class Access>
-__global__ void __launch_bounds__(kThreads, kBlocks) gather_few_kernel(const __grid_constant__ Gather g) {
-  using A = Acc<T>;
-  using I = int32_t;
-  using Taps = FewTaps<Way, A, I>;
-  constexpr int kPack = kPackWidth<T>;
-  I at[kAxes];
+__global__ void __launch_bounds__(kThreads, Access::blocks) gather_few_kernel(const __grid_constant__ Gather g) {
+  int32_t at[kAxes];
   if (!find_item(g, at)) return;
   const Access access(g, at[kChannel]);
-  const Taps t(axis_of<I>(g, 0), at[kTime]), h(axis_of<I>(g, 1), at[kHeight]);
-  const AxisOf<I> along = axis_of<I>(g, 2);
-  const T* from = static_cast<const T*>(g.from) + from_offset(g, at, access.channel, t.first, h.first);
-  T* to = static_cast<T*>(g.to) + to_offset(g, at, access.channel);
-  const Column<T, Access, Taps> column{access, t, h, g.from_strides[kTime], g.from_strides[kHeight]};
-  const int64_t step = g.from_strides[kWidth];
-  const bool empty = t.count == 0 || h.count == 0;
-  const I begin = at[kWidth] * g.run, end = smaller_of<I>(begin + g.run, static_cast<I>(g.width));
-  Held<A, I, kPack> held;
-  for (I w = begin; w < end; ++w) {
-    const Taps taps(along, w);
+  Walk<Way, T, Access> walk(g, at, access);
+  const int32_t end = smaller_of(walk.place() + g.run, static_cast<int32_t>(g.width));
+  T* to = static_cast<T*>(g.to) + to_offset(g, at, access.channel) + walk.place() * g.to_strides[kWidth];
+  for (; walk.place() < end; to += g.to_strides[kWidth]) {
+    Acc<T> sums[kPackWidth<T>] = {};
+    walk.sum(sums);
     Pack<T> result;
-    if (!empty && taps.count > 0) {
-      if (taps.first != held.place) {
-        if (held.both && taps.first == held.place + 1) {
-#pragma unroll
-          for (int i = 0; i < kPack; ++i) held.first[i] = held.second[i];
-        } else {
-          column.sum(from + taps.first * step, held.first);
-        }
-        held.place = taps.first;
-        held.both = false;
-      }
-      if (taps.count > 1 && !held.both) {
-        column.sum(from + (taps.first + 1) * step, held.second);
-        held.both = true;
-      }
-      A sums[kPack] = {};
-      add(held.first, taps.weight(0), true, sums);
-      if (taps.count > 1) add(held.second, taps.weight(1), false, sums);
-      narrow_into(result, sums);
-    }
-    access.store(to + w * g.to_strides[kWidth], result);
+    narrow_into(result, sums);
+    access.store(to, result);
   }
 }
 
-// Any number of taps.
-template <class Way, class T, class Access, class I>
+// At most two taps on each axis, and pixels of kChannels that lie next to one another in a row: those of as many packs.
+template <class Way, class T, int kChannels>
+__global__ void __launch_bounds__(kThreads, kBlocks) gather_row_kernel(const __grid_constant__ Gather g) {
+  constexpr int kPack = kPackWidth<T>;
+  int32_t at[kAxes];
+  if (!find_item(g, at)) return;
+  const Pixel<T, kChannels> pixel(g, at[kChannel]);
+  Walk<Way, T, Pixel<T, kChannels>> walk(g, at, pixel);
+  T* const to = static_cast<T*>(g.to) + to_offset(g, at, pixel.channel) + int64_t{walk.place()} * kChannels;
+  Acc<T> row[kChannels][kPack];
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    Acc<T> sums[kChannels] = {};
+    walk.sum(sums);
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) row[(i * kChannels + k) / kPack][(i * kChannels + k) % kPack] = sums[k];
+  }
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    Pack<T> pack;
+    narrow_into(pack, row[k]);
+    store_16(to + k * kPack, pack.bytes.x, pack.bytes.y, pack.bytes.z, pack.bytes.w);
+  }
+}
+
+// Any number of taps on W, and on T and H as many as `Taps` hold.
+template <class Way, class T, class Access, class I, class Taps>
 __global__ void __launch_bounds__(kThreads, kBlocksOfAny) gather_any_kernel(const __grid_constant__ Gather g) {
   using A = Acc<T>;
-  using Taps = AnyTaps<Way, A, I>;
+  using Along = AnyTaps<Way, A, I>;
+  using Axis = typename Taps::Axis;
+  using Place = typename Taps::Place;
   constexpr int kPack = kPackWidth<T>;
   I at[kAxes];
   if (!find_item(g, at)) return;
   const Access access(g, at[kChannel]);
-  const Taps t(axis_of<I>(g, 0), at[kTime]), h(axis_of<I>(g, 1), at[kHeight]);
+  const Axis time(g, 0), height(g, 1), width(g, 2);
+  const Taps t(time, Place(time, at[kTime])), h(height, Place(height, at[kHeight]));
   const T* from = static_cast<const T*>(g.from) + from_offset(g, at, access.channel, t.first, h.first);
   T* to = static_cast<T*>(g.to) + to_offset(g, at, access.channel);
   const Column<T, Access, Taps> column{access, t, h, g.from_strides[kTime], g.from_strides[kHeight]};
   const bool empty = t.count == 0 || h.count == 0;
   const I begin = at[kWidth] * g.run, end = smaller_of<I>(begin + g.run, static_cast<I>(g.width));
   for (I w = begin; w < end; ++w) {
-    const Taps taps(axis_of<I>(g, 2), w);
+    const Along taps(width, Place(width, w));
     Pack<T> result;
     A sums[kPack] = {};
     for (I k = 0; k < taps.count && !empty; ++k) {
@@ -337,18 +496,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfAny) gather_any_kernel(cons
 template <class Way>
 __global__ void __launch_bounds__(kThreads, kBlocks) gather_copy_kernel(const __grid_constant__ Gather g) {
   using I = int32_t;
+  using Axis = DeviceAxis<typename Way::Taps, float, I>;
+  using Place = typename Way::template Place<I>;
   I at[kAxes];
   if (!find_item(g, at)) return;
-  const AxisOf<I> along = axis_of<I>(g, 2);
-  const RangeOf<I> t = Way::range(axis_of<I>(g, 0), at[kTime]), h = Way::range(axis_of<I>(g, 1), at[kHeight]);
+  const Axis time(g, 0), height(g, 1), width(g, 2);
+  const RangeOf<I> t = Way::template range<I>(time, Place(time, at[kTime]));
+  const RangeOf<I> h = Way::template range<I>(height, Place(height, at[kHeight]));
   const uint4* from = static_cast<const uint4*>(g.from) + from_offset(g, at, at[kChannel], t.first, h.first);
   uint4* to = static_cast<uint4*>(g.to) + to_offset(g, at, at[kChannel]);
   const bool empty = t.first == t.end || h.first == h.end;
   const I begin = at[kWidth] * g.run, end = smaller_of<I>(begin + g.run, static_cast<I>(g.width));
   uint4 pack{0, 0, 0, 0};
   I held = -1;
-  for (I w = begin; w < end; ++w) {
-    const RangeOf<I> range = Way::range(along, w);
+  Place place(width, begin);
+  for (I w = begin; w < end; ++w, place.move_on(width)) {
+    const RangeOf<I> range = Way::template range<I>(width, place);
     const bool none = empty || range.first == range.end;
     if (!none && range.first != held) {
       pack = __ldg(from + range.first * g.from_strides[kWidth]);
@@ -371,10 +534,16 @@ template <class Way> class GatherLaunch {
     std::copy_n(r.from.strides, kAxes, g_.from_strides);
     std::copy_n(r.to.strides, kAxes, g_.to_strides);
     std::copy_n(r.axes, 3, g_.axes);
+    for (int i = 0; i < 3; ++i) {
+      g_.inverse[i] = 1.0 / static_cast<double>(Way::Taps::parts(r.axes[i]));
+      g_.inverse_single[i] = static_cast<float>(g_.inverse[i]);
+    }
     g_.channels = r.to_shape[kChannel], g_.width = r.to_shape[kWidth];
     g_.apart = (g_.channels + width_ - 1) / width_;
     g_.from_apart = g_.apart * g_.from_strides[kChannel], g_.to_apart = g_.apart * g_.to_strides[kChannel];
+    row_channels_ = row_channels();
     share_out();
+    if (row_channels_ > 0 && !is_short()) row_channels_ = 0, share_out();
   }
 
   lf_status run(cudaStream_t stream) {
@@ -400,16 +569,30 @@ template <class Way> class GatherLaunch {
     return fits;
   }
 
+  // How many channels next to one another the pixels of a row are of, where threads write packs of pixels; 0 if not.
+  int row_channels() const {
+    const Sizes& shape = r_.to_shape;
+    if (!Way::always_few || together_ || shape[kChannel] > kMostRowChannels || shape[kWidth] % width_ != 0) return 0;
+    const bool pixels = r_.to.strides[kWidth] == 3 && r_.to.strides[kChannel] == 1 && shape[kChannel] == 3;
+    bool fits = reinterpret_cast<uintptr_t>(r_.to.data) % kPackBytes == 0 && (pixels || r_.to.strides[kWidth] == 1);
+    for (int axis = 0; axis < kWidth; ++axis) {
+      if (axis == kChannel && pixels) continue;
+      fits = fits && (shape[axis] == 1 || r_.to.strides[axis] % width_ == 0);
+    }
+    return fits ? pixels ? 3 : 1 : 0;
+  }
+
   // Lays the outputs out over blocks.
   void share_out() {
     Sizes size = r_.to_shape;
-    size[kChannel] = g_.apart;
+    size[kChannel] = row_channels_ > 0 ? size[kChannel] / row_channels_ : g_.apart;
     std::array<int, kAxes> order{kBatch, kChannel, kTime, kHeight, kWidth};
     const auto reach = [&](int axis) { return size[axis] == 1 ? UINT64_MAX : magnitude(g_.to_strides[axis]); };
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return reach(a) > reach(b); });
     // Along the innermost axis lanes lie next to one another.
     g_.run = 1;
-    if (order[kAxes - 1] != kWidth) g_.run = static_cast<int32_t>(longest_run(size));
+    if (row_channels_ > 0) g_.run = static_cast<int32_t>(width_);
+    else if (order[kAxes - 1] != kWidth) g_.run = static_cast<int32_t>(longest_run(size));
     size[kWidth] = (size[kWidth] + g_.run - 1) / g_.run;
     // Frames that share sources are to meet in a block, where rows do not.
     const auto rows_end = order.begin() + 3, frames = std::find(order.begin(), rows_end, int{kTime});
@@ -425,46 +608,65 @@ template <class Way> class GatherLaunch {
     g_.tiles = (lanes() + (int64_t{1} << g_.log2_lanes) - 1) >> g_.log2_lanes;
   }
 
-  // As long as there are threads enough, and no longer than the row.
+  // As long as there are threads enough, and no longer than the row. Beyond kCommonRun what a longer run saves at its
+  // beginning is less than what a last, unfilled round of threads may cost: there are to be many rounds.
   static int64_t longest_run(const Sizes& size) {
     double packs = 1;
     for (const int64_t n : size) packs *= static_cast<double>(n);
     int64_t run = kLongestRun;
-    while (run > 1 && (run / 2 >= size[kWidth] || packs / static_cast<double>(run) < kEnoughThreads)) run /= 2;
+    const auto fits = [&] {
+      const int64_t enough = run > kCommonRun ? 8 * kEnoughThreads : kEnoughThreads;
+      return run / 2 < size[kWidth] && packs >= static_cast<double>(enough * run);
+    };
+    while (run > 1 && !fits()) run /= 2;
     return run;
   }
 
   bool is_short() const {
     bool fits = lanes() < INT32_MAX - kThreads && rows() < INT32_MAX - kThreads && g_.channels <= kShortAxis;
-    for (const ResizedAxis& axis : g_.axes) fits = fits && axis.coarse <= kShortAxis / axis.factor;
+    for (const ResizedAxis& axis : g_.axes) {
+      fits = fits && axis.coarse <= kShortAxis / axis.factor && Way::Taps::parts(axis) <= kMostParts;
+    }
     return fits;
   }
 
-  // At the ends there are no more taps than in the middle, unless they are all there is.
-  bool few() const {
-    bool few = true;
+  // The most taps of a place on any axis: at the ends no more than in the middle, unless they are all there is.
+  int64_t most_taps() const {
+    int64_t most = 0;
     for (int i = 0; i < 3; ++i) {
-      const Range range = Way::range(g_.axes[i], r_.to_shape[kTime + i] / 2);
-      few = few && range.end - range.first <= 2;
+      const Range range = range_at(g_.axes[i], r_.to_shape[kTime + i] / 2);
+      most = std::max(most, range.end - range.first);
     }
-    return few || Way::always_few;
+    return most;
+  }
+
+  static Range range_at(const ResizedAxis& axis, int64_t place) {
+    return Way::template range<int64_t>(axis, typename Way::template Place<int64_t>(axis, place));
   }
 
   bool copies() const {
     return std::all_of(g_.axes, g_.axes + 3, [](const ResizedAxis& axis) {
       if (axis.factor == 1) return true;
-      const Range range = Way::range(axis, int64_t{0});
+      const Range range = range_at(axis, 0);
       return axis.mode == LF_NEAREST && range.end - range.first <= 1;
     });
   }
 
   template <class T> GatherKernel kernel_of() const {
-    if (!is_short()) return gather_any_kernel<Way, T, Apart<T>, int64_t>;
-    if (few()) return together_ ? gather_few_kernel<Way, T, Together<T>> : gather_few_kernel<Way, T, Apart<T>>;
-    if constexpr (!Way::always_few) {
-      if (together_) return gather_any_kernel<Way, T, Together<T>, int32_t>;
+    constexpr auto any = gather_any_kernel<Way, T, Apart<T>, int64_t, AnyTaps<Way, Acc<T>, int64_t>>;
+    if (!is_short()) return any;
+    if constexpr (Way::always_few) {
+      if (row_channels_ == 3) return gather_row_kernel<Way, T, 3>;
+      if (row_channels_ == 1) return gather_row_kernel<Way, T, 1>;
+      return together_ ? gather_few_kernel<Way, T, Together<T>> : gather_few_kernel<Way, T, Apart<T>>;
+    } else {
+      using I = int32_t;
+      const int64_t most = most_taps();
+      if (most <= 2) return together_ ? gather_few_kernel<Way, T, Together<T>> : gather_few_kernel<Way, T, Apart<T>>;
+      if (!together_) return any;
+      if (most <= 4) return gather_any_kernel<Way, T, Together<T>, I, FewTaps<Way, Acc<T>, I, 4>>;
+      return gather_any_kernel<Way, T, Together<T>, I, AnyTaps<Way, Acc<T>, I>>;
     }
-    return gather_any_kernel<Way, T, Apart<T>, int64_t>;
   }
 
   GatherKernel choose() {
@@ -484,6 +686,7 @@ template <class Way> class GatherLaunch {
 
   const Resample& r_;
   int64_t element_size_ = 0, width_ = 1;
+  int row_channels_ = 0;
   bool together_ = false;
   Gather g_{};
 };

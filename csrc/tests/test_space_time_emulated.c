@@ -177,6 +177,17 @@ static void runs(void) {
   }
 }
 
+/* Few channels, whose pixels are written in packs: dense rows of pixels, of planes, and rows that are no whole packs. */
+static void few_channels(void) {
+  for (int kind = 0; kind < MODES * 4 * 4 * 2; ++kind) {
+    const int mode = kind % MODES, direction = mode < 4 ? DOWN : UP, channels = 1 + kind / MODES % 4;
+    const lf_dtype dtype = kind / MODES / 4 % 4;
+    const Case c = {direction, direction == DOWN, dtype, direction == DOWN ? mode : mode - 4, 2, channels,
+                    {2, 2, 5}, {1 + kind % 2, 8, kind % 5 ? 8 : 3}};
+    compare(&c, kind < MODES * 4 * 4 ? LAST : PLANES, kind < MODES * 4 * 4 ? LAST : PLANES);
+  }
+}
+
 /* --- far apart --------------------------------------------------------------------------------------------------- */
 
 static const size_t FAR_BYTES = (size_t)1 << 37;
@@ -305,6 +316,7 @@ static void too_many(void) {
 int main(void) {
   fuzz();
   runs();
+  few_channels();
   far_strides();
   long_axis();
   errors();
