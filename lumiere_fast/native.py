@@ -851,9 +851,9 @@ def _check_clip(op: str, name: str, shape: tuple[int, ...]) -> None:
 
 
 def _check_resize_parameters(op: str, shapes: dict[str, tuple[int, ...]], factor: Sequence[int], mode: str) -> None:
-    values = tuple(factor) if isinstance(factor, Sequence) else (factor,)
+    values = factor if type(factor) is tuple or isinstance(factor, Sequence) else (factor,)
     if len(values) != 3 or any(type(f) is not int or not 1 <= f < 2**63 for f in values):
-        raise ValueError(f"{op}: factor must be three integers >= 1 of at most 64 bits, (t, h, w), got {values}")
+        raise ValueError(f"{op}: factor must be three integers >= 1 of at most 64 bits, (t, h, w), got {tuple(values)}")
     if not isinstance(mode, str) or mode not in _RESIZE_MODES[op]:
         raise ValueError(f"{op}: mode must be {' or '.join(map(repr, _RESIZE_MODES[op]))}, got {mode!r}")
     if "weight" in shapes:
