@@ -19,7 +19,7 @@ constexpr Py_ssize_t kAxes = 5;
 // Straight to CPython: pybind11's casters cost more than a small call's work.
 [[noreturn]] void refuse(const std::string& accepted, PyObject* got) {
   PyErr_Clear();
-  throw py::value_error("blend_windows: " + accepted + ", got " + std::string(py::repr(got)));
+  throw py::value_error(accepted + ", got " + std::string(py::repr(got)));
 }
 
 int64_t integer(PyObject* object, const char* what) {
@@ -53,9 +53,9 @@ class Items {
 };
 
 void append_axes(PyObject* object, std::vector<int64_t>& to) {
-  const Items items(object, "a shape");
+  const Items items(object, "blend_windows: a shape");
   items.require(kAxes, "blend_windows: every window, and out, must have 5 axes (B, C, T, H, W)");
-  for (Py_ssize_t i = 0; i < kAxes; ++i) to.push_back(integer(items[i], "shapes and strides"));
+  for (Py_ssize_t i = 0; i < kAxes; ++i) to.push_back(integer(items[i], "blend_windows: shapes and strides"));
 }
 
 // (address, shape, strides) of some tensors.
@@ -64,8 +64,8 @@ struct Operands {
   std::vector<int64_t> shapes, strides;
 
   void add(PyObject* object) {
-    const Items items(object, "an operand");
-    items.require(3, "an operand is (address, shape, strides)");
+    const Items items(object, "blend_windows: an operand");
+    items.require(3, "blend_windows: an operand is (address, shape, strides)");
     data.push_back(address(items[0]));
     append_axes(items[1], shapes);
     append_axes(items[2], strides);
@@ -79,15 +79,16 @@ struct BlendArguments {
   int32_t axes;
 
   BlendArguments(py::handle windows_, py::handle starts_, py::handle extent_, py::handle weights_, py::handle out_) {
-    const Items parts(windows_.ptr(), "windows"), first(starts_.ptr(), "starts"), extent(extent_.ptr(), "extent");
+    const Items parts(windows_.ptr(), "blend_windows: windows"), first(starts_.ptr(), "blend_windows: starts");
+    const Items extent(extent_.ptr(), "blend_windows: extent");
     for (Py_ssize_t i = 0; i < parts.size(); ++i) windows.add(parts[i]);
-    for (Py_ssize_t i = 0; i < first.size(); ++i) starts.push_back(integer(first[i], "starts"));
+    for (Py_ssize_t i = 0; i < first.size(); ++i) starts.push_back(integer(first[i], "blend_windows: starts"));
     out.add(out_.ptr());
     axes = static_cast<int32_t>(extent.size());
     if (axes != 1 && axes != 3) throw py::value_error("blend_windows: extent must be (T,) or (T, H, W)");
     first.require(parts.size() * axes, "blend_windows: starts must hold one integer a window and blended axis");
     for (int32_t axis = 0; axis < axes; ++axis) {
-      const bool fits = integer(extent[axis], "the sizes of extent") == out.shapes[2 + axis];
+      const bool fits = integer(extent[axis], "blend_windows: the sizes of extent") == out.shapes[2 + axis];
       if (!fits) throw py::value_error("blend_windows: out must have the extent");
     }
     if (!weights_.is_none()) read_weights(weights_.ptr());
@@ -97,13 +98,13 @@ struct BlendArguments {
 
  private:
   void read_weights(PyObject* object) {
-    const Items items(object, "weights");
+    const Items items(object, "blend_windows: weights");
     int64_t needed = 0;
     for (int32_t axis = 0; axis < axes && !windows.shapes.empty(); ++axis) needed += windows.shapes[2 + axis];
     items.require(needed, "blend_windows: weights must hold one number for each place on each axis blended");
     for (Py_ssize_t i = 0; i < items.size(); ++i) {
       weights.push_back(PyFloat_AsDouble(items[i]));
-      if (PyErr_Occurred()) refuse("weights must be None or numbers", items[i]);
+      if (PyErr_Occurred()) refuse("blend_windows: weights must be None or numbers", items[i]);
     }
   }
 };
@@ -221,9 +222,9 @@ lf_status temporal_conv_cpu(py::handle x_, py::handle weight_, py::handle bias, 
   a.bias = PerChannel(bias).value;
   a.mean = static_cast<float*>(View(mean).data), a.rstd = static_cast<float*>(View(rstd).data);
   if (!norm_.is_none()) {
-    const Items norm(norm_.ptr(), "the norm");
+    const Items norm(norm_.ptr(), "temporal_conv: the norm");
     norm.require(7, "temporal_conv: a norm is (groups, mean, rstd, weight, bias, scale, shift)");
-    a.norm_groups = integer(norm[0], "groups");
+    a.norm_groups = integer(norm[0], "temporal_conv: the norm's groups");
     lf_per_channel* const factors[] = {&a.norm_mean, &a.norm_rstd,  &a.norm_weight,
                                        &a.norm_bias, &a.norm_scale, &a.norm_shift};
     for (Py_ssize_t i = 0; i < 6; ++i) *factors[i] = PerChannel(norm[1 + i]).value;
@@ -298,9 +299,12 @@ struct DLTensor {
 
 // What a DLPack capsule describes: (address, shape, strides), (code, bits), device type and device number. It stays the
 // capsule's: whoever uses the address keeps the capsule.
-py::tuple dlpack(const py::capsule& capsule) {
-  const auto* tensor = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
-  if (tensor == nullptr) throw py::error_already_set();
+py::tuple dlpack(py::handle capsule) {
+  constexpr char kName[] = "dltensor";
+  if (!PyCapsule_IsValid(capsule.ptr(), kName)) {  // nothing was asked that allows for the versioned one
+    refuse("its __dlpack__ must give a capsule named dltensor", capsule.ptr());
+  }
+  const auto* tensor = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), kName));
   if (tensor->lanes != 1) throw py::value_error("elements of several lanes are not supported");
   py::tuple shape(tensor->dimensions), strides(tensor->dimensions);
   int64_t behind = 1;

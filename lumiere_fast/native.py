@@ -199,9 +199,10 @@ def _operand(op: str, name: str, x: Any, write: bool) -> _Operand:
         return _of_tensor(op, name, x, write)
     if hasattr(x, "__array_interface__"):
         return _of_array(op, name, x, write)
-    if hasattr(x, "__dlpack__"):
+    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         return _of_dlpack(op, name, x)
-    raise ValueError(f"{op}: {name} must be a tensor, a numpy array or an object with __dlpack__, got {type(x)}")
+    accepted = "a tensor, a numpy array or an object with __dlpack__ and __dlpack_device__"
+    raise ValueError(f"{op}: {name} must be {accepted}, got {type(x)}")
 
 
 def _of_tensor(op: str, name: str, x: Tensor, write: bool) -> _Operand:
@@ -252,7 +253,10 @@ def _of_dlpack(op: str, name: str, x: Any) -> _Operand:
     device = number if kind in _DLPACK_CUDA else None
     # On CUDA the producer makes the data ready for the stream that we launch on; 1 is how DLPack spells the default.
     capsule = x.__dlpack__() if device is None else x.__dlpack__(stream=_stream(device) or 1)
-    view, element, _, _ = load().dlpack(capsule)
+    try:
+        view, element, _, _ = load().dlpack(capsule)
+    except ValueError as error:
+        raise ValueError(f"{op}: {name} cannot be read: {error}") from error
     dtype = _DLPACK_NAMES.get(element)
     if dtype is None:
         raise _wrong_dtype(op, name, f"DLPack's code {element[0]} of {element[1]} bits")
@@ -817,6 +821,8 @@ def _resize(
     shapes = {name: tuple(view[1]) for name, view in lies.items()}
     _check_clip(op, "x", shapes["x"])
     _check_resize_parameters(op, shapes, factor, mode)
+    if weight is not None:
+        _check_learned_dtype(op, dtype, device)
     _check_shape(op, "out", shapes["out"], _resized(op, "x", shapes["x"], factor, shapes.get("weight")))
     if wgmma:
         _check_wgmma(op, lies["x"], factor, device, weight)
@@ -853,9 +859,10 @@ def _check_clip(op: str, name: str, shape: tuple[int, ...]) -> None:
 
 
 def _check_resize_parameters(op: str, shapes: dict[str, tuple[int, ...]], factor: Sequence[int], mode: str) -> None:
-    if len(factor) != 3 or any(type(f) is not int or f < 1 for f in factor):
-        raise ValueError(f"{op}: factor must be three integers >= 1, (t, h, w), got {tuple(factor)}")
-    if mode not in _RESIZE_MODES[op]:
+    values = factor if type(factor) is tuple or isinstance(factor, Sequence) else (factor,)
+    if len(values) != 3 or any(type(f) is not int or not 1 <= f < 2**63 for f in values):
+        raise ValueError(f"{op}: factor must be three integers >= 1 of at most 64 bits, (t, h, w), got {tuple(values)}")
+    if not isinstance(mode, str) or mode not in _RESIZE_MODES[op]:
         raise ValueError(f"{op}: mode must be {' or '.join(map(repr, _RESIZE_MODES[op]))}, got {mode!r}")
     if "weight" in shapes:
         weight = shapes["weight"]
@@ -865,6 +872,12 @@ def _check_resize_parameters(op: str, shapes: dict[str, tuple[int, ...]], factor
         if "weight" not in shapes:
             raise ValueError(f"{op}: bias came without weight")
         _check_shape(op, "bias", shapes["bias"], shapes["weight"][:1])
+
+
+def _check_learned_dtype(op: str, dtype: str, device: int | None) -> None:
+    if dtype == "float64" or (dtype == "float32" and device is not None):
+        where, accepted = ("a CUDA device", "") if device is not None else ("the CPU", "float32, ")
+        raise ValueError(f"{op}: x must be {accepted}float16 or bfloat16 with a weight on {where}, got {dtype}")
 
 
 def _check_shape(op: str, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:

@@ -440,7 +440,9 @@ class TestSpaceTime:
         locked.flags.writeable = False
         refused("out is a read-only array", out=locked)
         double = {n: v.double() for n, v in arguments.items() if isinstance(v, Tensor)}
-        refused("x: unsupported dtype", **double, out=out.double())
+        refused(
+            "x must be float32, float16 or bfloat16 with a weight on the CPU, got float64", **double, out=out.double()
+        )
         whole = torch.full((x.numel() + wanted.numel(),), 7.0)
         meeting = whole[: wanted.numel()].view(wanted.shape)
         for name, value in (("x", x), ("weight", weight), ("bias", bias)):
@@ -456,6 +458,53 @@ class TestSpaceTime:
             native.space_time_downsample(x, (2, 3, 2), "area", torch.ones(2, 2, 1), None, out=x)
         with pytest.raises(ValueError, match="space_time_upsample: mode must be 'nearest' or 'linear', got 'area'"):
             native.space_time_upsample(x, (2, 1, 1), "area", None, None, out=x)
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_factors_that_are_none(self, op: str, draw: Draw) -> None:
+        arguments, wanted = self.call(op, draw, True)
+        out = torch.full_like(wanted, 7.0)
+        for factor in (2, None, {1, 2, 3}, (2, 2), (2.0, 1, 1), (2**63, 1, 1), (2**70, 1, 1), np.array([2, 2, 3])):
+            for function in (getattr(native, op), getattr(native, f"{op}_adjoint")):
+                adjoint = function.__name__.endswith("_adjoint")
+                call = {"gradient": out, "mode": "linear"} if adjoint else arguments
+                with pytest.raises(ValueError, match=f"{op}: factor must be three integers >= 1 of at most 64 bits"):
+                    function(**(call | {"factor": factor}), out=torch.ones_like(wanted) if adjoint else out)
+        with pytest.raises(ValueError, match=f"{op}: mode must be 'nearest'"):
+            getattr(native, op)(**arguments | {"mode": np.array(["nearest", "linear"])}, out=out)
+        assert (out == 7).all()
+
+    def test_a_factor_beyond_all_frames(self, draw: Draw) -> None:
+        x, weight = draw(1, 16, 4, 4, 4).float(), draw(16, 16, 3).float()
+        out = torch.full((1, 16, 1, 4, 4), torch.nan)
+        native.space_time_downsample(x, (2**63 - 1, 1, 1), "nearest", weight, None, out=out)
+        torch.testing.assert_close(out, ops.space_time_downsample(x, (4, 1, 1), weight=weight, backend="reference"))
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_capsules_that_cannot_be_read(self, op: str, draw: Draw) -> None:
+        arguments, wanted = self.call(op, draw, False)
+
+        class Versioned(Foreign):
+            def __dlpack__(self, stream: int | None = None) -> Any:
+                return self.tensor.__dlpack__(max_version=(1, 0))
+
+        class NoCapsule(Foreign):
+            def __dlpack__(self, stream: int | None = None) -> Any:
+                return None
+
+        class Nowhere:
+            def __dlpack__(self, stream: int | None = None) -> Any:
+                raise AssertionError
+
+        x = arguments["x"]
+        for given, match in (
+            (Versioned(x), 'must give a capsule named dltensor, got <capsule object "dltensor_versioned"'),
+            (NoCapsule(x), "must give a capsule named dltensor, got None"),
+            (Nowhere(), "must be a tensor, a numpy array or an object with __dlpack__ and __dlpack_device__, got"),
+        ):
+            with pytest.raises(ValueError, match=f"{op}: x .*{match}"):
+                getattr(native, op)(**arguments | {"x": given}, out=wanted)
+            with pytest.raises(ValueError, match=f"{op}: out .*{match}"):
+                getattr(native, op)(**arguments, out=given)
 
     @pytest.mark.parametrize("op", OPS)
     def test_adjoints_name_the_argument_too(self, op: str, draw: Draw) -> None:

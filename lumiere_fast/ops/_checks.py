@@ -18,6 +18,9 @@ ACTIVATIONS = (None, "silu")
 def check_is_tensor(op: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else "one"
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {kind} of layout {value.layout}")
 
 
 def check_activation(op: str, x: Tensor) -> None:
@@ -81,8 +84,11 @@ def check_integer(op: str, name: str, value: Any) -> int:
     return operator.index(value)
 
 
+_CHOICES = (str, int, type(None))  # made once: a call is a few microseconds
+
+
 def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) -> None:
-    if value not in accepted:
+    if not isinstance(value, _CHOICES) or value not in accepted:  # of an array's comparison there is no truth value
         raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, accepted))}, got {value!r}")
 
 

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lumiere_fast import dispatch
 from lumiere_fast.ops import _selfcheck
+from lumiere_fast.ops._checks import check_is_tensor
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ class RegisteredOp:
 
     def _check_out(self, out: Tensor, arguments: tuple[Any, ...]) -> None:
         name = self.op.name
+        check_is_tensor(name, "out", out)
         if dispatch.needs_gradient((*arguments, out)):
             raise ValueError(f"{name}: out was given where a gradient is needed; drop it, or use torch.no_grad()")
         results = self.describe(*arguments)

@@ -55,19 +55,40 @@ def check_arguments(
         raise ValueError(f"{op}: factor must be three integers >= 1, (t, h, w), got {values}")
     check_choice(op, "mode", mode, modes)
     if weight is None:
+        _check_elements(op, x, values, 1)
         if bias is not None:
             raise ValueError(f"{op}: bias came without weight; it belongs to the learned temporal convolution")
         return values, None, None
     check_is_tensor(op, "weight", weight)
-    if weight.dim() != 3 or weight.shape[1] != x.shape[1] or weight.shape[2] % 2 == 0:
+    shape = weight.shape
+    if len(shape) != 3 or shape[0] < 1 or shape[1] != x.shape[1] or shape[2] % 2 == 0:
         raise ValueError(
-            f"{op}: weight must be (C_out, C_in, k) with C_in = {x.shape[1]}, the channels of x, and k odd, "
-            f"got {tuple(weight.shape)}"
+            f"{op}: weight must be (C_out, C_in, k) with C_out >= 1, C_in = {x.shape[1]}, the channels of x, and k "
+            f"odd, got {tuple(shape)}"
         )
+    _check_elements(op, x, values, shape[0])
     check_tensor(op, "weight", weight, x, weight.shape)
     check_tensor(op, "bias", bias, x, weight.shape[:1])
     weight, bias = under_autocast(x, weight, bias)
     return values, weight, bias
+
+
+MOST_ELEMENTS = 2**56  # of at most 8 bytes; what is left of 64 bits is room for strides and sums
+
+
+def _check_elements(op: str, x: Tensor, factor: Factor, channels_out: int) -> None:
+    """Whatever a resize by `factor` goes through has elements that can be counted; bounded generously, and cheaply."""
+    t, h, w = factor
+    size = x.numel()
+    if torch.compiler.is_compiling() or type(size) is not int:
+        size = 1  # sizes may be symbols, which this would bound
+    else:
+        size = (size or x.shape[1:].numel()) * channels_out
+    if t * h * w * size > MOST_ELEMENTS:
+        raise ValueError(
+            f"{op}: factor must keep the product of t, h, w, the sizes of x and C_out within 2**56, got {factor} "
+            f"for x {tuple(x.shape)}"
+        )
 
 
 def finer(sizes: Sequence[int], factor: Sequence[int]) -> Factor:

@@ -121,7 +121,7 @@ def _stretch(x: Tensor, axis: int, factor: int) -> Tensor:
 
 
 def flatten(x: Tensor, factor: Sequence[int], mode: str, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
-    if mode in DOWN_ONLY:
+    if isinstance(mode, str) and mode in DOWN_ONLY:
         raise ValueError(f"space_time_upsample: mode {mode!r} goes down only; up there are {', '.join(MODES)}")
     values, weight, bias = check_arguments("space_time_upsample", x, factor, mode, MODES, weight, bias)
     return x, values, mode, weight, bias
