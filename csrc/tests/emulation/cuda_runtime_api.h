@@ -114,6 +114,5 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
 cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** parameters, size_t shared, cudaStream_t);
 
 template <class T> T __ldg(const T* at) { return *at; }
-template <class T> void __stwb(T* at, T value) { *at = value; }
 
 #endif  // LF_EMULATION_CUDA_RUNTIME_API_H
