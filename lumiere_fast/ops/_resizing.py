@@ -13,7 +13,15 @@ from torch import Tensor
 from lumiere_fast import native
 from lumiere_fast.dispatch import AUTO, Backend, Needs, native_reasons, needs_gradient
 from lumiere_fast.ops import _layout, _registry
-from lumiere_fast.ops._checks import check_activation, check_choice, check_is_tensor, check_tensor, under_autocast
+from lumiere_fast.ops._checks import (
+    check_activation,
+    check_choice,
+    check_device,
+    check_floating,
+    check_is_tensor,
+    check_tensor,
+    under_autocast,
+)
 from lumiere_fast.ops._spec import LEVELS, Draw, OpSpec, Scenario
 from lumiere_fast.ops.temporal_conv import TEMPORAL_CONV, convolve
 
@@ -67,7 +75,8 @@ def check_arguments(
             f"odd, got {tuple(shape)}"
         )
     _check_elements(op, x, values, shape[0])
-    check_tensor(op, "weight", weight, x, weight.shape)
+    check_floating(op, "weight", weight)
+    check_device(op, "weight", weight, x)
     check_tensor(op, "bias", bias, x, weight.shape[:1])
     weight, bias = under_autocast(x, weight, bias)
     return values, weight, bias
@@ -80,11 +89,9 @@ def _check_elements(op: str, x: Tensor, factor: Factor, channels_out: int) -> No
     """Whatever a resize by `factor` goes through has elements that can be counted; bounded generously, and cheaply."""
     t, h, w = factor
     size = x.numel()
-    if torch.compiler.is_compiling() or type(size) is not int:
-        size = 1  # sizes may be symbols, which this would bound
-    else:
-        size = (size or x.shape[1:].numel()) * channels_out
-    if t * h * w * size > MOST_ELEMENTS:
+    symbolic = torch.compiler.is_compiling() or type(size) is not int  # a comparison would bound the symbols
+    elements = t * h * w * (1 if symbolic else (size or x.shape[1:].numel()) * channels_out)
+    if elements > MOST_ELEMENTS:
         raise ValueError(
             f"{op}: factor must keep the product of t, h, w, the sizes of x and C_out within 2**56, got {factor} "
             f"for x {tuple(x.shape)}"
