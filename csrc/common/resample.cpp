@@ -15,7 +15,7 @@ template <class T> ResampleKernels<T> resample_kernels_portable() noexcept { ret
 namespace {
 
 constexpr int64_t kPieceElements = 1 << 15;  // what a thread takes at a time
-constexpr int64_t kStreamedBytes = 1 << 21;  // from where results are written past the caches
+constexpr int64_t kStreamedBytes = 1 << 24;  // from where results are written past the caches
 
 template <class T> ResampleKernels<T> kernels_here() {
 #if defined(LF_WITH_AVX2)
@@ -23,6 +23,10 @@ template <class T> ResampleKernels<T> kernels_here() {
   if (has_avx2()) return resample_kernels_avx2<T>();
 #endif
   return resample_kernels_portable<T>();
+}
+
+Range range_of(const Gather& gather, const ResizedAxis& axis, int64_t place) {
+  return gather.to_coarse ? gather.fine_of(axis, place) : gather.coarse_of(axis, place);
 }
 
 template <class A> A weight_of(const Gather& gather, const ResizedAxis& axis, int64_t place, int64_t tap) {
@@ -54,34 +58,33 @@ bool can_stream(const Resample& r, int64_t element_size) {
   return lines && count_elements(r.to_shape) >= kStreamedBytes / element_size;
 }
 
-// By tables of taps, in vectors over channels where they lie behind one another and in single planes where not.
+// By tables of taps. What lies behind one another is taken in vectors: channels, or else rows that stay as they are.
 template <class T> class Resampling {
  public:
-  Resampling(const Resample& r, const Gather& gather) : r_(r), gather_(gather), kernels_(kernels_here<T>()) {
-    const bool vectors = r.from.strides[kChannel] == 1 && r.to.strides[kChannel] == 1 && r.to_shape[kChannel] > 1;
-    channels_ = vectors ? r.to_shape[kChannel] : 1;
-    streams_ = vectors && can_stream(r, sizeof(T));
-    make_across();
-    choose_blocks();
+  Resampling(const Resample& resample, const Gather& gather)
+      : r_(resample), gather_(gather), kernels_(kernels_here<T>()) {
+    arrange();
+    streams_ = channels_ > 1 && can_stream(r_, sizeof(T));
+    copies_ = copies(0) && copies(1) && copies(2);
   }
 
   void run(int64_t num_threads) const {
-    const int64_t planes = r_.to_shape[kBatch] * (r_.to_shape[kChannel] / channels_);
-    const int64_t groups = planes * r_.axes[0].coarse * r_.axes[1].coarse;
-    const int64_t elements = std::max(count_elements(r_.from_shape), count_elements(r_.to_shape));
-    const int64_t groups_at_once = std::max<int64_t>(1, kPieceElements / (elements / groups));
-    const int64_t threads = std::clamp<int64_t>(elements / elements_worth_a_thread(), 1, num_threads);
-    for_each_piece((groups + groups_at_once - 1) / groups_at_once, threads, [&](int64_t, int64_t piece) {
-      Place place;
-      const int64_t begin = piece * groups_at_once, end = std::min(begin + groups_at_once, groups);
-      for (int64_t group = begin; group < end; ++group) do_group(group, place);
-      if (streams_) kernels_.end_streams();
-    });
+    const ResizedAxis& axis = r_.axes[2];
+    const int64_t most = (kMostSteps - axis.factor - 2) / axis.factor;  // a result may be of half its neighbours' samples
+    Steps steps;
+    for (int64_t begin = 0; begin < axis.coarse; begin += most) {
+      find_steps(begin, std::min(begin + most, axis.coarse), steps);
+      do_rows(steps, num_threads);
+    }
   }
 
  private:
   using A = Acc<T>;
-  static constexpr int64_t kScratch = kScratchBytes / sizeof(A);
+
+  struct Steps {
+    Step<A> list[kMostSteps];
+    int64_t size, low, end;
+  };
 
   // Where on T and H taps are known of.
   struct Place {
@@ -89,49 +92,86 @@ template <class T> class Resampling {
     Terms<A> t, h;
   };
 
-  // Results along an axis for one place of the coarse side, and samples.
-  int64_t phases(int axis) const { return gather_.to_coarse ? 1 : r_.axes[axis].factor; }
-  int64_t step(int axis) const { return gather_.to_coarse ? r_.axes[axis].factor : 1; }
+  bool dense(int axis) const { return r_.from.strides[axis] == 1 && r_.to.strides[axis] == 1; }
 
-  void make_across() {
-    w_.groups = r_.axes[2].coarse, w_.phases = phases(2), w_.step = step(2), w_.same = r_.axes[2].factor == 1;
-    w_.low = INT64_MAX, w_.end = INT64_MIN;
-    const auto make = [&](Group<A>& group, int64_t at) {
-      make_group(group, at);
-      w_.low = std::min(w_.low, group.low), w_.end = std::max(w_.end, group.end);
-    };
-    make(w_.first, 0);
-    if (w_.groups > 1) make(w_.last, w_.groups - 1);
-    if (w_.groups > 2) make(w_.inner, 1);
-    w_.gaps = w_.end - w_.low < w_.step;
+  // Has as much as there is of a clip lie on the channels' axis, where elements are behind one another.
+  void arrange() {
+    Sizes &from = r_.from_shape, &to = r_.to_shape;
+    int64_t *from_strides = r_.from.strides, *to_strides = r_.to.strides;
+    const bool kept = r_.axes[2].factor == 1;
+    if (kept && (to[kChannel] == 1 || !dense(kChannel)) && dense(kWidth)) {
+      for (int64_t* x : {from.data(), to.data(), from_strides, to_strides}) std::swap(x[kChannel], x[kWidth]);
+    }
+    if (kept && dense(kChannel) && from_strides[kWidth] == to[kChannel] && to_strides[kWidth] == to[kChannel]) {
+      to[kChannel] *= to[kWidth], from[kChannel] *= to[kWidth], to[kWidth] = from[kWidth] = 1;
+    }
+    r_.axes[2].coarse = std::min(from[kWidth], to[kWidth]);
+    channels_ = dense(kChannel) ? to[kChannel] : 1;
   }
 
-  void make_group(Group<A>& group, int64_t at) const {
-    A* weights = group.storage;
-    group.low = INT64_MAX, group.end = INT64_MIN;
-    for (int64_t p = 0; p < w_.phases; ++p) {
-      const int64_t place = at * w_.phases + p, own = at * w_.step;
-      const Range range = gather_.range(r_.axes[2], place);
-      group.first[p] = range.first - own, group.count[p] = range.end - range.first, group.weights[p] = weights;
-      for (int64_t i = range.first; i < range.end; ++i) *weights++ = weight_of<A>(gather_, r_.axes[2], place, i);
-      if (group.count[p] == 0) continue;
-      group.low = std::min(group.low, range.first - own), group.end = std::max(group.end, range.end - own);
+  // Results along an axis for one place of the coarse side.
+  int64_t phases(int axis) const { return gather_.to_coarse ? 1 : r_.axes[axis].factor; }
+
+  Range range(int axis, int64_t place) const {
+    return range_of(gather_, r_.axes[axis], place);
+  }
+
+  // Whether each result is one sample, or none.
+  bool copies(int axis) const {
+    for (int64_t place = 0; place < phases(axis); ++place) {
+      const Range taps = range(axis, place);
+      if (taps.end - taps.first > 1) return false;
+      if (taps.first < taps.end && weight(axis, place, taps.first) != 1) return false;
+    }
+    return true;
+  }
+
+  A weight(int axis, int64_t place, int64_t tap) const { return weight_of<A>(gather_, r_.axes[axis], place, tap); }
+
+  void find_terms(int axis, int64_t place, int64_t& known, Terms<A>& terms) const {
+    if (place == known) return;
+    known = place;
+    const Range taps = range(axis, place);
+    terms.first = taps.first, terms.count = taps.end - taps.first;
+    for (int64_t i = 0; i < terms.count; ++i) terms.weights[i] = weight(axis, place, taps.first + i);
+  }
+
+  // For the coarse places [begin, end) along W.
+  void find_steps(int64_t begin, int64_t end, Steps& steps) const {
+    const ResizedAxis& axis = r_.axes[2];
+    int64_t fine = axis.factor * begin, fine_end = axis.factor * end;
+    if (gather_.to_coarse) fine = gather_.fine_of(axis, begin).first, fine_end = gather_.fine_of(axis, end - 1).end;
+    steps.size = 0, steps.low = INT64_MAX, steps.end = INT64_MIN;
+    for (; fine < fine_end; ++fine) {
+      Range coarse = gather_.coarse_of(axis, fine);
+      if (gather_.to_coarse) coarse = {std::max(coarse.first, begin), std::min(coarse.end, end)};
+      const int64_t count = std::max<int64_t>(coarse.end - coarse.first, 0);
+      if (gather_.to_coarse && count == 0) continue;
+      Step<A>& step = steps.list[steps.size++] = {fine, coarse.first, count, {}};
+      for (int64_t k = 0; k < count; ++k) {
+        step.weights[k] = gather_.to_coarse ? weight(2, coarse.first + k, fine) : weight(2, fine, coarse.first + k);
+      }
+      if (count == 0) continue;
+      steps.low = std::min(steps.low, gather_.to_coarse ? fine : coarse.first);
+      steps.end = std::max(steps.end, gather_.to_coarse ? fine + 1 : coarse.end);
     }
   }
 
-  // As much of a row at a time as scratch memory has room for.
-  void choose_blocks() {
-    const int64_t span = w_.end - w_.low, most = kScratch / span;
-    channels_at_once_ = channels_ <= most ? channels_ : most / kWhole * kWhole;
-    streams_ = streams_ && channels_at_once_ * sizeof(T) % kLine == 0;
-    const int64_t pixels = kScratch / channels_at_once_;
-    const int64_t fitting = w_.gaps ? pixels / span : (pixels - span) / w_.step + 1;
-    const int64_t blocks = (w_.groups + fitting - 1) / fitting;
-    groups_at_once_ = (w_.groups + blocks - 1) / blocks;
+  void do_rows(const Steps& steps, int64_t num_threads) const {
+    const int64_t groups = r_.to_shape[kBatch] * (r_.to_shape[kChannel] / channels_) * r_.axes[0].coarse * r_.axes[1].coarse;
+    const int64_t elements = std::max(count_elements(r_.from_shape), count_elements(r_.to_shape));
+    const int64_t groups_at_once = std::max<int64_t>(1, kPieceElements / (elements / groups));
+    const int64_t threads = std::clamp<int64_t>(elements / elements_worth_a_thread(), 1, num_threads);
+    for_each_piece((groups + groups_at_once - 1) / groups_at_once, threads, [&](int64_t, int64_t piece) {
+      Place place;
+      const int64_t begin = piece * groups_at_once, end = std::min(begin + groups_at_once, groups);
+      for (int64_t group = begin; group < end; ++group) do_group(group, steps, place);
+      if (streams_) kernels_.end_streams();
+    });
   }
 
   // All rows of results for one row of the coarse side.
-  void do_group(int64_t group, Place& place) const {
+  void do_group(int64_t group, const Steps& steps, Place& place) const {
     Sizes at{};
     const auto next = [&](int64_t size) {
       const int64_t index = group % size;
@@ -140,54 +180,35 @@ template <class T> class Resampling {
     };
     const int64_t h = next(r_.axes[1].coarse), t = next(r_.axes[0].coarse);
     at[kChannel] = next(r_.to_shape[kChannel] / channels_), at[kBatch] = group;
-    Stretch<T> s;
-    s.from = static_cast<const T*>(r_.from.data) + offset_of(r_.from, at);
-    s.frame = r_.from.strides[kTime], s.row = r_.from.strides[kHeight], s.pixel = r_.from.strides[kWidth];
-    s.to_pixel = r_.to.strides[kWidth];
-    s.t = &place.t, s.h = &place.h, s.w = &w_;
+    Row<T> row;
+    row.from = static_cast<const T*>(r_.from.data) + offset_of(r_.from, at);
+    row.frame = r_.from.strides[kTime], row.row = r_.from.strides[kHeight], row.pixel = r_.from.strides[kWidth];
+    row.to_pixel = r_.to.strides[kWidth], row.channels = channels_, row.streams = streams_;
+    row.t = &place.t, row.h = &place.h;
+    row.steps = steps.list, row.num_steps = steps.size, row.low = steps.low, row.end = steps.end;
     for (int64_t i = 0; i < phases(0); ++i) {
       at[kTime] = t * phases(0) + i;
       find_terms(0, at[kTime], place.t_at, place.t);
       for (int64_t j = 0; j < phases(1); ++j) {
         at[kHeight] = h * phases(1) + j;
         find_terms(1, at[kHeight], place.h_at, place.h);
-        s.to = static_cast<T*>(r_.to.data) + offset_of(r_.to, at);
-        do_row(s);
+        row.to = static_cast<T*>(r_.to.data) + offset_of(r_.to, at);
+        do_row(row);
       }
     }
   }
 
-  void find_terms(int axis, int64_t place, int64_t& known, Terms<A>& terms) const {
-    if (place == known) return;
-    known = place;
-    const Range range = gather_.range(r_.axes[axis], place);
-    terms.first = range.first, terms.count = range.end - range.first;
-    for (int64_t i = 0; i < terms.count; ++i) {
-      terms.weights[i] = weight_of<A>(gather_, r_.axes[axis], place, range.first + i);
-    }
-    terms.alone = terms.count == 1 && terms.weights[0] == 1;
+  void do_row(const Row<T>& row) const {
+    const bool none = row.t->count == 0 || row.h->count == 0;
+    if (gather_.to_coarse) (copies_ ? kernels_.copy_to_coarse : kernels_.to_coarse)(row);
+    else (copies_ || none ? kernels_.copy_to_fine : kernels_.to_fine)(row);
   }
 
-  void do_row(Stretch<T> s) const {
-    const auto kernel = streams_ ? kernels_.streaming : kernels_.storing;
-    for (int64_t c = 0; c < channels_; c += channels_at_once_) {
-      s.channels = std::min(channels_at_once_, channels_ - c);
-      for (s.begin = 0; s.begin < w_.groups; s.begin = s.end) {
-        s.end = std::min(s.begin + groups_at_once_, w_.groups);
-        kernel(s);
-      }
-      s.from += s.channels, s.to += s.channels;
-    }
-  }
-
-  static constexpr int64_t kWhole = 16;  // channels are cut at multiples of it
-
-  const Resample& r_;
+  Resample r_;
   const Gather& gather_;
   const ResampleKernels<T> kernels_;
-  int64_t channels_, channels_at_once_, groups_at_once_;
-  bool streams_;
-  Across<A> w_;
+  int64_t channels_;
+  bool streams_, copies_;
 };
 
 // Of factors too large for tables: each element by itself.
@@ -196,7 +217,7 @@ template <class T> void resample_plain(const Resample& r, const Gather& gather, 
   const auto value = [&](const Sizes& at, int axis, int64_t offset, const auto& inner_value) -> A {
     if (axis < kTime) return widen(static_cast<const T*>(r.from.data)[offset]);
     const ResizedAxis& resized = r.axes[axis - kTime];
-    const Range range = gather.range(resized, at[axis]);
+    const Range range = range_of(gather, resized, at[axis]);
     A sum = 0;
     for (int64_t i = range.first; i < range.end; ++i) {
       const A inner = inner_value(at, axis - 1, offset + i * r.from.strides[axis], inner_value);
