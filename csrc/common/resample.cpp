@@ -15,6 +15,7 @@ template <class T> ResampleKernels<T> resample_kernels_portable() noexcept { ret
 namespace {
 
 constexpr int64_t kPieceElements = 1 << 15;  // what a thread takes at a time
+constexpr int64_t kPartBytes = 16 << 10;      // of samples, whose neighbours' are read too
 constexpr int64_t kStreamedBytes = 1 << 24;  // from where results are written past the caches
 
 template <class T> ResampleKernels<T> kernels_here() {
@@ -29,10 +30,14 @@ Range range_of(const Gather& gather, const ResizedAxis& axis, int64_t place) {
   return gather.to_coarse ? gather.fine_of(axis, place) : gather.coarse_of(axis, place);
 }
 
-template <class A> A weight_of(const Gather& gather, const ResizedAxis& axis, int64_t place, int64_t tap) {
-  const int64_t coarse = gather.to_coarse ? place : tap, fine = gather.to_coarse ? tap : place;
+template <class A> A weight_of(const Gather& gather, const ResizedAxis& axis, int64_t coarse, int64_t fine) {
   if constexpr (std::is_same_v<A, double>) return gather.full(axis, coarse, fine);
   else return gather.single(axis, coarse, fine);
+}
+
+// Of the side that is read, for a place of the one that is written.
+template <class A> A tap_weight(const Gather& gather, const ResizedAxis& axis, int64_t place, int64_t tap) {
+  return gather.to_coarse ? weight_of<A>(gather, axis, place, tap) : weight_of<A>(gather, axis, tap, place);
 }
 
 int64_t count_elements(const Sizes& shape) {
@@ -65,15 +70,14 @@ template <class T> class Resampling {
       : r_(resample), gather_(gather), kernels_(kernels_here<T>()) {
     arrange();
     streams_ = channels_ > 1 && can_stream(r_, sizeof(T));
+    frames_first_ = range(0, phases(0)).first < range(0, phases(0) - 1).end;
     copies_ = copies(0) && copies(1) && copies(2);
   }
 
   void run(int64_t num_threads) const {
-    const ResizedAxis& axis = r_.axes[2];
-    const int64_t most = (kMostSteps - axis.factor - 2) / axis.factor;  // a result may be of half its neighbours' samples
     Steps steps;
-    for (int64_t begin = 0; begin < axis.coarse; begin += most) {
-      find_steps(begin, std::min(begin + most, axis.coarse), steps);
+    for (int64_t begin = 0; begin < r_.axes[2].coarse;) {
+      begin = find_steps(begin, steps);
       do_rows(steps, num_threads);
     }
   }
@@ -81,9 +85,11 @@ template <class T> class Resampling {
  private:
   using A = Acc<T>;
 
+  // Along W, in parts.
   struct Steps {
     Step<A> list[kMostSteps];
-    int64_t size, low, end;
+    Part<A> parts[kMostSteps];
+    int64_t num_parts;
   };
 
   // Where on T and H taps are known of.
@@ -126,7 +132,7 @@ template <class T> class Resampling {
     return true;
   }
 
-  A weight(int axis, int64_t place, int64_t tap) const { return weight_of<A>(gather_, r_.axes[axis], place, tap); }
+  A weight(int axis, int64_t place, int64_t tap) const { return tap_weight<A>(gather_, r_.axes[axis], place, tap); }
 
   void find_terms(int axis, int64_t place, int64_t& known, Terms<A>& terms) const {
     if (place == known) return;
@@ -136,25 +142,60 @@ template <class T> class Resampling {
     for (int64_t i = 0; i < terms.count; ++i) terms.weights[i] = weight(axis, place, taps.first + i);
   }
 
-  // For the coarse places [begin, end) along W.
-  void find_steps(int64_t begin, int64_t end, Steps& steps) const {
+  // Of each part so many coarse places that what is read of them stays in the first-level cache, where channels are
+  // taken in several goes.
+  int64_t part_size() const {
+    const int64_t factor = r_.axes[2].factor, most = (kMostSteps - 2) / factor - 1;  // a result may be of two places more
+    if (channels_ <= kernels_.channels_at_once) return most;
+    const int64_t samples = gather_.to_coarse ? r_.axes[0].factor * r_.axes[1].factor * factor : 4;
+    return std::clamp<int64_t>(kPartBytes / static_cast<int64_t>(sizeof(T)) / (samples * channels_), 1, most);
+  }
+
+  // For the coarse places from `begin` on, as many as there is room for. Returns where it ends.
+  int64_t find_steps(int64_t begin, Steps& steps) const {
     const ResizedAxis& axis = r_.axes[2];
-    int64_t fine = axis.factor * begin, fine_end = axis.factor * end;
-    if (gather_.to_coarse) fine = gather_.fine_of(axis, begin).first, fine_end = gather_.fine_of(axis, end - 1).end;
-    steps.size = 0, steps.low = INT64_MAX, steps.end = INT64_MIN;
-    for (; fine < fine_end; ++fine) {
-      Range coarse = gather_.coarse_of(axis, fine);
-      if (gather_.to_coarse) coarse = {std::max(coarse.first, begin), std::min(coarse.end, end)};
-      const int64_t count = std::max<int64_t>(coarse.end - coarse.first, 0);
-      if (gather_.to_coarse && count == 0) continue;
-      Step<A>& step = steps.list[steps.size++] = {fine, coarse.first, count, {}};
-      for (int64_t k = 0; k < count; ++k) {
-        step.weights[k] = gather_.to_coarse ? weight(2, coarse.first + k, fine) : weight(2, fine, coarse.first + k);
-      }
-      if (count == 0) continue;
-      steps.low = std::min(steps.low, gather_.to_coarse ? fine : coarse.first);
-      steps.end = std::max(steps.end, gather_.to_coarse ? fine + 1 : coarse.end);
+    const int64_t size = part_size();
+    Step<A>* step = steps.list;
+    steps.num_parts = 0;
+    while (begin < axis.coarse && steps.list + kMostSteps - step >= (size + 1) * axis.factor + 2) {
+      const int64_t end = std::min(begin + size, axis.coarse);
+      Part<A>& part = steps.parts[steps.num_parts++] = {step, 0, INT64_MAX, INT64_MIN};
+      step = gather_.to_coarse ? add_columns(begin, end, part, step) : add_results(begin, end, part, step);
+      part.size = step - part.steps;
+      begin = end;
     }
+    return begin;
+  }
+
+  // The columns of samples that the coarse places [begin, end) are made of.
+  Step<A>* add_columns(int64_t begin, int64_t end, Part<A>& part, Step<A>* step) const {
+    const ResizedAxis& axis = r_.axes[2];
+    part.low = gather_.fine_of(axis, begin).first, part.end = gather_.fine_of(axis, end - 1).end;
+    for (int64_t fine = part.low; fine < part.end; ++fine) {
+      const Range all = gather_.coarse_of(axis, fine), own{std::max(all.first, begin), std::min(all.end, end)};
+      if (own.first < own.end) *step++ = step_at(fine, own);
+    }
+    return step;
+  }
+
+  // The results that lie at the coarse places [begin, end).
+  Step<A>* add_results(int64_t begin, int64_t end, Part<A>& part, Step<A>* step) const {
+    const ResizedAxis& axis = r_.axes[2];
+    for (int64_t fine = axis.factor * begin; fine < axis.factor * end; ++fine) {
+      const Range coarse = gather_.coarse_of(axis, fine);
+      *step++ = step_at(fine, coarse);
+      if (coarse.first >= coarse.end) continue;
+      part.low = std::min(part.low, coarse.first), part.end = std::max(part.end, coarse.end);
+    }
+    return step;
+  }
+
+  Step<A> step_at(int64_t fine, const Range& coarse) const {
+    Step<A> step{fine, coarse.first, coarse.end - coarse.first, {}};
+    for (int64_t k = 0; k < step.count; ++k) {
+      step.weights[k] = weight_of<A>(gather_, r_.axes[2], coarse.first + k, fine);
+    }
+    return step;
   }
 
   void do_rows(const Steps& steps, int64_t num_threads) const {
@@ -178,14 +219,16 @@ template <class T> class Resampling {
       group /= size;
       return index;
     };
-    const int64_t h = next(r_.axes[1].coarse), t = next(r_.axes[0].coarse);
+    int64_t t = 0, h = 0;
+    if (frames_first_) t = next(r_.axes[0].coarse);
+    h = next(r_.axes[1].coarse);
+    if (!frames_first_) t = next(r_.axes[0].coarse);
     at[kChannel] = next(r_.to_shape[kChannel] / channels_), at[kBatch] = group;
     Row<T> row;
     row.from = static_cast<const T*>(r_.from.data) + offset_of(r_.from, at);
     row.frame = r_.from.strides[kTime], row.row = r_.from.strides[kHeight], row.pixel = r_.from.strides[kWidth];
     row.to_pixel = r_.to.strides[kWidth], row.channels = channels_, row.streams = streams_;
     row.t = &place.t, row.h = &place.h;
-    row.steps = steps.list, row.num_steps = steps.size, row.low = steps.low, row.end = steps.end;
     for (int64_t i = 0; i < phases(0); ++i) {
       at[kTime] = t * phases(0) + i;
       find_terms(0, at[kTime], place.t_at, place.t);
@@ -193,15 +236,19 @@ template <class T> class Resampling {
         at[kHeight] = h * phases(1) + j;
         find_terms(1, at[kHeight], place.h_at, place.h);
         row.to = static_cast<T*>(r_.to.data) + offset_of(r_.to, at);
-        do_row(row);
+        do_row(row, steps);
       }
     }
   }
 
-  void do_row(const Row<T>& row) const {
+  void do_row(Row<T>& row, const Steps& steps) const {
     const bool none = row.t->count == 0 || row.h->count == 0;
-    if (gather_.to_coarse) (copies_ ? kernels_.copy_to_coarse : kernels_.to_coarse)(row);
-    else (copies_ || none ? kernels_.copy_to_fine : kernels_.to_fine)(row);
+    const auto kernel = gather_.to_coarse ? (copies_ ? kernels_.copy_to_coarse : kernels_.to_coarse)
+                                          : (copies_ || none ? kernels_.copy_to_fine : kernels_.to_fine);
+    for (int64_t i = 0; i < steps.num_parts; ++i) {
+      row.part = steps.parts[i];
+      kernel(row);
+    }
   }
 
   Resample r_;
@@ -209,6 +256,7 @@ template <class T> class Resampling {
   const ResampleKernels<T> kernels_;
   int64_t channels_;
   bool streams_, copies_;
+  bool frames_first_;  // those next to each other share samples: their rows are to be done one after the other
 };
 
 // Of factors too large for tables: each element by itself.
@@ -221,7 +269,7 @@ template <class T> void resample_plain(const Resample& r, const Gather& gather, 
     A sum = 0;
     for (int64_t i = range.first; i < range.end; ++i) {
       const A inner = inner_value(at, axis - 1, offset + i * r.from.strides[axis], inner_value);
-      const A term = weight_of<A>(gather, resized, at[axis], i) * inner;
+      const A term = tap_weight<A>(gather, resized, at[axis], i) * inner;
       sum = i == range.first ? term : sum + term;
     }
     return sum;

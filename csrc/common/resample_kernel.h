@@ -131,8 +131,8 @@ inline void walk_to_coarse(const Row<T>& r, const Source& source, int64_t channe
   P sums[N], next[N], column[N];
   const P none = P::fill(-Acc<T>(0));  // plus anything is that
   for (int p = 0; p < N; ++p) sums[p] = next[p] = none;
-  int64_t at = r.steps->first;
-  for (const auto *s = r.steps, *end = s + r.num_steps; s != end; ++s) {
+  int64_t at = r.part.steps->first;
+  for (const auto *s = r.part.steps, *end = s + r.part.size; s != end; ++s) {
     source.sum(s->fine, channel, column);
     if (s->first != at) {
       put(r.to + at++ * r.to_pixel + channel, sums, r.streams);
@@ -150,7 +150,7 @@ inline void walk_to_fine(const Row<T>& r, const Source& source, int64_t channel)
   P first[N] = {}, second[N] = {}, results[N];
   int64_t place = -1;
   bool both = false;
-  for (const auto *s = r.steps, *end = s + r.num_steps; s != end; ++s) {
+  for (const auto *s = r.part.steps, *end = s + r.part.size; s != end; ++s) {
     if (s->count > 0 && s->first != place) {
       if (both && s->first == place + 1) {
         for (int p = 0; p < N; ++p) first[p] = second[p];
@@ -175,11 +175,7 @@ inline void walk(const Row<T>& r, const Source& source, int64_t channel) {
 
 // --- a row -----------------------------------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)
 constexpr int kMostPacks = 4;
-#else
-constexpr int kMostPacks = 2;  // of half as many registers
-#endif
 
 // Calls work(Strip, i) so that the strips that start at the i cover [0, n), where n is a pack at least: the last one
 // overlaps others.
@@ -195,21 +191,21 @@ template <bool kToCoarse, class T> inline void narrow_row(const Row<T>& r) {
   using A = Acc<T>;
   A sums[kMostSteps * kPackWidth<A>];
   const Columns<T, 0, 0> columns(r);
-  const int64_t n = (r.end - r.low) * r.channels;
+  const int64_t n = (r.part.end - r.part.low) * r.channels;
   if (r.pixel == r.channels && n >= kPackWidth<A>) {
     over_packs<A>(n, [&](auto strip, int64_t i) {
       typename decltype(strip)::type packs[strip.packs];
-      columns.sum(r.low, i, packs);
+      columns.sum(r.part.low, i, packs);
       put(sums + i, packs, false);
     });
   } else {
     for (int64_t i = 0; i < n; ++i) {
       Pack<A, 1> one[1] = {};
-      columns.sum(r.low + i / r.channels, i % r.channels, one);
+      columns.sum(r.part.low + i / r.channels, i % r.channels, one);
       put(sums + i, one, false);
     }
   }
-  for (int64_t c = 0; c < r.channels; ++c) walk<kToCoarse, Pack<A, 1>, 1>(r, Summed<A>{sums, r.low, r.channels}, c);
+  for (int64_t c = 0; c < r.channels; ++c) walk<kToCoarse, Pack<A, 1>, 1>(r, Summed<A>{sums, r.part.low, r.channels}, c);
 }
 
 template <bool kToCoarse, int kT, int kH, class T> inline void wide_row(const Row<T>& r) {
@@ -270,7 +266,7 @@ template <bool kZeros> inline void write_pixel(char* to, const char* from, int64
 template <bool kToCoarse, class T> void copy_row(const Row<T>& r) noexcept {
   const T* const from = r.from + r.t->first * r.frame + r.h->first * r.row;
   const bool none = r.t->count == 0 || r.h->count == 0;
-  for (const auto *s = r.steps, *end = s + r.num_steps; s != end; ++s) {
+  for (const auto *s = r.part.steps, *end = s + r.part.size; s != end; ++s) {
     const T* const sample = from + (kToCoarse ? s->fine : s->first) * r.pixel;
     T* const result = r.to + (kToCoarse ? s->first : s->fine) * r.to_pixel;
     const bool zero = none || s->count == 0;
@@ -286,7 +282,8 @@ template <bool kToCoarse, class T> void copy_row(const Row<T>& r) noexcept {
 }
 
 template <class T> inline ResampleKernels<T> resample_kernels() noexcept {
-  return {weighed_row<true, T>, weighed_row<false, T>, copy_row<true, T>, copy_row<false, T>, end_streams};
+  return {weighed_row<true, T>, weighed_row<false, T>, copy_row<true, T>, copy_row<false, T>, end_streams,
+          kMostPacks * kPackWidth<Acc<T>>};
 }
 
 }  // namespace

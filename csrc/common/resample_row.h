@@ -26,7 +26,13 @@ template <class A> struct Step {
   A weights[2];
 };
 
-// A row of results, or a part of one.
+// Some of them, and the samples [low, end) that they need.
+template <class A> struct Part {
+  const Step<A>* steps;
+  int64_t size, low, end;
+};
+
+// A part of a row of results.
 template <class T> struct Row {
   const T* from;  // sample (0, 0, 0)
   int64_t frame, row, pixel;
@@ -35,9 +41,7 @@ template <class T> struct Row {
   int64_t channels;  // behind one another
   bool streams;      // past the caches, in vectors of whole lines; others see it after `end_streams`
   const Terms<Acc<T>>*t, *h;
-  const Step<Acc<T>>* steps;
-  int64_t num_steps;
-  int64_t low, end;  // the samples along W that they need
+  Part<Acc<T>> part;
 };
 
 // Compiled for one width of vectors.
@@ -47,6 +51,7 @@ template <class T> struct ResampleKernels {
   void (*copy_to_coarse)(const Row<T>&) noexcept;
   void (*copy_to_fine)(const Row<T>&) noexcept;
   void (*end_streams)() noexcept;
+  int64_t channels_at_once;
 };
 
 template <class T> ResampleKernels<T> resample_kernels_portable() noexcept;
