@@ -186,6 +186,23 @@ template <class A, int N = kMostPacks, class Work> inline void over_packs(int64_
   else if (i < n) work(Strip<A, width, 1>{}, n - width);
 }
 
+// Columns summed already, of few channels: nothing need be kept.
+template <class T> inline void narrow_to_fine(const Row<T>& r, const Acc<T>* sums) {
+  const int64_t channels = r.channels, to_pixel = r.to_pixel, low = r.part.low;
+  T* const to = r.to;
+  for (const auto *s = r.part.steps, *end = s + r.part.size; s != end; ++s) {
+    const Acc<T>* const first = sums + (s->first - low) * channels;
+    const Acc<T>* const second = s->count > 1 ? first + channels : first;
+    T* const result = to + s->fine * to_pixel;
+    const Acc<T> one = s->weights[0], other = s->weights[1];
+    const int64_t count = s->count;
+    for (int64_t c = 0; c < channels; ++c) {
+      const Acc<T> sum = one * first[c];
+      result[c] = narrow<T>(count > 1 ? sum + other * second[c] : count > 0 ? sum : 0);
+    }
+  }
+}
+
 // Channels too few for a pack: the columns are summed first, in packs where they lie behind one another.
 template <bool kToCoarse, class T> inline void narrow_row(const Row<T>& r) {
   using A = Acc<T>;
@@ -205,7 +222,11 @@ template <bool kToCoarse, class T> inline void narrow_row(const Row<T>& r) {
       put(sums + i, one, false);
     }
   }
-  for (int64_t c = 0; c < r.channels; ++c) walk<kToCoarse, Pack<A, 1>, 1>(r, Summed<A>{sums, r.part.low, r.channels}, c);
+  if constexpr (kToCoarse) {
+    for (int64_t c = 0; c < r.channels; ++c) walk_to_coarse<Pack<A, 1>, 1>(r, Summed<A>{sums, r.part.low, r.channels}, c);
+  } else {
+    narrow_to_fine(r, sums);
+  }
 }
 
 template <bool kToCoarse, int kT, int kH, class T> inline void wide_row(const Row<T>& r) {
