@@ -145,7 +145,8 @@ template <class T> class Resampling {
   // Of each part so many coarse places that what is read of them stays in the first-level cache, where channels are
   // taken in several goes.
   int64_t part_size() const {
-    const int64_t factor = r_.axes[2].factor, most = (kMostSteps - 2) / factor - 1;  // a result may be of two places more
+    const int64_t factor = r_.axes[2].factor;
+    const int64_t most = (kMostSteps - 2) / factor - 1;  // results may be of samples beside their own
     if (channels_ <= kernels_.channels_at_once) return most;
     const int64_t samples = gather_.to_coarse ? r_.axes[0].factor * r_.axes[1].factor * factor : 4;
     return std::clamp<int64_t>(kPartBytes / static_cast<int64_t>(sizeof(T)) / (samples * channels_), 1, most);
@@ -199,7 +200,8 @@ template <class T> class Resampling {
   }
 
   void do_rows(const Steps& steps, int64_t num_threads) const {
-    const int64_t groups = r_.to_shape[kBatch] * (r_.to_shape[kChannel] / channels_) * r_.axes[0].coarse * r_.axes[1].coarse;
+    const int64_t planes = r_.to_shape[kBatch] * (r_.to_shape[kChannel] / channels_);
+    const int64_t groups = planes * r_.axes[0].coarse * r_.axes[1].coarse;
     const int64_t elements = std::max(count_elements(r_.from_shape), count_elements(r_.to_shape));
     const int64_t groups_at_once = std::max<int64_t>(1, kPieceElements / (elements / groups));
     const int64_t threads = std::clamp<int64_t>(elements / elements_worth_a_thread(), 1, num_threads);

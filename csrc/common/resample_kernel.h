@@ -223,7 +223,8 @@ template <bool kToCoarse, class T> inline void narrow_row(const Row<T>& r) {
     }
   }
   if constexpr (kToCoarse) {
-    for (int64_t c = 0; c < r.channels; ++c) walk_to_coarse<Pack<A, 1>, 1>(r, Summed<A>{sums, r.part.low, r.channels}, c);
+    const Summed<A> source{sums, r.part.low, r.channels};
+    for (int64_t c = 0; c < r.channels; ++c) walk_to_coarse<Pack<A, 1>, 1>(r, source, c);
   } else {
     narrow_to_fine(r, sums);
   }

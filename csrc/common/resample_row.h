@@ -1,6 +1,6 @@
 // What the two halves of fixed taps on a CPU share. The plan (resample.cpp) is made for any processor: taps, strides,
-// threads. The kernels (resample_kernel.h) are compiled once for each width of vectors, and do a row at a time. All here
-// is plain data: kernels, which are compiled for newer processors, must not lend a function to the rest.
+// threads. The kernels (resample_kernel.h) are compiled once for each width of vectors, and do a part of a row at a
+// time. All here is plain data: kernels, which are compiled for newer processors, must not lend a function to the rest.
 #ifndef LF_COMMON_RESAMPLE_ROW_H
 #define LF_COMMON_RESAMPLE_ROW_H
 
