@@ -69,6 +69,7 @@ template <class T> class Resampling {
   Resampling(const Resample& resample, const Gather& gather)
       : r_(resample), gather_(gather), kernels_(kernels_here<T>()) {
     arrange();
+    find_alike();
     streams_ = channels_ > 1 && can_stream(r_, sizeof(T));
     frames_first_ = range(0, phases(0)).first < range(0, phases(0) - 1).end;
     copies_ = copies(0) && copies(1) && copies(2);
@@ -142,6 +143,22 @@ template <class T> class Resampling {
     for (int64_t i = 0; i < terms.count; ++i) terms.weights[i] = weight(axis, place, taps.first + i);
   }
 
+  // Only the first and the last of the coarse places have results that are unlike the others'.
+  void find_alike() {
+    const int64_t coarse = r_.axes[2].coarse, bounds[]{0, 1, std::max<int64_t>(coarse - 1, 1), coarse};
+    A* weights = across_.weights;
+    across_.factor = r_.axes[2].factor, across_.size = 0;
+    for (int i = 0; i < 3; ++i) {
+      const int64_t begin = bounds[i], end = bounds[i + 1], step = r_.axes[2].factor / phases(2);
+      for (int64_t phase = 0; phase < phases(2) && begin < end; ++phase) {
+        const int64_t place = begin * phases(2) + phase;
+        const Range taps = range(2, place);
+        across_.list[across_.size++] = {begin, end, phase, taps.first - begin * step, taps.end - taps.first, weights};
+        for (int64_t tap = taps.first; tap < taps.end; ++tap) *weights++ = weight(2, place, tap);
+      }
+    }
+  }
+
   // Of each part so many coarse places that what is read of them stays in the first-level cache, where channels are
   // taken in several goes.
   int64_t part_size() const {
@@ -160,7 +177,7 @@ template <class T> class Resampling {
     steps.num_parts = 0;
     while (begin < axis.coarse && steps.list + kMostSteps - step >= (size + 1) * axis.factor + 2) {
       const int64_t end = std::min(begin + size, axis.coarse);
-      Part<A>& part = steps.parts[steps.num_parts++] = {step, 0, INT64_MAX, INT64_MIN};
+      Part<A>& part = steps.parts[steps.num_parts++] = {step, 0, begin, end, INT64_MAX, INT64_MIN};
       step = gather_.to_coarse ? add_columns(begin, end, part, step) : add_results(begin, end, part, step);
       part.size = step - part.steps;
       begin = end;
@@ -171,8 +188,8 @@ template <class T> class Resampling {
   // The columns of samples that the coarse places [begin, end) are made of.
   Step<A>* add_columns(int64_t begin, int64_t end, Part<A>& part, Step<A>* step) const {
     const ResizedAxis& axis = r_.axes[2];
-    part.low = gather_.fine_of(axis, begin).first, part.end = gather_.fine_of(axis, end - 1).end;
-    for (int64_t fine = part.low; fine < part.end; ++fine) {
+    part.low = gather_.fine_of(axis, begin).first, part.high = gather_.fine_of(axis, end - 1).end;
+    for (int64_t fine = part.low; fine < part.high; ++fine) {
       const Range all = gather_.coarse_of(axis, fine), own{std::max(all.first, begin), std::min(all.end, end)};
       if (own.first < own.end) *step++ = step_at(fine, own);
     }
@@ -186,7 +203,7 @@ template <class T> class Resampling {
       const Range coarse = gather_.coarse_of(axis, fine);
       *step++ = step_at(fine, coarse);
       if (coarse.first >= coarse.end) continue;
-      part.low = std::min(part.low, coarse.first), part.end = std::max(part.end, coarse.end);
+      part.low = std::min(part.low, coarse.first), part.high = std::max(part.high, coarse.end);
     }
     return step;
   }
@@ -230,7 +247,7 @@ template <class T> class Resampling {
     row.from = static_cast<const T*>(r_.from.data) + offset_of(r_.from, at);
     row.frame = r_.from.strides[kTime], row.row = r_.from.strides[kHeight], row.pixel = r_.from.strides[kWidth];
     row.to_pixel = r_.to.strides[kWidth], row.channels = channels_, row.streams = streams_;
-    row.t = &place.t, row.h = &place.h;
+    row.t = &place.t, row.h = &place.h, row.across = &across_;
     for (int64_t i = 0; i < phases(0); ++i) {
       at[kTime] = t * phases(0) + i;
       find_terms(0, at[kTime], place.t_at, place.t);
@@ -256,6 +273,7 @@ template <class T> class Resampling {
   Resample r_;
   const Gather& gather_;
   const ResampleKernels<T> kernels_;
+  Across<A> across_;
   int64_t channels_;
   bool streams_, copies_;
   bool frames_first_;  // those next to each other share samples: their rows are to be done one after the other

@@ -113,16 +113,6 @@ template <class T, int kT, int kH> class Columns {
   }
 };
 
-// Columns summed already.
-template <class A> struct Summed {
-  const A* const sums;
-  const int64_t low, pixel;
-
-  template <class P, int N> void sum(int64_t column, int64_t channel, P (&packs)[N]) const {
-    load(sums + (column - low) * pixel + channel, packs);
-  }
-};
-
 // --- along W ---------------------------------------------------------------------------------------------------------
 
 // N packs of channels of a row. A column goes into the result at hand, and maybe the next.
@@ -186,20 +176,50 @@ template <class A, int N = kMostPacks, class Work> inline void over_packs(int64_
   else if (i < n) work(Strip<A, width, 1>{}, n - width);
 }
 
-// Columns summed already, of few channels: nothing need be kept.
-template <class T> inline void narrow_to_fine(const Row<T>& r, const Acc<T>* sums) {
-  const int64_t channels = r.channels, to_pixel = r.to_pixel, low = r.part.low;
-  T* const to = r.to;
-  for (const auto *s = r.part.steps, *end = s + r.part.size; s != end; ++s) {
-    const Acc<T>* const first = sums + (s->first - low) * channels;
-    const Acc<T>* const second = s->count > 1 ? first + channels : first;
-    T* const result = to + s->fine * to_pixel;
-    const Acc<T> one = s->weights[0], other = s->weights[1];
-    const int64_t count = s->count;
+// Results of columns that are summed already: `sums` are those of the part, of `channels` each. What is not 0 of the
+// last three parameters is known here: of coarse places that are alike, the compiler then takes many at a time.
+template <bool kToCoarse, int kFactor, int kChannels, int kTaps, class T>
+inline void add_up(const Row<T>& r, const Alike<Acc<T>>& alike, const Acc<T>* sums) {
+  using A = Acc<T>;
+  const int64_t factor = kFactor ? kFactor : r.across->factor, channels = kChannels ? kChannels : r.channels;
+  const int64_t taps = kTaps ? kTaps : alike.count, step = kToCoarse ? factor * channels : channels;
+  const int64_t begin = alike.begin > r.part.begin ? alike.begin : r.part.begin;
+  const int64_t n = (alike.end < r.part.end ? alike.end : r.part.end) - begin;
+  const int64_t to_step = (kToCoarse ? 1 : factor) * r.to_pixel;
+  const A* const from = sums + (alike.sample - r.part.low) * channels + begin * step;
+  T* const to = r.to + alike.first * r.to_pixel + begin * to_step;
+  A weights[kTaps ? kTaps : kMostTaps];
+  for (int64_t k = 0; k < taps; ++k) weights[k] = alike.weights[k];
+  for (int64_t i = 0; i < n; ++i) {
     for (int64_t c = 0; c < channels; ++c) {
-      const Acc<T> sum = one * first[c];
-      result[c] = narrow<T>(count > 1 ? sum + other * second[c] : count > 0 ? sum : 0);
+      A sum = taps > 0 ? weights[0] * from[i * step + c] : 0;
+      for (int64_t k = 1; k < taps; ++k) sum = sum + weights[k] * from[i * step + k * channels + c];
+      to[i * to_step + c] = narrow<T>(sum);
     }
+  }
+}
+
+template <bool kToCoarse, int kFactor, int kChannels, class T>
+inline void add_up_taps(const Row<T>& r, const Acc<T>* sums) {
+  const Alike<Acc<T>>* const list = r.across->list;
+  for (int64_t i = 0; i < r.across->size; ++i) {
+    switch (list[i].count) {
+      case 1: add_up<kToCoarse, kFactor, kChannels, 1>(r, list[i], sums); break;
+      case 2: add_up<kToCoarse, kFactor, kChannels, 2>(r, list[i], sums); break;
+      case 3: add_up<kToCoarse, kFactor, kChannels, 3>(r, list[i], sums); break;
+      case 4: add_up<kToCoarse, kFactor, kChannels, 4>(r, list[i], sums); break;
+      default: add_up<kToCoarse, kFactor, kChannels, 0>(r, list[i], sums);
+    }
+  }
+}
+
+template <bool kToCoarse, class T> inline void add_up_row(const Row<T>& r, const Acc<T>* sums) {
+  if (r.channels == 3) return add_up_taps<kToCoarse, 0, 3>(r, sums);
+  if (r.channels > 1) return add_up_taps<kToCoarse, 0, 0>(r, sums);
+  switch (r.across->factor) {
+    case 2: return add_up_taps<kToCoarse, 2, 1>(r, sums);
+    case 4: return add_up_taps<kToCoarse, 4, 1>(r, sums);
+    default: return add_up_taps<kToCoarse, 0, 1>(r, sums);
   }
 }
 
@@ -208,7 +228,7 @@ template <bool kToCoarse, class T> inline void narrow_row(const Row<T>& r) {
   using A = Acc<T>;
   A sums[kMostSteps * kPackWidth<A>];
   const Columns<T, 0, 0> columns(r);
-  const int64_t n = (r.part.end - r.part.low) * r.channels;
+  const int64_t n = (r.part.high - r.part.low) * r.channels;
   if (r.pixel == r.channels && n >= kPackWidth<A>) {
     over_packs<A>(n, [&](auto strip, int64_t i) {
       typename decltype(strip)::type packs[strip.packs];
@@ -222,12 +242,7 @@ template <bool kToCoarse, class T> inline void narrow_row(const Row<T>& r) {
       put(sums + i, one, false);
     }
   }
-  if constexpr (kToCoarse) {
-    const Summed<A> source{sums, r.part.low, r.channels};
-    for (int64_t c = 0; c < r.channels; ++c) walk_to_coarse<Pack<A, 1>, 1>(r, source, c);
-  } else {
-    narrow_to_fine(r, sums);
-  }
+  add_up_row<kToCoarse>(r, sums);
 }
 
 template <bool kToCoarse, int kT, int kH, class T> inline void wide_row(const Row<T>& r) {

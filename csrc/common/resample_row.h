@@ -26,10 +26,24 @@ template <class A> struct Step {
   A weights[2];
 };
 
-// Some of them, and the samples [low, end) that they need.
+// Some of them, all that belong to the coarse places [begin, end), and the samples [low, high) that they need.
 template <class A> struct Part {
   const Step<A>* steps;
-  int64_t size, low, end;
+  int64_t size, begin, end, low, high;
+};
+
+// Results along W that are alike, one for each of the coarse places [begin, end): result `first` of place 0
+// would be made of samples sample + k with weights[k], and those of place i lie i, or i times the factor, further on.
+template <class A> struct Alike {
+  int64_t begin, end, first, sample, count;
+  const A* weights;
+};
+
+// A whole row by results that are alike: those of the first coarse place, of the last and of all between.
+template <class A> struct Across {
+  int64_t factor, size;
+  Alike<A> list[3 * kMostFactor];
+  A weights[3 * kMostTaps];
 };
 
 // A part of a row of results.
@@ -42,6 +56,7 @@ template <class T> struct Row {
   bool streams;      // past the caches, in vectors of whole lines; others see it after `end_streams`
   const Terms<Acc<T>>*t, *h;
   Part<Acc<T>> part;
+  const Across<Acc<T>>* across;
 };
 
 // Compiled for one width of vectors.
