@@ -15,7 +15,8 @@ template <class T> ResampleKernels<T> resample_kernels_portable() noexcept { ret
 namespace {
 
 constexpr int64_t kPieceElements = 1 << 15;  // what a thread takes at a time
-constexpr int64_t kStreamedBytes = 1 << 21;  // from where results are written past the caches
+constexpr int64_t kPartBytes = 16 << 10;      // of samples, whose neighbours' are read too
+constexpr int64_t kStreamedBytes = 1 << 24;  // from where results are written past the caches
 
 template <class T> ResampleKernels<T> kernels_here() {
 #if defined(LF_WITH_AVX2)
@@ -25,10 +26,18 @@ template <class T> ResampleKernels<T> kernels_here() {
   return resample_kernels_portable<T>();
 }
 
-template <class A> A weight_of(const Gather& gather, const ResizedAxis& axis, int64_t place, int64_t tap) {
-  const int64_t coarse = gather.to_coarse ? place : tap, fine = gather.to_coarse ? tap : place;
+Range range_of(const Gather& gather, const ResizedAxis& axis, int64_t place) {
+  return gather.to_coarse ? gather.fine_of(axis, place) : gather.coarse_of(axis, place);
+}
+
+template <class A> A weight_of(const Gather& gather, const ResizedAxis& axis, int64_t coarse, int64_t fine) {
   if constexpr (std::is_same_v<A, double>) return gather.full(axis, coarse, fine);
   else return gather.single(axis, coarse, fine);
+}
+
+// Of the side that is read, for a place of the one that is written.
+template <class A> A tap_weight(const Gather& gather, const ResizedAxis& axis, int64_t place, int64_t tap) {
+  return gather.to_coarse ? weight_of<A>(gather, axis, place, tap) : weight_of<A>(gather, axis, tap, place);
 }
 
 int64_t count_elements(const Sizes& shape) {
@@ -54,18 +63,160 @@ bool can_stream(const Resample& r, int64_t element_size) {
   return lines && count_elements(r.to_shape) >= kStreamedBytes / element_size;
 }
 
-// By tables of taps, in vectors over channels where they lie behind one another and in single planes where not.
+// By tables of taps. What lies behind one another is taken in vectors: channels, or else rows that stay as they are.
 template <class T> class Resampling {
  public:
-  Resampling(const Resample& r, const Gather& gather) : r_(r), gather_(gather), kernels_(kernels_here<T>()) {
-    const bool vectors = r.from.strides[kChannel] == 1 && r.to.strides[kChannel] == 1 && r.to_shape[kChannel] > 1;
-    channels_ = vectors ? r.to_shape[kChannel] : 1;
-    streams_ = vectors && can_stream(r, sizeof(T));
-    make_across();
-    choose_blocks();
+  Resampling(const Resample& resample, const Gather& gather)
+      : r_(resample), gather_(gather), kernels_(kernels_here<T>()) {
+    arrange();
+    find_alike();
+    streams_ = channels_ > 1 && can_stream(r_, sizeof(T));
+    frames_first_ = range(0, phases(0)).first < range(0, phases(0) - 1).end;
+    copies_ = copies(0) && copies(1) && copies(2);
   }
 
   void run(int64_t num_threads) const {
+    Steps steps;
+    for (int64_t begin = 0; begin < r_.axes[2].coarse;) {
+      begin = find_steps(begin, steps);
+      do_rows(steps, num_threads);
+    }
+  }
+
+ private:
+  using A = Acc<T>;
+
+  // Along W, in parts.
+  struct Steps {
+    Step<A> list[kMostSteps];
+    Part<A> parts[kMostSteps];
+    int64_t num_parts;
+  };
+
+  // Where on T and H taps are known of.
+  struct Place {
+    int64_t t_at = -1, h_at = -1;
+    Terms<A> t, h;
+  };
+
+  bool dense(int axis) const { return r_.from.strides[axis] == 1 && r_.to.strides[axis] == 1; }
+
+  // Has as much as there is of a clip lie on the channels' axis, where elements are behind one another.
+  void arrange() {
+    Sizes &from = r_.from_shape, &to = r_.to_shape;
+    int64_t *from_strides = r_.from.strides, *to_strides = r_.to.strides;
+    const bool kept = r_.axes[2].factor == 1;
+    if (kept && (to[kChannel] == 1 || !dense(kChannel)) && dense(kWidth)) {
+      for (int64_t* x : {from.data(), to.data(), from_strides, to_strides}) std::swap(x[kChannel], x[kWidth]);
+    }
+    if (kept && dense(kChannel) && from_strides[kWidth] == to[kChannel] && to_strides[kWidth] == to[kChannel]) {
+      to[kChannel] *= to[kWidth], from[kChannel] *= to[kWidth], to[kWidth] = from[kWidth] = 1;
+    }
+    r_.axes[2].coarse = std::min(from[kWidth], to[kWidth]);
+    channels_ = dense(kChannel) ? to[kChannel] : 1;
+  }
+
+  // Results along an axis for one place of the coarse side.
+  int64_t phases(int axis) const { return gather_.to_coarse ? 1 : r_.axes[axis].factor; }
+
+  Range range(int axis, int64_t place) const {
+    return range_of(gather_, r_.axes[axis], place);
+  }
+
+  // Whether each result is one sample, or none.
+  bool copies(int axis) const {
+    for (int64_t place = 0; place < phases(axis); ++place) {
+      const Range taps = range(axis, place);
+      if (taps.end - taps.first > 1) return false;
+      if (taps.first < taps.end && weight(axis, place, taps.first) != 1) return false;
+    }
+    return true;
+  }
+
+  A weight(int axis, int64_t place, int64_t tap) const { return tap_weight<A>(gather_, r_.axes[axis], place, tap); }
+
+  void find_terms(int axis, int64_t place, int64_t& known, Terms<A>& terms) const {
+    if (place == known) return;
+    known = place;
+    const Range taps = range(axis, place);
+    terms.first = taps.first, terms.count = taps.end - taps.first;
+    for (int64_t i = 0; i < terms.count; ++i) terms.weights[i] = weight(axis, place, taps.first + i);
+  }
+
+  // Only the first and the last of the coarse places have results that are unlike the others'.
+  void find_alike() {
+    const int64_t coarse = r_.axes[2].coarse, bounds[]{0, 1, std::max<int64_t>(coarse - 1, 1), coarse};
+    A* weights = across_.weights;
+    across_.factor = r_.axes[2].factor, across_.size = 0;
+    for (int i = 0; i < 3; ++i) {
+      const int64_t begin = bounds[i], end = bounds[i + 1], step = r_.axes[2].factor / phases(2);
+      for (int64_t phase = 0; phase < phases(2) && begin < end; ++phase) {
+        const int64_t place = begin * phases(2) + phase;
+        const Range taps = range(2, place);
+        across_.list[across_.size++] = {begin, end, phase, taps.first - begin * step, taps.end - taps.first, weights};
+        for (int64_t tap = taps.first; tap < taps.end; ++tap) *weights++ = weight(2, place, tap);
+      }
+    }
+  }
+
+  // Of each part so many coarse places that what is read of them stays in the first-level cache, where channels are
+  // taken in several goes.
+  int64_t part_size() const {
+    const int64_t factor = r_.axes[2].factor;
+    const int64_t most = (kMostSteps - 2) / factor - 1;  // results may be of samples beside their own
+    if (channels_ <= kernels_.channels_at_once) return most;
+    const int64_t samples = gather_.to_coarse ? r_.axes[0].factor * r_.axes[1].factor * factor : 4;
+    return std::clamp<int64_t>(kPartBytes / static_cast<int64_t>(sizeof(T)) / (samples * channels_), 1, most);
+  }
+
+  // For the coarse places from `begin` on, as many as there is room for. Returns where it ends.
+  int64_t find_steps(int64_t begin, Steps& steps) const {
+    const ResizedAxis& axis = r_.axes[2];
+    const int64_t size = part_size();
+    Step<A>* step = steps.list;
+    steps.num_parts = 0;
+    while (begin < axis.coarse && steps.list + kMostSteps - step >= (size + 1) * axis.factor + 2) {
+      const int64_t end = std::min(begin + size, axis.coarse);
+      Part<A>& part = steps.parts[steps.num_parts++] = {step, 0, begin, end, INT64_MAX, INT64_MIN};
+      step = gather_.to_coarse ? add_columns(begin, end, part, step) : add_results(begin, end, part, step);
+      part.size = step - part.steps;
+      begin = end;
+    }
+    return begin;
+  }
+
+  // The columns of samples that the coarse places [begin, end) are made of.
+  Step<A>* add_columns(int64_t begin, int64_t end, Part<A>& part, Step<A>* step) const {
+    const ResizedAxis& axis = r_.axes[2];
+    part.low = gather_.fine_of(axis, begin).first, part.high = gather_.fine_of(axis, end - 1).end;
+    for (int64_t fine = part.low; fine < part.high; ++fine) {
+      const Range all = gather_.coarse_of(axis, fine), own{std::max(all.first, begin), std::min(all.end, end)};
+      if (own.first < own.end) *step++ = step_at(fine, own);
+    }
+    return step;
+  }
+
+  // The results that lie at the coarse places [begin, end).
+  Step<A>* add_results(int64_t begin, int64_t end, Part<A>& part, Step<A>* step) const {
+    const ResizedAxis& axis = r_.axes[2];
+    for (int64_t fine = axis.factor * begin; fine < axis.factor * end; ++fine) {
+      const Range coarse = gather_.coarse_of(axis, fine);
+      *step++ = step_at(fine, coarse);
+      if (coarse.first >= coarse.end) continue;
+      part.low = std::min(part.low, coarse.first), part.high = std::max(part.high, coarse.end);
+    }
+    return step;
+  }
+
+  Step<A> step_at(int64_t fine, const Range& coarse) const {
+    Step<A> step{fine, coarse.first, coarse.end - coarse.first, {}};
+    for (int64_t k = 0; k < step.count; ++k) {
+      step.weights[k] = weight_of<A>(gather_, r_.axes[2], coarse.first + k, fine);
+    }
+    return step;
+  }
+
+  void do_rows(const Steps& steps, int64_t num_threads) const {
     const int64_t planes = r_.to_shape[kBatch] * (r_.to_shape[kChannel] / channels_);
     const int64_t groups = planes * r_.axes[0].coarse * r_.axes[1].coarse;
     const int64_t elements = std::max(count_elements(r_.from_shape), count_elements(r_.to_shape));
@@ -74,120 +225,58 @@ template <class T> class Resampling {
     for_each_piece((groups + groups_at_once - 1) / groups_at_once, threads, [&](int64_t, int64_t piece) {
       Place place;
       const int64_t begin = piece * groups_at_once, end = std::min(begin + groups_at_once, groups);
-      for (int64_t group = begin; group < end; ++group) do_group(group, place);
+      for (int64_t group = begin; group < end; ++group) do_group(group, steps, place);
       if (streams_) kernels_.end_streams();
     });
   }
 
- private:
-  using A = Acc<T>;
-  static constexpr int64_t kScratch = kScratchBytes / sizeof(A);
-
-  // Where on T and H taps are known of.
-  struct Place {
-    int64_t t_at = -1, h_at = -1;
-    Terms<A> t, h;
-  };
-
-  // Results along an axis for one place of the coarse side, and samples.
-  int64_t phases(int axis) const { return gather_.to_coarse ? 1 : r_.axes[axis].factor; }
-  int64_t step(int axis) const { return gather_.to_coarse ? r_.axes[axis].factor : 1; }
-
-  void make_across() {
-    w_.groups = r_.axes[2].coarse, w_.phases = phases(2), w_.step = step(2), w_.same = r_.axes[2].factor == 1;
-    w_.low = INT64_MAX, w_.end = INT64_MIN;
-    const auto make = [&](Group<A>& group, int64_t at) {
-      make_group(group, at);
-      w_.low = std::min(w_.low, group.low), w_.end = std::max(w_.end, group.end);
-    };
-    make(w_.first, 0);
-    if (w_.groups > 1) make(w_.last, w_.groups - 1);
-    if (w_.groups > 2) make(w_.inner, 1);
-    w_.gaps = w_.end - w_.low < w_.step;
-  }
-
-  void make_group(Group<A>& group, int64_t at) const {
-    A* weights = group.storage;
-    group.low = INT64_MAX, group.end = INT64_MIN;
-    for (int64_t p = 0; p < w_.phases; ++p) {
-      const int64_t place = at * w_.phases + p, own = at * w_.step;
-      const Range range = gather_.range(r_.axes[2], place);
-      group.first[p] = range.first - own, group.count[p] = range.end - range.first, group.weights[p] = weights;
-      for (int64_t i = range.first; i < range.end; ++i) *weights++ = weight_of<A>(gather_, r_.axes[2], place, i);
-      if (group.count[p] == 0) continue;
-      group.low = std::min(group.low, range.first - own), group.end = std::max(group.end, range.end - own);
-    }
-  }
-
-  // As much of a row at a time as scratch memory has room for.
-  void choose_blocks() {
-    const int64_t span = w_.end - w_.low, most = kScratch / span;
-    channels_at_once_ = channels_ <= most ? channels_ : most / kWhole * kWhole;
-    streams_ = streams_ && channels_at_once_ * sizeof(T) % kLine == 0;
-    const int64_t pixels = kScratch / channels_at_once_;
-    const int64_t fitting = w_.gaps ? pixels / span : (pixels - span) / w_.step + 1;
-    const int64_t blocks = (w_.groups + fitting - 1) / fitting;
-    groups_at_once_ = (w_.groups + blocks - 1) / blocks;
-  }
-
   // All rows of results for one row of the coarse side.
-  void do_group(int64_t group, Place& place) const {
+  void do_group(int64_t group, const Steps& steps, Place& place) const {
     Sizes at{};
     const auto next = [&](int64_t size) {
       const int64_t index = group % size;
       group /= size;
       return index;
     };
-    const int64_t h = next(r_.axes[1].coarse), t = next(r_.axes[0].coarse);
+    int64_t t = 0, h = 0;
+    if (frames_first_) t = next(r_.axes[0].coarse);
+    h = next(r_.axes[1].coarse);
+    if (!frames_first_) t = next(r_.axes[0].coarse);
     at[kChannel] = next(r_.to_shape[kChannel] / channels_), at[kBatch] = group;
-    Stretch<T> s;
-    s.from = static_cast<const T*>(r_.from.data) + offset_of(r_.from, at);
-    s.frame = r_.from.strides[kTime], s.row = r_.from.strides[kHeight], s.pixel = r_.from.strides[kWidth];
-    s.to_pixel = r_.to.strides[kWidth];
-    s.t = &place.t, s.h = &place.h, s.w = &w_;
+    Row<T> row;
+    row.from = static_cast<const T*>(r_.from.data) + offset_of(r_.from, at);
+    row.frame = r_.from.strides[kTime], row.row = r_.from.strides[kHeight], row.pixel = r_.from.strides[kWidth];
+    row.to_pixel = r_.to.strides[kWidth], row.channels = channels_, row.streams = streams_;
+    row.t = &place.t, row.h = &place.h, row.across = &across_;
     for (int64_t i = 0; i < phases(0); ++i) {
       at[kTime] = t * phases(0) + i;
       find_terms(0, at[kTime], place.t_at, place.t);
       for (int64_t j = 0; j < phases(1); ++j) {
         at[kHeight] = h * phases(1) + j;
         find_terms(1, at[kHeight], place.h_at, place.h);
-        s.to = static_cast<T*>(r_.to.data) + offset_of(r_.to, at);
-        do_row(s);
+        row.to = static_cast<T*>(r_.to.data) + offset_of(r_.to, at);
+        do_row(row, steps);
       }
     }
   }
 
-  void find_terms(int axis, int64_t place, int64_t& known, Terms<A>& terms) const {
-    if (place == known) return;
-    known = place;
-    const Range range = gather_.range(r_.axes[axis], place);
-    terms.first = range.first, terms.count = range.end - range.first;
-    for (int64_t i = 0; i < terms.count; ++i) {
-      terms.weights[i] = weight_of<A>(gather_, r_.axes[axis], place, range.first + i);
-    }
-    terms.alone = terms.count == 1 && terms.weights[0] == 1;
-  }
-
-  void do_row(Stretch<T> s) const {
-    const auto kernel = streams_ ? kernels_.streaming : kernels_.storing;
-    for (int64_t c = 0; c < channels_; c += channels_at_once_) {
-      s.channels = std::min(channels_at_once_, channels_ - c);
-      for (s.begin = 0; s.begin < w_.groups; s.begin = s.end) {
-        s.end = std::min(s.begin + groups_at_once_, w_.groups);
-        kernel(s);
-      }
-      s.from += s.channels, s.to += s.channels;
+  void do_row(Row<T>& row, const Steps& steps) const {
+    const bool none = row.t->count == 0 || row.h->count == 0;
+    const auto kernel = gather_.to_coarse ? (copies_ ? kernels_.copy_to_coarse : kernels_.to_coarse)
+                                          : (copies_ || none ? kernels_.copy_to_fine : kernels_.to_fine);
+    for (int64_t i = 0; i < steps.num_parts; ++i) {
+      row.part = steps.parts[i];
+      kernel(row);
     }
   }
 
-  static constexpr int64_t kWhole = 16;  // channels are cut at multiples of it
-
-  const Resample& r_;
+  Resample r_;
   const Gather& gather_;
   const ResampleKernels<T> kernels_;
-  int64_t channels_, channels_at_once_, groups_at_once_;
-  bool streams_;
-  Across<A> w_;
+  Across<A> across_;
+  int64_t channels_;
+  bool streams_, copies_;
+  bool frames_first_;  // those next to each other share samples: their rows are to be done one after the other
 };
 
 // Of factors too large for tables: each element by itself.
@@ -196,11 +285,11 @@ template <class T> void resample_plain(const Resample& r, const Gather& gather, 
   const auto value = [&](const Sizes& at, int axis, int64_t offset, const auto& inner_value) -> A {
     if (axis < kTime) return widen(static_cast<const T*>(r.from.data)[offset]);
     const ResizedAxis& resized = r.axes[axis - kTime];
-    const Range range = gather.range(resized, at[axis]);
+    const Range range = range_of(gather, resized, at[axis]);
     A sum = 0;
     for (int64_t i = range.first; i < range.end; ++i) {
       const A inner = inner_value(at, axis - 1, offset + i * r.from.strides[axis], inner_value);
-      const A term = weight_of<A>(gather, resized, at[axis], i) * inner;
+      const A term = tap_weight<A>(gather, resized, at[axis], i) * inner;
       sum = i == range.first ? term : sum + term;
     }
     return sum;

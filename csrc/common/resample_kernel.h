@@ -1,272 +1,326 @@
-// A stretch of a row of fixed taps, for the width of vectors that this file is compiled for; see resample_stretch.h.
-// Three translation units include it. All of it has internal linkage.
+// A row of fixed taps, for the width of vectors that this file is compiled for; see resample_row.h. Three translation
+// units include it. All of it has internal linkage.
 //
-// value = sum over W of weight (sum over H of weight (sum over T of weight x)), each sum from its first term on and
-// without fused multiply-adds: the same bits on every processor, and on a CUDA device. The inner two sums of all
-// samples of a stretch go into a row of scratch memory, from which the outer one is made.
+// value = sum over W of weight (sum over H of weight (sum over T of weight x)), each sum in the order of its places and
+// without fused multiply-adds: the same bits on every processor, and on a CUDA device. A few vectors of channels walk
+// along W: each column of samples is summed over T and H once, in registers, for all results that it goes into.
 #ifndef LF_COMMON_RESAMPLE_KERNEL_H
 #define LF_COMMON_RESAMPLE_KERNEL_H
 
-#include <type_traits>
-
 #include "common/pack.h"
-#include "common/resample_stretch.h"
+#include "common/resample_row.h"
 
 namespace lf {
 namespace {
 
-constexpr int kLineBytes = 64;
+// --- past the caches -------------------------------------------------------------------------------------------------
 
-// Past the caches, to a multiple of the size.
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-constexpr int64_t kStreamBytes = 32;
-inline void stream_bytes(void* to, const void* from) {
-  _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
-}
-inline void end_streams() noexcept { _mm_sfence(); }
-#else
-constexpr int64_t kStreamBytes = 32;
-inline void stream_bytes(void* to, const void* from) { memcpy(to, from, kStreamBytes); }
-inline void end_streams() noexcept {}
+// kBytes of a vector's, to a multiple of them.
+template <int kBytes> inline void stream(void* to, const void* from) {
+#if defined(__AVX512F__)
+  if constexpr (kBytes == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
 #endif
-inline void stream(void* to, const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += kStreamBytes) {
-    stream_bytes(static_cast<char*>(to) + i, static_cast<const char*>(from) + i);
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+  if constexpr (kBytes == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
   }
+  if constexpr (kBytes == 16) {
+    return _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
+  }
+#endif
+  memcpy(to, from, kBytes);
 }
 
-template <bool kStream, class T, class P> inline void put(T* to, P pack) {
-  constexpr int64_t bytes = sizeof(P) / sizeof(Acc<T>) * sizeof(T);
-  if constexpr (kStream && bytes % kStreamBytes == 0) {
-    alignas(64) T some[bytes / sizeof(T)];
-    pack.store(some);
-    stream(to, some, bytes);
-  } else {
-    pack.store(to);
-  }
+inline void end_streams() noexcept {
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+  _mm_sfence();
+#endif
 }
 
-// As over_strips, but what is left over of whole packs is done by one that overlaps the last.
-template <class A, class Work> inline void over_packs(int64_t n, const Work& work) {
-  constexpr int width = kPackWidth<A>;
-  if (n < width) {
-    for (int64_t i = 0; i < n; ++i) work(Strip<A, 1, 1>{}, i);
-    return;
+template <class T, class P, int N> inline void put(T* to, const P (&packs)[N], bool streams) {
+  constexpr int width = sizeof(P) / sizeof(Acc<T>);
+  for (int p = 0; p < N; ++p) {
+    if (streams) {
+      T some[width];
+      packs[p].store(some);
+      stream<sizeof some>(to + p * width, some);
+    } else {
+      packs[p].store(to + p * width);
+    }
   }
-  int64_t i = 0;
-  for (; i + 4 * width <= n; i += 4 * width) work(Strip<A, width, 4>{}, i);
-  for (; i + width <= n; i += width) work(Strip<A, width, 1>{}, i);
-  if (i < n) work(Strip<A, width, 1>{}, n - width);
-}
-
-template <bool kStream, class T> inline void copy(T* to, const T* from, int64_t n) {
-  if constexpr (kStream) stream(to, from, n * static_cast<int64_t>(sizeof(T)));
-  else memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
 }
 
 // --- along T and H ---------------------------------------------------------------------------------------------------
 
-// Each line is asked for a page ahead: the processor itself follows no more than a few of the many rows that are read at
-// once, and none of them into the next page.
-constexpr int64_t kAheadBytes = 4096;
-template <class T, int Width> inline void prefetch_ahead(const T* at, int index) {
-  constexpr int bytes = Width * static_cast<int>(sizeof(T));
-  if (index * bytes % kLineBytes == 0) prefetch(reinterpret_cast<const char*>(at + index * Width) + kAheadBytes);
+// A number of taps known here, or only at run time.
+template <class A, int kCount> struct Taps {
+  static constexpr int64_t count = kCount;
+  A weights[kCount];
+  explicit Taps(const Terms<A>& terms) { memcpy(weights, terms.weights, sizeof weights); }
+};
+template <class A> struct Taps<A, 0> {
+  const int64_t count;
+  const A* const weights;
+  explicit Taps(const Terms<A>& terms) : count(terms.count), weights(terms.weights) {}
+};
+
+// The first term of sums, and another.
+template <class P, int N> inline void set(P weight, const P (&values)[N], P (&sums)[N]) {
+  for (int p = 0; p < N; ++p) sums[p] = weight * values[p];
+}
+template <class P, int N> inline void add(P weight, const P (&values)[N], P (&sums)[N]) {
+  for (int p = 0; p < N; ++p) sums[p] = sums[p] + weight * values[p];
 }
 
-// n samples behind one another, from `from` on in each frame and row; to results or to scratch memory.
-template <bool kStream, class T, class D> inline void combine(const Stretch<T>& s, const T* from, D* to, int64_t n) {
+template <class P, int N, class S> inline void load(const S* from, P (&packs)[N]) {
+  constexpr int width = sizeof(P) / sizeof(Acc<S>);
+  for (int p = 0; p < N; ++p) packs[p] = P::load(from + p * width);
+}
+
+// The columns of a row, summed over T and H.
+template <class T, int kT, int kH> class Columns {
   using A = Acc<T>;
-  const Terms<A>&t = *s.t, &h = *s.h;
-  from += t.first * s.frame + h.first * s.row;
-  over_packs<A>(n, [&](auto strip, int64_t i) {
-    using P = typename decltype(strip)::type;
-    constexpr int packs = decltype(strip)::packs, width = decltype(strip)::width;
-    const auto row = [&](int64_t k, P(&sums)[packs]) {  // along T, times its weight along H
-      const T* at = from + k * s.row + i;
-      for (int p = 0; p < packs; ++p) {
-        prefetch_ahead<T, width>(at, p);
-        sums[p] = P::fill(t.weights[0]) * P::load(at + p * width);
-      }
-      for (int64_t j = 1; j < t.count; ++j) {
-        at += s.frame;
-        for (int p = 0; p < packs; ++p) {
-          prefetch_ahead<T, width>(at, p);
-          sums[p] = sums[p] + P::fill(t.weights[j]) * P::load(at + p * width);
-        }
-      }
-      for (int p = 0; p < packs; ++p) sums[p] = P::fill(h.weights[k]) * sums[p];
-    };
-    P sums[packs], others[packs];
-    row(0, sums);
-    for (int64_t k = 1; k < h.count; ++k) {
-      row(k, others);
-      for (int p = 0; p < packs; ++p) sums[p] = sums[p] + others[p];
-    }
-    for (int p = 0; p < packs; ++p) {
-      if constexpr (std::is_same_v<D, T>) put<kStream>(to + i + p * width, sums[p]);
-      else sums[p].store(to + i + p * width);
-    }
-  });
-}
+  const Taps<A, kT> t;
+  const Taps<A, kH> h;
+  const T* const from;
+  const int64_t frame, row, pixel;
 
-// `pixels` of them; results, and scratch memory, `to_pixel` apart.
-template <bool kStream, class T, class D>
-inline void combine_pixels(const Stretch<T>& s, int64_t first, int64_t pixels, D* to, int64_t to_pixel) {
-  const T* from = s.from + first * s.pixel;
-  if (s.pixel == s.channels && to_pixel == s.channels) return combine<kStream>(s, from, to, pixels * s.channels);
-  for (int64_t i = 0; i < pixels; ++i) combine<kStream>(s, from + i * s.pixel, to + i * to_pixel, s.channels);
-}
+ public:
+  explicit Columns(const Row<T>& r)
+      : t(*r.t), h(*r.h), from(r.from + r.t->first * r.frame + r.h->first * r.row), frame(r.frame), row(r.row),
+        pixel(r.pixel) {}
+
+  template <class P, int N> void sum(int64_t column, int64_t channel, P (&sums)[N]) const {
+    const T* at = from + column * pixel + channel;
+    P inner[N];
+    sum_frames(at, inner);
+    set(P::fill(h.weights[0]), inner, sums);
+    for (int64_t k = 1; k < h.count; ++k) {
+      sum_frames(at += row, inner);
+      add(P::fill(h.weights[k]), inner, sums);
+    }
+  }
+
+ private:
+  template <class P, int N> void sum_frames(const T* at, P (&sums)[N]) const {
+    P values[N];
+    load(at, values);
+    set(P::fill(t.weights[0]), values, sums);
+    for (int64_t k = 1; k < t.count; ++k) {
+      load(at += frame, values);
+      add(P::fill(t.weights[k]), values, sums);
+    }
+  }
+};
 
 // --- along W ---------------------------------------------------------------------------------------------------------
 
-// One result of each of a number of groups that are alike.
-template <class T, class S> struct Results {
-  const S* from;
-  int64_t pixel, from_step;
-  T* to;
-  int64_t to_step, groups, channels;
-  const Acc<T>* weights;
-  int64_t taps;
-};
-
-// Taps: their number, or 0 where that is known only at run time.
-template <int Taps, bool kStream, class T, class S> inline void add_up(const Results<T, S>& r) {
-  using A = Acc<T>;
-  const int64_t taps = Taps ? Taps : r.taps;
-  A weights[Taps ? Taps : kMostTaps];
-  for (int64_t k = 0; k < taps; ++k) weights[k] = r.weights[k];
-  if (r.channels == 1) {
-    for (int64_t g = 0; g < r.groups; ++g) {
-      const S* at = r.from + g * r.from_step;
-      A sum = weights[0] * widen(at[0]);
-      for (int64_t k = 1; k < taps; ++k) sum = sum + weights[k] * widen(at[k * r.pixel]);
-      r.to[g * r.to_step] = narrow<T>(sum);
+// N packs of channels of a row. A column goes into the result at hand, and maybe the next.
+template <class P, int N, class T, class Source>
+inline void walk_to_coarse(const Row<T>& r, const Source& source, int64_t channel) {
+  P sums[N], next[N], column[N];
+  const P none = P::fill(-Acc<T>(0));  // plus anything is that
+  for (int p = 0; p < N; ++p) sums[p] = next[p] = none;
+  int64_t at = r.part.steps->first;
+  for (const auto *s = r.part.steps, *end = s + r.part.size; s != end; ++s) {
+    source.sum(s->fine, channel, column);
+    if (s->first != at) {
+      put(r.to + at++ * r.to_pixel + channel, sums, r.streams);
+      for (int p = 0; p < N; ++p) sums[p] = next[p], next[p] = none;
     }
-    return;
+    add(P::fill(s->weights[0]), column, sums);
+    if (s->count > 1) add(P::fill(s->weights[1]), column, next);
   }
-  for (int64_t g = 0; g < r.groups; ++g) {
-    const S* from = r.from + g * r.from_step;
-    T* to = r.to + g * r.to_step;
-    over_packs<A>(r.channels, [&](auto strip, int64_t i) {
-      using P = typename decltype(strip)::type;
-      constexpr int packs = decltype(strip)::packs, width = decltype(strip)::width;
-      P sums[packs];
-      for (int p = 0; p < packs; ++p) sums[p] = P::fill(weights[0]) * P::load(from + i + p * width);
-      for (int64_t k = 1; k < taps; ++k) {
-        const S* at = from + k * r.pixel + i;
-        for (int p = 0; p < packs; ++p) sums[p] = sums[p] + P::fill(weights[k]) * P::load(at + p * width);
+  put(r.to + at * r.to_pixel + channel, sums, r.streams);
+}
+
+// The last two columns are kept.
+template <class P, int N, class T, class Source>
+inline void walk_to_fine(const Row<T>& r, const Source& source, int64_t channel) {
+  P first[N] = {}, second[N] = {}, results[N];
+  int64_t place = -1;
+  bool both = false;
+  for (const auto *s = r.part.steps, *end = s + r.part.size; s != end; ++s) {
+    if (s->count > 0 && s->first != place) {
+      if (both && s->first == place + 1) {
+        for (int p = 0; p < N; ++p) first[p] = second[p];
+      } else {
+        source.sum(s->first, channel, first);
       }
-      for (int p = 0; p < packs; ++p) put<kStream>(to + i + p * width, sums[p]);
-    });
-  }
-}
-
-template <bool kStream, class T> inline void copy_each(const Results<T, T>& r) {
-  if (r.channels == 1) {
-    for (int64_t g = 0; g < r.groups; ++g) r.to[g * r.to_step] = r.from[g * r.from_step];
-  } else {
-    for (int64_t g = 0; g < r.groups; ++g) copy<kStream>(r.to + g * r.to_step, r.from + g * r.from_step, r.channels);
-  }
-}
-
-template <class T, class S> inline void clear_each(const Results<T, S>& r) {
-  for (int64_t g = 0; g < r.groups; ++g) {
-    for (int64_t c = 0; c < r.channels; ++c) r.to[g * r.to_step + c] = T{};
-  }
-}
-
-template <bool kStream, class T, class S> inline void results(const Results<T, S>& r) {
-  if constexpr (std::is_same_v<T, S>) {
-    if (r.taps == 1 && r.weights[0] == 1) return copy_each<kStream>(r);
-  }
-  switch (r.taps) {
-    case 0: return clear_each(r);
-    case 1: return add_up<1, kStream>(r);
-    case 2: return add_up<2, kStream>(r);
-    case 3: return add_up<3, kStream>(r);
-    case 4: return add_up<4, kStream>(r);
-    default: return add_up<0, kStream>(r);
-  }
-}
-
-// Where a row of samples lies: `pixel` apart, those of a group `step` of them behind those of the one before. Where
-// `packed`, from `origin`, with no others than a group needs.
-template <class S> struct Samples {
-  const S* data;
-  int64_t pixel, step, origin;
-  bool packed;
-};
-
-template <bool kStream, class T, class S> inline void across(const Stretch<T>& s, const Samples<S>& from) {
-  const Across<Acc<T>>& w = *s.w;
-  const auto alike = [&](const Group<Acc<T>>& group, int64_t begin, int64_t end) {
-    for (int64_t p = 0; p < w.phases && begin < end; ++p) {
-      const int64_t first = group.first[p] - (from.packed ? group.low : 0);
-      const S* data = from.data + (begin * from.step + first - from.origin) * from.pixel;
-      T* to = s.to + (begin * w.phases + p) * s.to_pixel;
-      results<kStream>(Results<T, S>{data, from.pixel, from.step * from.pixel, to, w.phases * s.to_pixel, end - begin,
-                                     s.channels, group.weights[p], group.count[p]});
+      place = s->first, both = false;
     }
-  };
-  const int64_t last = w.groups - 1;
-  const bool starts = s.begin == 0, ends = s.end == w.groups && last > 0;
-  if (starts) alike(w.first, 0, 1);
-  alike(w.inner, starts ? 1 : s.begin, ends ? last : s.end);
-  if (ends) alike(w.last, last, s.end);
+    if (s->count > 1 && !both) source.sum(place + 1, channel, second), both = true;
+    set(P::fill(s->weights[0]), first, results);
+    if (s->count > 1) add(P::fill(s->weights[1]), second, results);
+    for (int p = 0; p < N && s->count == 0; ++p) results[p] = P::fill(0);
+    put(r.to + s->fine * r.to_pixel + channel, results, r.streams);
+  }
 }
 
-template <class A> inline const Group<A>& group_at(const Across<A>& w, int64_t i) {
-  return i == 0 ? w.first : i == w.groups - 1 ? w.last : w.inner;
+template <bool kToCoarse, class P, int N, class T, class Source>
+inline void walk(const Row<T>& r, const Source& source, int64_t channel) {
+  if constexpr (kToCoarse) walk_to_coarse<P, N>(r, source, channel);
+  else walk_to_fine<P, N>(r, source, channel);
 }
 
-// --- a stretch -------------------------------------------------------------------------------------------------------
+// --- a row -----------------------------------------------------------------------------------------------------------
 
-template <bool kStream, class T> inline void from_scratch(const Stretch<T>& s) {
+constexpr int kMostPacks = 4;
+
+// Calls work(Strip, i) so that the strips that start at the i cover [0, n), where n is a pack at least: the last one
+// overlaps others.
+template <class A, int N = kMostPacks, class Work> inline void over_packs(int64_t n, const Work& work, int64_t i = 0) {
+  constexpr int width = kPackWidth<A>;
+  for (; i + N * width <= n; i += N * width) work(Strip<A, width, N>{}, i);
+  if constexpr (N > 1) over_packs<A, N / 2>(n, work, i);
+  else if (i < n) work(Strip<A, width, 1>{}, n - width);
+}
+
+// Results of columns that are summed already: `sums` are those of the part, of `channels` each. What is not 0 of the
+// last three parameters is known here: of coarse places that are alike, the compiler then takes many at a time.
+template <bool kToCoarse, int kFactor, int kChannels, int kTaps, class T>
+inline void add_up(const Row<T>& r, const Alike<Acc<T>>& alike, const Acc<T>* sums) {
   using A = Acc<T>;
-  const Across<A>& w = *s.w;
-  alignas(64) A scratch[kScratchBytes / sizeof(A)];
-  if (w.gaps) {
-    const int64_t size = w.end - w.low;
-    for (int64_t i = s.begin; i < s.end; ++i) {
-      const Group<A>& group = group_at(w, i);
-      A* const to = scratch + (i - s.begin) * size * s.channels;
-      combine_pixels<false>(s, i * w.step + group.low, group.end - group.low, to, s.channels);
+  const int64_t factor = kFactor ? kFactor : r.across->factor, channels = kChannels ? kChannels : r.channels;
+  const int64_t taps = kTaps ? kTaps : alike.count, step = kToCoarse ? factor * channels : channels;
+  const int64_t begin = alike.begin > r.part.begin ? alike.begin : r.part.begin;
+  const int64_t n = (alike.end < r.part.end ? alike.end : r.part.end) - begin;
+  const int64_t to_step = (kToCoarse ? 1 : factor) * r.to_pixel;
+  const A* const from = sums + (alike.sample - r.part.low) * channels + begin * step;
+  T* const to = r.to + alike.first * r.to_pixel + begin * to_step;
+  A weights[kTaps ? kTaps : kMostTaps];
+  for (int64_t k = 0; k < taps; ++k) weights[k] = alike.weights[k];
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t c = 0; c < channels; ++c) {
+      A sum = taps > 0 ? weights[0] * from[i * step + c] : 0;
+      for (int64_t k = 1; k < taps; ++k) sum = sum + weights[k] * from[i * step + k * channels + c];
+      to[i * to_step + c] = narrow<T>(sum);
     }
-    return across<kStream>(s, Samples<A>{scratch, s.channels, size, s.begin * size, true});
   }
-  const int64_t first = s.begin * w.step + group_at(w, s.begin).low;
-  const int64_t end = (s.end - 1) * w.step + group_at(w, s.end - 1).end;
-  combine_pixels<false>(s, first, end - first, scratch, s.channels);
-  across<kStream>(s, Samples<A>{scratch, s.channels, w.step, first, false});
 }
 
-template <bool kStream, class T> inline void copy_row(const Stretch<T>& s, const T* row) {
-  const T* from = row + s.begin * s.pixel;
-  T* to = s.to + s.begin * s.to_pixel;
-  const int64_t pixels = s.end - s.begin;
-  if (s.pixel == s.channels && s.to_pixel == s.channels) return copy<kStream>(to, from, pixels * s.channels);
-  for (int64_t i = 0; i < pixels; ++i) copy<kStream>(to + i * s.to_pixel, from + i * s.pixel, s.channels);
+template <bool kToCoarse, int kFactor, int kChannels, class T>
+inline void add_up_taps(const Row<T>& r, const Acc<T>* sums) {
+  const Alike<Acc<T>>* const list = r.across->list;
+  for (int64_t i = 0; i < r.across->size; ++i) {
+    switch (list[i].count) {
+      case 1: add_up<kToCoarse, kFactor, kChannels, 1>(r, list[i], sums); break;
+      case 2: add_up<kToCoarse, kFactor, kChannels, 2>(r, list[i], sums); break;
+      case 3: add_up<kToCoarse, kFactor, kChannels, 3>(r, list[i], sums); break;
+      case 4: add_up<kToCoarse, kFactor, kChannels, 4>(r, list[i], sums); break;
+      default: add_up<kToCoarse, kFactor, kChannels, 0>(r, list[i], sums);
+    }
+  }
 }
 
-template <bool kStream, class T> void stretch(const Stretch<T>& s) noexcept {
-  const Across<Acc<T>>& w = *s.w;
-  if (s.t->count == 0 || s.h->count == 0) {
-    const int64_t begin = s.begin * w.phases, pixels = (s.end - s.begin) * w.phases;
-    T* const to = s.to + begin * s.to_pixel;
-    return clear_each(Results<T, T>{nullptr, 0, 0, to, s.to_pixel, pixels, s.channels, nullptr, 0});
+template <bool kToCoarse, class T> inline void add_up_row(const Row<T>& r, const Acc<T>* sums) {
+  if (r.channels == 3) return add_up_taps<kToCoarse, 0, 3>(r, sums);
+  if (r.channels > 1) return add_up_taps<kToCoarse, 0, 0>(r, sums);
+  switch (r.across->factor) {
+    case 2: return add_up_taps<kToCoarse, 2, 1>(r, sums);
+    case 4: return add_up_taps<kToCoarse, 4, 1>(r, sums);
+    default: return add_up_taps<kToCoarse, 0, 1>(r, sums);
   }
-  if (s.t->alone && s.h->alone) {
-    const T* row = s.from + s.t->first * s.frame + s.h->first * s.row;
-    if (w.same) return copy_row<kStream>(s, row);
-    return across<kStream>(s, Samples<T>{row, s.pixel, w.step, 0, false});
+}
+
+// Channels too few for a pack: the columns are summed first, in packs where they lie behind one another.
+template <bool kToCoarse, class T> inline void narrow_row(const Row<T>& r) {
+  using A = Acc<T>;
+  A sums[kMostSteps * kPackWidth<A>];
+  const Columns<T, 0, 0> columns(r);
+  const int64_t n = (r.part.high - r.part.low) * r.channels;
+  if (r.pixel == r.channels && n >= kPackWidth<A>) {
+    over_packs<A>(n, [&](auto strip, int64_t i) {
+      typename decltype(strip)::type packs[strip.packs];
+      columns.sum(r.part.low, i, packs);
+      put(sums + i, packs, false);
+    });
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      Pack<A, 1> one[1] = {};
+      columns.sum(r.part.low + i / r.channels, i % r.channels, one);
+      put(sums + i, one, false);
+    }
   }
-  if (!w.same) return from_scratch<kStream>(s);
-  combine_pixels<kStream>(s, s.begin, s.end - s.begin, s.to + s.begin * s.to_pixel, s.to_pixel);
+  add_up_row<kToCoarse>(r, sums);
+}
+
+template <bool kToCoarse, int kT, int kH, class T> inline void wide_row(const Row<T>& r) {
+  const Columns<T, kT, kH> columns(r);
+  over_packs<Acc<T>>(r.channels, [&](auto strip, int64_t c) {
+    walk<kToCoarse, typename decltype(strip)::type, decltype(strip)::packs>(r, columns, c);
+  });
+}
+
+template <bool kToCoarse, class T> void weighed_row(const Row<T>& r) noexcept {
+  if (r.channels < kPackWidth<Acc<T>>) return narrow_row<kToCoarse>(r);
+  if (r.t->count > 2 || r.h->count > 2) {
+    if constexpr (kToCoarse) wide_row<kToCoarse, 0, 0>(r);
+  } else if (r.t->count == 1) {
+    if (r.h->count == 1) wide_row<kToCoarse, 1, 1>(r);
+    else wide_row<kToCoarse, 1, 2>(r);
+  } else {
+    if (r.h->count == 1) wide_row<kToCoarse, 2, 1>(r);
+    else wide_row<kToCoarse, 2, 2>(r);
+  }
+}
+
+// --- copies ----------------------------------------------------------------------------------------------------------
+
+// N to 2 N bytes.
+template <int N> inline void copy_ends(char* to, const char* from, int64_t n) {
+  char first[N], last[N];
+  memcpy(first, from, N), memcpy(last, from + n - N, N);
+  memcpy(to, first, N), memcpy(to + n - N, last, N);
+}
+
+// No more than a vector of 64 bytes.
+inline void copy_few(char* to, const char* from, int64_t n) {
+  if (n >= 32) return copy_ends<32>(to, from, n);
+  if (n >= 16) return copy_ends<16>(to, from, n);
+  if (n >= 8) return copy_ends<8>(to, from, n);
+  if (n >= 4) return copy_ends<4>(to, from, n);
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
+// Without a call of memcpy for each. Zeros, where there is nothing to copy.
+template <bool kZeros> inline void write_pixel(char* to, const char* from, int64_t n, bool streams) {
+  using P = Pack<float, kPackWidth<float>>;
+  constexpr int64_t bytes = sizeof(P);
+  const auto write = [&](int64_t i) {
+    P packs[1] = {P::fill(0)};
+    if constexpr (!kZeros) load(reinterpret_cast<const float*>(from + i), packs);
+    put(reinterpret_cast<float*>(to + i), packs, streams);
+  };
+  int64_t i = 0;
+  for (; i + bytes <= n; i += bytes) write(i);
+  if (i == n) return;
+  if (n > bytes) return write(n - bytes);
+  constexpr char zeros[bytes] = {};
+  copy_few(to, kZeros ? zeros : from, n);
+}
+
+template <bool kToCoarse, class T> void copy_row(const Row<T>& r) noexcept {
+  const T* const from = r.from + r.t->first * r.frame + r.h->first * r.row;
+  const bool none = r.t->count == 0 || r.h->count == 0;
+  for (const auto *s = r.part.steps, *end = s + r.part.size; s != end; ++s) {
+    const T* const sample = from + (kToCoarse ? s->fine : s->first) * r.pixel;
+    T* const result = r.to + (kToCoarse ? s->first : s->fine) * r.to_pixel;
+    const bool zero = none || s->count == 0;
+    if (r.channels == 1) {
+      *result = zero ? T{} : *sample;
+      continue;
+    }
+    const int64_t size = r.channels * static_cast<int64_t>(sizeof(T));
+    char* const to = reinterpret_cast<char*>(result);
+    if (zero) write_pixel<true>(to, nullptr, size, r.streams);
+    else write_pixel<false>(to, reinterpret_cast<const char*>(sample), size, r.streams);
+  }
 }
 
 template <class T> inline ResampleKernels<T> resample_kernels() noexcept {
-  return {stretch<false, T>, stretch<true, T>, end_streams};
+  return {weighed_row<true, T>, weighed_row<false, T>, copy_row<true, T>, copy_row<false, T>, end_streams,
+          kMostPacks * kPackWidth<Acc<T>>};
 }
 
 }  // namespace

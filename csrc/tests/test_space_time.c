@@ -278,6 +278,47 @@ static void every_mode(void) {
   }
 }
 
+/* Widths and channels around the vectors of any processor, their groups, and the parts of a row. */
+static void odd_sizes(void) {
+  static const int64_t channels[] = {2, 4, 7, 15, 16, 17, 31, 33, 47, 64, 65, 79, 128, 130, 200};
+  for (int kind = 0; kind < 6 * 2 * 4; ++kind) {
+    const int mode = kind % 6, direction = mode < 4 ? DOWN : UP;
+    for (int64_t width = 1; width <= 9; ++width) {
+      const int64_t c = channels[(size_t)(width + kind) % (sizeof channels / sizeof *channels)];
+      const Case one = {direction, kind / 6 % 2, kind / 12, direction == DOWN ? mode : mode - 4, 1, c,
+                        {1 + width % 2, 1 + kind % 2, width}, {1 + width % 3, 1 + (width + kind) % 2, 1 + width % 4}};
+      fixed(&one, width % LAYOUTS, width % 2 ? LAST : LAST_LOOSE, 1);
+    }
+    const Case wide = {direction, kind / 6 % 2, kind / 12, direction == DOWN ? mode : mode - 4, 1, 144 + kind % 3,
+                       {1, 1, 23}, {1, 2, 2 + kind % 3}};
+    fixed(&wide, LAST, LAST, 1);
+  }
+}
+
+/* Results so large that they are written past the caches are those of memory where they cannot be. */
+static void large_results(void) {
+  for (int kind = 0; kind < 4 * 4; ++kind) { /* nearest and linear up, the adjoints of linear and nearest down */
+    const int64_t channels = 64 * 4 / (kind / 4 == LF_FLOAT64 ? 8 : kind / 4 == LF_FLOAT32 ? 4 : 2);
+    const Case c = {kind % 4 < 2 ? UP : DOWN, kind % 4 >= 2, kind / 4, kind % 2, 1, channels, {8, 32, 33}, {2, 2, 2}};
+    int64_t shapes[2][AXES];
+    shapes_of(&c, shapes[0], shapes[1]);
+    const Tensor from = make(c.dtype, shapes[c.adjoint], LAST), to = make(c.dtype, shapes[!c.adjoint], LAST);
+    const int64_t bytes = to.elements * size_of(c.dtype);
+    unsigned char *memory = memory_of(2 * (bytes + 128)), *line = memory + (64 - (uintptr_t)memory % 64);
+    unsigned char* off = line + bytes + size_of(c.dtype) + (64 - bytes % 64) % 64;
+    Tensor aligned = to, shifted = to;
+    aligned.clip.data = line, shifted.clip.data = off;
+    fill(&from);
+    for (int i = 0; i < 2; ++i) {
+      const Tensor* result = i ? &shifted : &aligned;
+      const lf_space_time a = arguments_of(&c, c.adjoint ? result : &from, c.adjoint ? &from : result);
+      CHECK(ENTRIES[c.direction][c.adjoint](&a, 1 + i) == LF_OK);
+    }
+    CHECK(memcmp(line, off, (size_t)bytes) == 0);
+    free(memory), free(from.memory), free(to.memory);
+  }
+}
+
 /* Rows, and pixels, longer than any scratch memory. */
 static void long_rows(void) {
   static const int64_t sizes[][2] = {{64, 150}, {9000, 2}, {3, 5000}, {1, 9001}};
@@ -818,6 +859,8 @@ static void workspace_errors(void) {
 
 int main(void) {
   every_mode();
+  odd_sizes();
+  large_results();
   long_rows();
   large_factors();
   threads_change_nothing();
