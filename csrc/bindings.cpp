@@ -233,7 +233,7 @@ lf_status temporal_conv_cpu(py::handle x_, py::handle weight_, py::handle bias, 
   return lf_temporal_conv_cpu(&a, num_threads);
 }
 
-// A call of space_time_downsample or space_time_upsample. `weight`, `bias` and `workspace`, its (address, bytes), may be
+// A call of space_time_downsample or space_time_upsample. `weight`, `bias` and `workspace` (address, bytes) may be
 // None; lumiere_fast/native.py has looked at the shapes.
 struct SpaceTime {
   lf_space_time value{};

@@ -7,8 +7,8 @@
 
 namespace lf {
 
-// Sample j of the fine side lies at (2 j + 1 - f) / (2 f) on the coarse one: on one of its samples, between two of them,
-// or beyond the ends, where the end sample is repeated.
+// Sample j of the fine side lies at (2 j + 1 - f) / (2 f) on the coarse one: on a sample of it, between two of them, or
+// beyond the ends, where the end sample is repeated.
 struct Upsampling {
   // Of place f i + p. Never empty.
   template <class I> LF_HD static RangeOf<I> coarse_at(const AxisOf<I>& axis, IndexOf<I> i, IndexOf<I> p) {

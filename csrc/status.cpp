@@ -35,7 +35,8 @@ const char* lf_status_string(lf_status status) noexcept {
     case LF_UNSUPPORTED_DTYPE: return "unsupported dtype: no code of one, or none that is taken there";
     case LF_INVALID_SHAPE:
       return "invalid shape: a size is not one of those accepted, groups do not divide it, or shapes do not fit";
-    case LF_INVALID_STRIDES: return "invalid strides: elements of the output may lie on top of one another";
+    case LF_INVALID_STRIDES:
+      return "invalid strides: elements of the output may lie on top of one another, or a tensor leaves memory";
     case LF_WINDOW_OUT_OF_RANGE: return "a window sticks out of the video";
     case LF_UNCOVERED: return "a position of the video is in no window";
     case LF_INVALID_WEIGHTS: return "invalid weights: not positive and finite, or for windows that differ in length";

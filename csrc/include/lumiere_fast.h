@@ -44,7 +44,7 @@ enum {
   LF_INVALID_ARGUMENT = 1,    /* a pointer that must not be null is null, or a number is not one of those accepted */
   LF_UNSUPPORTED_DTYPE = 2,   /* the code is none of those below, or of a dtype that is not taken there */
   LF_INVALID_SHAPE = 3,       /* a size is not one of those accepted, groups do not divide it, or shapes do not fit */
-  LF_INVALID_STRIDES = 4,     /* elements of an output may lie on top of one another, or strides are not as needed */
+  LF_INVALID_STRIDES = 4,     /* an output may lie on top of itself, a tensor leaves memory, or see the function */
   LF_WINDOW_OUT_OF_RANGE = 5, /* a window sticks out of the video */
   LF_UNCOVERED = 6,           /* a position of the video is in no window */
   LF_INVALID_WEIGHTS = 7,     /* a weight is not positive and finite, or the windows it is for differ in length */

@@ -777,7 +777,8 @@ static void errors(void) {
       {small_workspace, LF_NO_WORKSPACE}, {negative_workspace, LF_NO_WORKSPACE},
       {x_in_workspace, LF_SHARED_MEMORY}, {weight_in_workspace, LF_SHARED_MEMORY},
       {bias_in_workspace, LF_SHARED_MEMORY}, {y_over_workspace, LF_SHARED_MEMORY},
-      {x_over_workspace, LF_SHARED_MEMORY}, {shifted_workspace, LF_NO_WORKSPACE}, {folded_y, LF_INVALID_STRIDES},  {folded_x, LF_OK},
+      {x_over_workspace, LF_SHARED_MEMORY}, {shifted_workspace, LF_NO_WORKSPACE}, {folded_y, LF_INVALID_STRIDES},
+      {folded_x, LF_OK},
   };
   for (int direction = DOWN; direction <= UP; ++direction) {
     for (size_t i = 0; i < sizeof always / sizeof *always; ++i) {
