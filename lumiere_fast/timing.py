@@ -5,8 +5,7 @@ A ratio of two sides is the median over rounds of the one's time over the other'
 
 from __future__ import annotations
 
-import ctypes
-import sys
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,19 +19,6 @@ Repeat = Callable[[Callable[[], None], Callable[[], None], int], Any]
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 L2_FLUSH_BYTES = 256 << 20
 L2_FLUSHES = 4  # about 0.3 ms of device time, in which the host gets ahead: see CudaClock
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
-def keep_freed_memory() -> bool:
-    """From here on this process reuses the memory that it frees; whether its C library can be told so.
-
-    As it starts, glibc takes each large tensor fresh from the kernel and gives it back: the page faults of a result of
-    128 MiB cost 50 ms, and filling it 5. A side that cannot write into a held buffer would be timed on page faults.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return mallopt is not None and mallopt(M_MMAP_THRESHOLD, 1 << 30) == mallopt(M_TRIM_THRESHOLD, 2**31 - 1) == 1
 
 
 def cpu_clock(side: Side) -> float:
@@ -78,7 +64,9 @@ def run_rounds(timed: Callable[[], None], before: Callable[[], None], rounds: in
 def interleave(
     ours: Side, others: Mapping[str, Side], clock: Clock, budget: float, repeat: Repeat = run_rounds
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """Seconds of `ours`, and of each other side, in every round.
+    """Seconds of `ours`, and of each other side, in every round, the others in an order drawn anew for each.
+
+    A side finds in the caches what the one before left there; in one order always, the same side would profit from ours.
 
     Args:
         ours, others: already run once, so that nothing is built or cached in the first round.
@@ -90,9 +78,12 @@ def interleave(
     mine: list[float] = []
     theirs: dict[str, list[float]] = {name: [] for name in others}
 
+    names, order = list(others), random.Random(0)
+
     def time_others() -> None:
-        for name, side in others.items():
-            theirs[name].append(clock(side))
+        order.shuffle(names)
+        for name in names:
+            theirs[name].append(clock(others[name]))
 
     repeat(lambda: mine.append(clock(ours)), time_others, rounds)
     return mine, theirs
