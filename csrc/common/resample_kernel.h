@@ -208,6 +208,7 @@ inline void add_up_taps(const Row<T>& r, const Acc<T>* sums) {
       case 2: add_up<kToCoarse, kFactor, kChannels, 2>(r, list[i], sums); break;
       case 3: add_up<kToCoarse, kFactor, kChannels, 3>(r, list[i], sums); break;
       case 4: add_up<kToCoarse, kFactor, kChannels, 4>(r, list[i], sums); break;
+      case 8: add_up<kToCoarse, kFactor, kChannels, 8>(r, list[i], sums); break;
       default: add_up<kToCoarse, kFactor, kChannels, 0>(r, list[i], sums);
     }
   }
@@ -296,21 +297,47 @@ template <bool kZeros> inline void write_pixel(char* to, const char* from, int64
   for (; i + bytes <= n; i += bytes) write(i);
   if (i == n) return;
   if (n > bytes) return write(n - bytes);
-  constexpr char zeros[bytes] = {};
-  copy_few(to, kZeros ? zeros : from, n);
+  if constexpr (kZeros) memset(to, 0, static_cast<size_t>(n));
+  else copy_few(to, from, n);
+}
+
+// One channel. `from` is the row's first sample.
+template <bool kToCoarse, int kFactor, bool kDense, class T>
+inline void copy_alike(const Row<T>& r, const Alike<Acc<T>>& alike, const T* from, bool zero) {
+  const int64_t factor = kFactor ? kFactor : r.across->factor;
+  const int64_t pixel = kDense ? 1 : r.pixel, to_pixel = kDense ? 1 : r.to_pixel;
+  const int64_t step = (kToCoarse ? factor : 1) * pixel, to_step = (kToCoarse ? 1 : factor) * to_pixel;
+  const int64_t begin = alike.begin > r.part.begin ? alike.begin : r.part.begin;
+  const int64_t n = (alike.end < r.part.end ? alike.end : r.part.end) - begin;
+  T* const to = r.to + alike.first * to_pixel + begin * to_step;
+  if (zero || alike.count == 0) {
+    for (int64_t i = 0; i < n; ++i) to[i * to_step] = T{};
+    return;
+  }
+  from += alike.sample * pixel + begin * step;
+  for (int64_t i = 0; i < n; ++i) to[i * to_step] = from[i * step];
+}
+
+template <bool kToCoarse, int kFactor, bool kDense, class T>
+inline void copy_elements(const Row<T>& r, const T* from, bool zero) {
+  for (int64_t i = 0; i < r.across->size; ++i) {
+    copy_alike<kToCoarse, kFactor, kDense>(r, r.across->list[i], from, zero);
+  }
 }
 
 template <bool kToCoarse, class T> void copy_row(const Row<T>& r) noexcept {
   const T* const from = r.from + r.t->first * r.frame + r.h->first * r.row;
   const bool none = r.t->count == 0 || r.h->count == 0;
+  if (r.channels < 2) {
+    const bool dense = r.pixel == 1 && r.to_pixel == 1;
+    if (dense && r.across->factor == 2) return copy_elements<kToCoarse, 2, true>(r, from, none);
+    if (dense && r.across->factor == 4) return copy_elements<kToCoarse, 4, true>(r, from, none);
+    return copy_elements<kToCoarse, 0, false>(r, from, none);
+  }
   for (const auto *s = r.part.steps, *end = s + r.part.size; s != end; ++s) {
     const T* const sample = from + (kToCoarse ? s->fine : s->first) * r.pixel;
     T* const result = r.to + (kToCoarse ? s->first : s->fine) * r.to_pixel;
     const bool zero = none || s->count == 0;
-    if (r.channels == 1) {
-      *result = zero ? T{} : *sample;
-      continue;
-    }
     const int64_t size = r.channels * static_cast<int64_t>(sizeof(T));
     char* const to = reinterpret_cast<char*>(result);
     if (zero) write_pixel<true>(to, nullptr, size, r.streams);
