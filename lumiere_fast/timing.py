@@ -66,7 +66,7 @@ def interleave(
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Seconds of `ours`, and of each other side, in every round, the others in an order drawn anew for each.
 
-    A side finds in the caches what the one before left there; in one order always, the same side would profit from ours.
+    A side finds in the caches what the one before left there: in one order, one side alone would always follow ours.
 
     Args:
         ours, others: already run once, so that nothing is built or cached in the first round.
