@@ -302,7 +302,7 @@ def test_progress_goes_to_a_terminal_only(
         (("--frames", "800000000"), ("1 x 800000000 frames", "GiB", "fewer frames")),
         (("--prompt-file", "no-such-file"), ("--prompt-file", "no-such-file")),
         (("--backend", "magic"), ("backend", "magic", "reference")),
-        (("--backend", "triton"), ("triton", "not written yet")),
+        (("--backend", "triton"), ("triton", "no triton kernel")),
         (("--nonsense",), ("--nonsense",)),
     ],
 )
