@@ -203,13 +203,6 @@ def test_each_rule_can_be_broken(rule: str, figures: dict[str, object]) -> None:
     assert line.startswith(f"{rule}: temporal_conv triton kernel (bf16) sm_")
 
 
-def test_cuda_kernels_of_wide_loads_store_as_widely() -> None:
-    wide = row(backend="cuda", register_moves=2, wide_loads=1, loads=((16, 2),), stores=((4, 2), (16, 1)))
-    split = replace(wide, stores=((4, 4),))
-    assert not violations([wide, replace(split, wide_loads=0), replace(split, backend="triton")])
-    assert broken_rules(split) == {"16-byte global stores"}
-
-
 def test_kernels_that_promise_warpgroup_products_move_registers() -> None:
     moving = row(backend="cuda", register_moves=2)
     assert not violations([moving, replace(moving, arch=80, register_moves=0), row(register_moves=0)])
