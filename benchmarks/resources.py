@@ -93,7 +93,7 @@ class Row:
         """How many blocks a multiprocessor holds at once; None where a launch decides on threads or memory (CUDA)."""
         if self.backend == "cuda" or not self.threads or not self.registers:
             return None
-        registers = -(-self.registers // 8) * 8 * self.threads  # a thread's are handed out in eights
+        registers = -(-self.registers // UNIT) * UNIT * self.threads
         shared = self.shared + 1024  # the system keeps a kilobyte of each block
         return min(MOST_BLOCKS, MOST_THREADS // self.threads, REGISTERS // registers, SHARED[self.arch] // shared)
 
@@ -112,6 +112,7 @@ class Rule(NamedTuple):
 
 
 REGISTERS, MOST_THREADS, MOST_BLOCKS = 65536, 2048, 32  # of a multiprocessor
+UNIT = 8  # that a thread's registers are handed out in
 UNBOUNDED = 1024  # threads a block may have where nothing bounds them
 SHARED = {80: 164 * 1024, 90: 228 * 1024}  # its bytes
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may have
@@ -149,7 +150,7 @@ RULES = (
     Rule(
         "registers of a block fit",
         lambda row: row.threads > 0,
-        _at_most("registers", lambda row: REGISTERS // row.threads),
+        _at_most("registers", lambda row: REGISTERS // row.threads // UNIT * UNIT),
     ),
     Rule(
         "registers change hands on sm_90",

@@ -15,7 +15,8 @@ template <class T> ResampleKernels<T> resample_kernels_portable() noexcept { ret
 namespace {
 
 constexpr int64_t kPieceElements = 1 << 15;  // what a thread takes at a time
-constexpr int64_t kPartBytes = 16 << 10;      // of samples, whose neighbours' are read too
+// Of samples; each part sums the columns at its ends again, of which results going up have a larger share.
+constexpr int64_t kPartBytesDown = 32 << 10, kPartBytesUp = 64 << 10;
 constexpr int64_t kStreamedBytes = 1 << 24;  // from where results are written past the caches
 
 template <class T> ResampleKernels<T> kernels_here() {
@@ -159,14 +160,15 @@ template <class T> class Resampling {
     }
   }
 
-  // Of each part so many coarse places that what is read of them stays in the first-level cache, where channels are
-  // taken in several goes.
+  // Where channels are taken in several goes, of each part so many coarse places that what is read of them stays in the
+  // nearest caches.
   int64_t part_size() const {
     const int64_t factor = r_.axes[2].factor;
     const int64_t most = (kMostSteps - 2) / factor - 1;  // results may be of samples beside their own
     if (channels_ <= kernels_.channels_at_once) return most;
     const int64_t samples = gather_.to_coarse ? r_.axes[0].factor * r_.axes[1].factor * factor : 4;
-    return std::clamp<int64_t>(kPartBytes / static_cast<int64_t>(sizeof(T)) / (samples * channels_), 1, most);
+    const int64_t bytes = gather_.to_coarse ? kPartBytesDown : kPartBytesUp;
+    return std::clamp<int64_t>(bytes / static_cast<int64_t>(sizeof(T)) / (samples * channels_), 1, most);
   }
 
   // For the coarse places from `begin` on, as many as there is room for. Returns where it ends.

@@ -25,7 +25,10 @@ constexpr int kThreads = 256, kLog2Warp = 5;
 constexpr int kBlocks = 3, kBlocksOfFew = 4, kBlocksOfAny = 2;
 constexpr int kPackBytes = 16;
 constexpr int64_t kLongestRun = 32, kCommonRun = 8, kMostRowChannels = 4;
-constexpr int64_t kEnoughThreads = 1 << 17;  // about as many as a device of 132 multiprocessors holds at once
+#ifndef LF_ENOUGH_THREADS  // a test's are fewer, so that it has long runs too
+#define LF_ENOUGH_THREADS (1 << 17)
+#endif
+constexpr int64_t kEnoughThreads = LF_ENOUGH_THREADS;  // about as many as a device of 132 multiprocessors holds at once
 
 template <class T> constexpr int kPackWidth = kPackBytes / static_cast<int>(sizeof(T));
 

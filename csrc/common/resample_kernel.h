@@ -3,7 +3,7 @@
 //
 // value = sum over W of weight (sum over H of weight (sum over T of weight x)), each sum in the order of its places and
 // without fused multiply-adds: the same bits on every processor, and on a CUDA device. A few vectors of channels walk
-// along W: each column of samples is summed over T and H once, in registers, for all results that it goes into.
+// along W: each column of samples is summed over T and H once, in registers, for all results of a part of the row.
 #ifndef LF_COMMON_RESAMPLE_KERNEL_H
 #define LF_COMMON_RESAMPLE_KERNEL_H
 
@@ -176,74 +176,107 @@ template <class A, int N = kMostPacks, class Work> inline void over_packs(int64_
   else if (i < n) work(Strip<A, width, 1>{}, n - width);
 }
 
-// Results of columns that are summed already: `sums` are those of the part, of `channels` each. What is not 0 of the
-// last three parameters is known here: of coarse places that are alike, the compiler then takes many at a time.
-template <bool kToCoarse, int kFactor, int kChannels, int kTaps, class T>
-inline void add_up(const Row<T>& r, const Alike<Acc<T>>& alike, const Acc<T>* sums) {
-  using A = Acc<T>;
-  const int64_t factor = kFactor ? kFactor : r.across->factor, channels = kChannels ? kChannels : r.channels;
+// A part of a row whose columns are summed already, `channels` each and behind one another, and where results go.
+template <class A> struct Summed {
+  const Part<A>& part;
+  const Across<A>& across;
+  int64_t channels;
+  const A* columns;
+  A* to;  // the part's first result
+  int64_t to_pixel;
+};
+
+// What is not 0 of the numbers is known here: of coarse places that are alike, the compiler then takes many at a time.
+// kDense: results go behind one another.
+template <bool kToCoarse, bool kDense, int kFactor, int kChannels, int kTaps, class A>
+inline void add_up(const Summed<A>& s, const Alike<A>& alike) {
+  const int64_t factor = kFactor ? kFactor : s.across.factor, channels = kChannels ? kChannels : s.channels;
   const int64_t taps = kTaps ? kTaps : alike.count, step = kToCoarse ? factor * channels : channels;
-  const int64_t begin = alike.begin > r.part.begin ? alike.begin : r.part.begin;
-  const int64_t n = (alike.end < r.part.end ? alike.end : r.part.end) - begin;
-  const int64_t to_step = (kToCoarse ? 1 : factor) * r.to_pixel;
-  const A* const from = sums + (alike.sample - r.part.low) * channels + begin * step;
-  T* const to = r.to + alike.first * r.to_pixel + begin * to_step;
+  const int64_t begin = alike.begin > s.part.begin ? alike.begin : s.part.begin;
+  const int64_t n = (alike.end < s.part.end ? alike.end : s.part.end) - begin;
+  const int64_t to_pixel = kDense ? channels : s.to_pixel, to_step = (kToCoarse ? 1 : factor) * to_pixel;
+  const A* __restrict from = s.columns + (alike.sample - s.part.low) * channels + begin * step;
+  A* __restrict to = s.to + alike.first * to_pixel + (begin - s.part.begin) * to_step;
   A weights[kTaps ? kTaps : kMostTaps];
   for (int64_t k = 0; k < taps; ++k) weights[k] = alike.weights[k];
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t c = 0; c < channels; ++c) {
       A sum = taps > 0 ? weights[0] * from[i * step + c] : 0;
       for (int64_t k = 1; k < taps; ++k) sum = sum + weights[k] * from[i * step + k * channels + c];
-      to[i * to_step + c] = narrow<T>(sum);
+      to[i * to_step + c] = sum;
     }
   }
 }
 
-template <bool kToCoarse, int kFactor, int kChannels, class T>
-inline void add_up_taps(const Row<T>& r, const Acc<T>* sums) {
-  const Alike<Acc<T>>* const list = r.across->list;
-  for (int64_t i = 0; i < r.across->size; ++i) {
+template <bool kToCoarse, bool kDense, int kFactor, int kChannels, class A>
+inline void add_up_taps(const Summed<A>& s) {
+  const Alike<A>* const list = s.across.list;
+  for (int64_t i = 0; i < s.across.size; ++i) {
     switch (list[i].count) {
-      case 1: add_up<kToCoarse, kFactor, kChannels, 1>(r, list[i], sums); break;
-      case 2: add_up<kToCoarse, kFactor, kChannels, 2>(r, list[i], sums); break;
-      case 3: add_up<kToCoarse, kFactor, kChannels, 3>(r, list[i], sums); break;
-      case 4: add_up<kToCoarse, kFactor, kChannels, 4>(r, list[i], sums); break;
-      case 8: add_up<kToCoarse, kFactor, kChannels, 8>(r, list[i], sums); break;
-      default: add_up<kToCoarse, kFactor, kChannels, 0>(r, list[i], sums);
+      case 1: add_up<kToCoarse, kDense, kFactor, kChannels, 1>(s, list[i]); break;
+      case 2: add_up<kToCoarse, kDense, kFactor, kChannels, 2>(s, list[i]); break;
+      case 3: add_up<kToCoarse, kDense, kFactor, kChannels, 3>(s, list[i]); break;
+      case 4: add_up<kToCoarse, kDense, kFactor, kChannels, 4>(s, list[i]); break;
+      case 8: add_up<kToCoarse, kDense, kFactor, kChannels, 8>(s, list[i]); break;
+      default: add_up<kToCoarse, kDense, kFactor, kChannels, 0>(s, list[i]);
     }
   }
 }
 
-template <bool kToCoarse, class T> inline void add_up_row(const Row<T>& r, const Acc<T>* sums) {
-  if (r.channels == 3) return add_up_taps<kToCoarse, 0, 3>(r, sums);
-  if (r.channels > 1) return add_up_taps<kToCoarse, 0, 0>(r, sums);
-  switch (r.across->factor) {
-    case 2: return add_up_taps<kToCoarse, 2, 1>(r, sums);
-    case 4: return add_up_taps<kToCoarse, 4, 1>(r, sums);
-    default: return add_up_taps<kToCoarse, 0, 1>(r, sums);
+template <bool kToCoarse, bool kDense, class A> inline void add_up_row(const Summed<A>& s) {
+  if (s.channels == 3) return add_up_taps<kToCoarse, kDense, 0, 3>(s);
+  if (s.channels > 1) return add_up_taps<kToCoarse, kDense, 0, 0>(s);
+  switch (s.across.factor) {
+    case 2: return add_up_taps<kToCoarse, kDense, 2, 1>(s);
+    case 4: return add_up_taps<kToCoarse, kDense, 4, 1>(s);
+    default: return add_up_taps<kToCoarse, kDense, 0, 1>(s);
+  }
+}
+
+// Results that lie behind one another, rounded; there is room for a pack.
+template <class T> inline void write_row(const Row<T>& r, T* to, const Acc<T>* results, int64_t pixels) {
+  using A = Acc<T>;
+  T rounded[kMostSteps * kPackWidth<A>];
+  const int64_t n = pixels * r.channels;
+  const bool in_place = r.to_pixel == r.channels && n >= kPackWidth<A>;
+  over_packs<A>(n > kPackWidth<A> ? n : kPackWidth<A>, [&](auto strip, int64_t i) {
+    typename decltype(strip)::type packs[strip.packs];
+    load(results + i, packs);
+    put((in_place ? to : rounded) + i, packs, false);
+  });
+  for (int64_t i = 0; i < pixels && !in_place; ++i) {
+    for (int64_t c = 0; c < r.channels; ++c) to[i * r.to_pixel + c] = rounded[i * r.channels + c];
   }
 }
 
 // Channels too few for a pack: the columns are summed first, in packs where they lie behind one another.
 template <bool kToCoarse, class T> inline void narrow_row(const Row<T>& r) {
   using A = Acc<T>;
-  A sums[kMostSteps * kPackWidth<A>];
-  const Columns<T, 0, 0> columns(r);
+  constexpr bool in_place = sizeof(A) == sizeof(T);
+  A columns[kMostSteps * kPackWidth<A>], results[in_place ? 1 : kMostSteps * kPackWidth<A>];
+  const Columns<T, 0, 0> source(r);
   const int64_t n = (r.part.high - r.part.low) * r.channels;
   if (r.pixel == r.channels && n >= kPackWidth<A>) {
     over_packs<A>(n, [&](auto strip, int64_t i) {
       typename decltype(strip)::type packs[strip.packs];
-      columns.sum(r.part.low, i, packs);
-      put(sums + i, packs, false);
+      source.sum(r.part.low, i, packs);
+      put(columns + i, packs, false);
     });
   } else {
     for (int64_t i = 0; i < n; ++i) {
       Pack<A, 1> one[1] = {};
-      columns.sum(r.part.low + i / r.channels, i % r.channels, one);
-      put(sums + i, one, false);
+      source.sum(r.part.low + i / r.channels, i % r.channels, one);
+      put(columns + i, one, false);
     }
   }
-  add_up_row<kToCoarse>(r, sums);
+  const int64_t phases = kToCoarse ? 1 : r.across->factor;
+  T* const to = r.to + r.part.begin * phases * r.to_pixel;
+  if constexpr (in_place) {
+    add_up_row<kToCoarse, false>(Summed<A>{r.part, *r.across, r.channels, columns, to, r.to_pixel});
+  } else {
+    add_up_row<kToCoarse, true>(Summed<A>{r.part, *r.across, r.channels, columns, results, r.channels});
+    write_row(r, to, results, (r.part.end - r.part.begin) * phases);
+  }
 }
 
 template <bool kToCoarse, int kT, int kH, class T> inline void wide_row(const Row<T>& r) {

@@ -16,6 +16,7 @@
 #include "common/temporal_resize_wgmma.h"
 
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <utility>
 
@@ -453,7 +454,10 @@ bool packs_y(const TemporalResize& r) {
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-Encode find_encode() {
+// The driver's, whatever the device; what fails is tried again at the next call.
+lf_status find_encode(Encode& encode) {
+  static std::atomic<Encode> known{nullptr};
+  if ((encode = known)) return LF_OK;
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
@@ -462,13 +466,16 @@ Encode find_encode() {
 #else
   const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
-  return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+  if (error != cudaSuccess) return status_of(error);
+  if (found != cudaDriverEntryPointSuccess) return LF_UNSUPPORTED_DEVICE;
+  known = encode = reinterpret_cast<Encode>(function);
+  return LF_OK;
 }
 
 lf_status encode(CUtensorMap& map, lf_dtype dtype, const void* data, int rank, const int64_t* sizes,
                  const int64_t* strides, const int* box) {
-  static const Encode function = find_encode();  // the driver's, whatever the device
-  if (!function) return LF_UNSUPPORTED_DEVICE;
+  Encode function;
+  if (const lf_status status = find_encode(function)) return status;
   constexpr int kMostAxes = 4;
   cuuint64_t dims[kMostAxes], steps[kMostAxes];
   cuuint32_t tile[kMostAxes], ones[kMostAxes];

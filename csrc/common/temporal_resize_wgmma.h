@@ -6,7 +6,6 @@
 
 namespace lf {
 
-
 // Whether a bulk copy can step along an axis. One of a single place is not stepped along.
 inline bool bulk_stride(int64_t size, int64_t stride) {
   constexpr int64_t kLimit = (int64_t{1} << 40) / 2;

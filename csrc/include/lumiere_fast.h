@@ -53,7 +53,7 @@ enum {
   LF_CUDA_ERROR = 10,         /* CUDA reported an error: lf_last_cuda_error() says which */
   LF_TOO_MANY = 11,           /* more windows over one position, weights or outputs than one launch can take */
   LF_UNEVEN_WEIGHTS = 12,     /* the largest weight of an axis is over 1e100 times its least */
-  LF_SHARED_MEMORY = 13,      /* an output lies in the memory of an input */
+  LF_SHARED_MEMORY = 13,      /* an output, or a workspace, lies in the memory of another tensor */
   LF_NO_WORKSPACE = 14,       /* the working memory is missing, too small, or not aligned */
   LF_UNSUPPORTED_DEVICE = 15  /* the device cannot run what was asked for */
 };
@@ -303,7 +303,8 @@ LF_API lf_status lf_space_time_upsample_adjoint_cpu(const lf_space_time* argumen
 
 /* The same on CUDA device `device`, queued on `stream`, as for blend_windows: nothing is allocated, and a graph can
  * capture it. LF_NO_WORKSPACE, LF_SHARED_MEMORY: as on the CPU, also of the workspace. LF_TOO_MANY: more outputs of
- * fixed taps than one launch can number. With `wgmma`
+ * fixed taps than one launch can number. LF_UNSUPPORTED_DEVICE: there is a weight, and the device's compute capability
+ * is below 8.0. With `wgmma`
  *
  * LF_UNSUPPORTED_DEVICE  the device's compute capability is not 9.0, or the library was not built for it
  * LF_INVALID_SHAPE       also where the batch, channels, frames, pixels of a frame or taps are over 2^31 - 257

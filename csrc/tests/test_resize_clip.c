@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #define POSIX_FILES
 #endif
@@ -21,7 +22,7 @@ enum { T = 4, H = 6, W = 10, C = 3, COUNT = T * H * W * C, MOST = 8 * COUNT * 4 
 
 static const char* program;
 
-/* Runs it with these arguments; its exit code, and what it says on stderr. */
+/* Runs it with these arguments; its exit code, -1 if it was killed, and what it says on stderr. */
 static int call(const char* arguments, char* said, size_t size) {
   char command[4096];
   snprintf(command, sizeof command, "\"%s\" %s 2> said.txt", program, arguments);
@@ -30,7 +31,11 @@ static int call(const char* arguments, char* said, size_t size) {
   FILE* file = fopen("said.txt", "rb");
   said[file ? fread(said, 1, size - 1, file) : 0] = '\0';
   if (file) fclose(file);
-  return status != 0;
+#ifdef POSIX_FILES
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+#else
+  return status;
+#endif
 }
 
 static void runs(const char* arguments) {

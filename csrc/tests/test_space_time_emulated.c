@@ -172,7 +172,7 @@ static void runs(void) {
     const int mode = kind % MODES, direction = mode < 4 ? DOWN : UP, adjoint = kind / MODES % 2, f = 2 + kind / 24;
     const int to_coarse = adjoint == (direction == UP);
     const Case c = {direction, adjoint, LF_FLOAT64, direction == DOWN ? mode : mode - 4, 1, kind / 12 == 1 ? 15 : 16,
-                    {2, to_coarse ? 256 : 128, to_coarse ? 131 : 263 / f}, {1, to_coarse ? 1 : 2, f}};
+                    {2, to_coarse ? 32 : 16, to_coarse ? 131 : 263 / f}, {1, to_coarse ? 1 : 2, f}};
     compare(&c, LAST, LAST);
   }
 }

@@ -210,7 +210,7 @@ static int write_file(const Job* job, const void* data, int64_t bytes) {
   return done;
 }
 
-/* Before anything is read, so that no work is lost. */
+/* Before anything is read: what would be refused then. Whether OUT's folder can be written shows when it is. */
 static int check_names(const Job* job) {
   struct stat found;
   char* part = part_of(job);

@@ -116,8 +116,13 @@ def _stretch(x: Tensor, axis: int, factor: int) -> Tensor:
     before = torch.cat([x.narrow(axis, 0, 1), x.narrow(axis, 0, size - 1)], axis)
     after = torch.cat([x.narrow(axis, 1, size - 1), x.narrow(axis, size - 1, 1)], axis)
     shifts = [(phase + 0.5) / factor - 0.5 for phase in range(factor)]
-    phases = [torch.lerp(x, before if shift < 0 else after, abs(shift)) for shift in shifts]
+    phases = [_blend(x, before if shift < 0 else after, abs(shift)) for shift in shifts]
     return torch.stack(phases, axis + 1).flatten(axis, axis + 1)
+
+
+def _blend(x: Tensor, neighbour: Tensor, part: float) -> Tensor:
+    """Of infinite samples too, whose difference torch.lerp would take."""
+    return (1 - part) * x + part * neighbour if part else x
 
 
 def flatten(x: Tensor, factor: Sequence[int], mode: str, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:

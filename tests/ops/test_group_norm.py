@@ -304,6 +304,7 @@ BAD_CALLS = {
     "eps must be a number > 0, got 0.0": {"eps": 0.0},
     "eps must be a number > 0, got None": {"eps": None},
     "per_frame must be True or False, got 'no'": {"per_frame": "no"},
+    "per_frame must be True or False, got array": {"per_frame": np.ones(2, bool)},
     "backend must be one of": {"backend": "cudnn"},
     "out must be": {"out": torch.zeros(2, 4, 3, 2, 3)},
     "weight must be on cpu": {"weight": torch.zeros(4, device="meta")},
@@ -598,8 +599,8 @@ def test_the_native_core_takes_numpy_and_tells_what_does_not_fit() -> None:
     refused("invalid argument", eps=0.0)
     refused("out must be float32", out=torch.empty_like(x).double())
     refused("out must be float32", out=torch.empty(1, 4, 2, 3, 4))
-    refused("elements of the output may lie on top of one another", out=torch.empty(1, 4, 2, 3, 1).expand_as(x))
-    refused("the output lies in the memory of an input", out=x)
+    refused("elements of out may lie on top of one another", out=torch.empty(1, 4, 2, 3, 1).expand_as(x))
+    refused("out, or the working memory, lies in the memory of another", out=x)
     refused("x must be float32, float64, float16 or bfloat16", x=x.int())
     refused("x must be a tensor", x=None)
     refused("out must be on the CPU", out=x.to("meta"))
