@@ -36,9 +36,10 @@ demo: $(STAMP)
 	$(BIN)/lumiere-fast generate "$(DEMO_PROMPT)" -o $(DEMO_VIDEO) --overwrite
 	@echo "The video is $(abspath $(DEMO_VIDEO))"
 
-# One thread a worker: the tests' tensors are small, and more threads than cores slow one another down.
+# One thread a worker: the tests' tensors are small, and more threads than cores slow one another down. Groups of tests
+# that share a build go first.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks -q

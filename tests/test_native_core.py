@@ -24,6 +24,9 @@ TESTS |= {"temporal_conv", "temporal_conv_avx2", "temporal_conv_portable"}
 TESTS |= {"space_time", "space_time_avx2", "space_time_portable", "resize_clip"}
 TESTS |= {"space_time_emulated", "unload"} if os.name == "posix" else set()
 
+# What a test waits for is compiled on as many cores as others leave it.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("native core")]
+
 needs_toolchain = pytest.mark.skipif(
     not all(shutil.which(tool) for tool in ("cmake", "ctest", "ninja"))
     or not (shutil.which("c++") or shutil.which("g++")),
@@ -61,7 +64,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def passed(folder: Path) -> set[str]:
     """Names of the C tests, all of which passed."""
     listed = json.loads(run("ctest", "--test-dir", str(folder), "--show-only=json-v1"))
-    run("ctest", "--test-dir", str(folder), "--output-on-failure", "--no-tests=error")
+    run("ctest", "--test-dir", str(folder), "--output-on-failure", "--no-tests=error", f"-j{os.cpu_count()}")
     return {test["name"] for test in listed["tests"]}
 
 

@@ -44,6 +44,9 @@ REPORT = {"lumiere_fast/_native_build.json"}
 NO_NVCC = {"CUDACXX": "/nonexistent/nvcc"}
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", **NO_NVCC}
 
+# What a test waits for is compiled on as many cores as others leave it.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("packaging")]
+
 needs_toolchain = pytest.mark.skipif(
     not all(shutil.which(tool) for tool in ("cmake", "ninja"))
     or not (shutil.which("c++") or shutil.which("g++"))
