@@ -847,8 +847,8 @@ def _resize_back(op: str, gradient: Any, factor: Sequence[int], mode: str, out: 
     dtype, device, views, held = _operands(adjoint, ("out", "gradient").__getitem__, [out, gradient])
     target, source = ((*view, dtype) for view in views)
     _check_clip(adjoint, "out", tuple(target[1]))
-    _check_resize_parameters(op, {}, factor, mode)
-    _check_shape(adjoint, "gradient", tuple(source[1]), _resized(op, "out", tuple(target[1]), factor, None))
+    _check_resize_parameters(adjoint, {}, factor, mode)
+    _check_shape(adjoint, "gradient", tuple(source[1]), _resized(adjoint, "out", tuple(target[1]), factor, None))
     _launch(adjoint, device, _coded(target), factor, load().RESIZE_MODES[mode], None, None, _coded(source), False, None)
     del held
 
@@ -862,8 +862,9 @@ def _check_resize_parameters(op: str, shapes: dict[str, tuple[int, ...]], factor
     values = factor if type(factor) is tuple or isinstance(factor, Sequence) else (factor,)
     if len(values) != 3 or any(type(f) is not int or not 1 <= f < 2**63 for f in values):
         raise ValueError(f"{op}: factor must be three integers >= 1 of at most 64 bits, (t, h, w), got {tuple(values)}")
-    if not isinstance(mode, str) or mode not in _RESIZE_MODES[op]:
-        raise ValueError(f"{op}: mode must be {' or '.join(map(repr, _RESIZE_MODES[op]))}, got {mode!r}")
+    modes = _RESIZE_MODES[op.removesuffix("_adjoint")]
+    if not isinstance(mode, str) or mode not in modes:
+        raise ValueError(f"{op}: mode must be {' or '.join(map(repr, modes))}, got {mode!r}")
     if "weight" in shapes:
         weight = shapes["weight"]
         if len(weight) != 3 or weight[0] < 1 or weight[1:2] != shapes["x"][1:2] or weight[2] % 2 == 0:
@@ -890,7 +891,7 @@ def _resized(
 ) -> tuple[int, ...]:
     """The shape that one becomes, which is that of the argument `name`."""
     start = (shape[0], shape[1] if weight is None else weight[0])
-    if op == "space_time_upsample":
+    if op.startswith("space_time_upsample"):
         return *start, *(size * f for size, f in zip(shape[2:], factor, strict=True))
     for axis, size, f in zip("THW", shape[2:], factor, strict=True):
         if size % f and (axis != "T" or weight is None):

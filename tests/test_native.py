@@ -465,9 +465,10 @@ class TestSpaceTime:
         out = torch.full_like(wanted, 7.0)
         for factor in (2, None, {1, 2, 3}, (2, 2), (2.0, 1, 1), (2**63, 1, 1), (2**70, 1, 1), np.array([2, 2, 3])):
             for function in (getattr(native, op), getattr(native, f"{op}_adjoint")):
-                adjoint = function.__name__.endswith("_adjoint")
+                name = function.__name__
+                adjoint = name.endswith("_adjoint")
                 call = {"gradient": out, "mode": "linear"} if adjoint else arguments
-                with pytest.raises(ValueError, match=f"{op}: factor must be three integers >= 1 of at most 64 bits"):
+                with pytest.raises(ValueError, match=f"{name}: factor must be three integers >= 1 of at most 64 bits"):
                     function(**(call | {"factor": factor}), out=torch.ones_like(wanted) if adjoint else out)
         with pytest.raises(ValueError, match=f"{op}: mode must be 'nearest'"):
             getattr(native, op)(**arguments | {"mode": np.array(["nearest", "linear"])}, out=out)
