@@ -36,10 +36,10 @@ demo: $(STAMP)
 	$(BIN)/lumiere-fast generate "$(DEMO_PROMPT)" -o $(DEMO_VIDEO) --overwrite
 	@echo "The video is $(abspath $(DEMO_VIDEO))"
 
-# One thread a worker: the tests' tensors are small, and more threads than cores slow one another down. Groups of tests
-# that share a build go first.
+# One thread a worker: the tests' tensors are small, and more threads than cores slow one another down. A file
+# runs in one worker, since its tests share what one of them built; tests/conftest.py has the long ones go first.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks -q

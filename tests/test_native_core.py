@@ -25,7 +25,7 @@ TESTS |= {"space_time", "space_time_avx2", "space_time_portable", "resize_clip"}
 TESTS |= {"space_time_emulated", "unload"} if os.name == "posix" else set()
 
 # What a test waits for is compiled on as many cores as others leave it.
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("native core")]
+pytestmark = pytest.mark.timeout(900)
 
 needs_toolchain = pytest.mark.skipif(
     not all(shutil.which(tool) for tool in ("cmake", "ctest", "ninja"))

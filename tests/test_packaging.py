@@ -45,7 +45,7 @@ NO_NVCC = {"CUDACXX": "/nonexistent/nvcc"}
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", **NO_NVCC}
 
 # What a test waits for is compiled on as many cores as others leave it.
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.timeout(900)
 
 needs_toolchain = pytest.mark.skipif(
     not all(shutil.which(tool) for tool in ("cmake", "ninja"))

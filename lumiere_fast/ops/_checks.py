@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,12 +85,11 @@ def check_integer(op: str, name: str, value: Any) -> int:
     return operator.index(value)
 
 
+_CHOICES = (str, int, np.bool_, type(None))  # made once: a call is a few microseconds
+
+
 def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) -> None:
-    try:
-        known = value in accepted
-    except (RuntimeError, ValueError):  # an array or a tensor of several elements, whose comparison has no truth value
-        known = False
-    if not known:
+    if not isinstance(value, _CHOICES) or value not in accepted:  # of an array's comparison there is no truth value
         raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, accepted))}, got {value!r}")
 
 

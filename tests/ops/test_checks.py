@@ -79,3 +79,10 @@ def test_tensors_are_dense(op: Callable[..., Tensor]) -> None:
 def test_a_mode_is_a_string(op: Callable[..., Tensor]) -> None:
     for mode in (np.array(["nearest", "linear"]), np.array(["nearest"]), ["nearest"], None, 2):
         refused("mode must be 'nearest' or 'linear'", op, X, (2, 2, 2), mode=mode)
+
+
+def test_a_truth_value_may_be_numpy_s() -> None:
+    for value in (np.True_, np.False_):
+        wanted = group_norm(X, 2, None, None, per_frame=bool(value))
+        for backend in BACKENDS:
+            torch.testing.assert_close(group_norm(X, 2, None, None, per_frame=value, backend=backend), wanted)
