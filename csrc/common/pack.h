@@ -34,10 +34,10 @@ template <class A, int N> inline Pack<A, N> operator-(Pack<A, N> a, Pack<A, N> b
 template <class A, int N> inline Pack<A, N> operator*(Pack<A, N> a, Pack<A, N> b) { return {a.v * b.v}; }
 template <class A, int N> inline Pack<A, N> operator/(Pack<A, N> a, Pack<A, N> b) { return {a.v / b.v}; }
 
-// Asks for a line of memory, into the second-level cache; it need not be there at all.
-inline void prefetch([[maybe_unused]] const void* at) {
+// Asks for a line of memory, into the cache of a level, 1 or 2; it need not be there at all.
+template <int kLevel = 2> inline void prefetch([[maybe_unused]] const void* at) {
 #if defined(__GNUC__)
-  __builtin_prefetch(at, 0, 2);
+  __builtin_prefetch(at, 0, 4 - kLevel);
 #endif
 }
 

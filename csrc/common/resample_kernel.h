@@ -77,18 +77,24 @@ template <class P, int N, class S> inline void load(const S* from, P (&packs)[N]
   for (int p = 0; p < N; ++p) packs[p] = P::load(from + p * width);
 }
 
-// The columns of a row, summed over T and H.
-template <class T, int kT, int kH> class Columns {
+constexpr uint64_t kAheadBytes = 2048;
+
+// The columns of a row, summed over T and H. With kAhead those further on are asked for: rows of several frames are
+// more streams than the processor foresees by itself. Where a sample is read many times over, or goes into many
+// results, it only costs.
+template <class T, int kT, int kH, bool kAhead> class Columns {
   using A = Acc<T>;
   const Taps<A, kT> t;
   const Taps<A, kH> h;
   const T* const from;
   const int64_t frame, row, pixel;
+  const uint64_t ahead;  // in bytes; it wraps where a stride is huge
 
  public:
   explicit Columns(const Row<T>& r)
       : t(*r.t), h(*r.h), from(r.from + r.t->first * r.frame + r.h->first * r.row), frame(r.frame), row(r.row),
-        pixel(r.pixel) {}
+        pixel(r.pixel),
+        ahead((kAheadBytes / (r.channels * sizeof(T)) + 1) * sizeof(T) * static_cast<uint64_t>(r.pixel)) {}
 
   template <class P, int N> void sum(int64_t column, int64_t channel, P (&sums)[N]) const {
     const T* at = from + column * pixel + channel;
@@ -104,11 +110,19 @@ template <class T, int kT, int kH> class Columns {
  private:
   template <class P, int N> void sum_frames(const T* at, P (&sums)[N]) const {
     P values[N];
-    load(at, values);
+    load_column(at, values);
     set(P::fill(t.weights[0]), values, sums);
     for (int64_t k = 1; k < t.count; ++k) {
-      load(at += frame, values);
+      load_column(at += frame, values);
       add(P::fill(t.weights[k]), values, sums);
+    }
+  }
+
+  template <class P, int N> void load_column(const T* at, P (&values)[N]) const {
+    constexpr int width = sizeof(P) / sizeof(Acc<T>);
+    load(at, values);
+    for (int p = 0; kAhead && p < N; ++p) {
+      prefetch<1>(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at + p * width) + ahead));
     }
   }
 };
@@ -254,7 +268,7 @@ template <bool kToCoarse, class T> inline void narrow_row(const Row<T>& r) {
   using A = Acc<T>;
   constexpr bool in_place = sizeof(A) == sizeof(T);
   A columns[kMostSteps * kPackWidth<A>], results[in_place ? 1 : kMostSteps * kPackWidth<A>];
-  const Columns<T, 0, 0> source(r);
+  const Columns<T, 0, 0, false> source(r);
   const int64_t n = (r.part.high - r.part.low) * r.channels;
   if (r.pixel == r.channels && n >= kPackWidth<A>) {
     over_packs<A>(n, [&](auto strip, int64_t i) {
@@ -280,7 +294,7 @@ template <bool kToCoarse, class T> inline void narrow_row(const Row<T>& r) {
 }
 
 template <bool kToCoarse, int kT, int kH, class T> inline void wide_row(const Row<T>& r) {
-  const Columns<T, kT, kH> columns(r);
+  const Columns<T, kT, kH, kToCoarse && kT != 0> columns(r);
   over_packs<Acc<T>>(r.channels, [&](auto strip, int64_t c) {
     walk<kToCoarse, typename decltype(strip)::type, decltype(strip)::packs>(r, columns, c);
   });
@@ -288,14 +302,15 @@ template <bool kToCoarse, int kT, int kH, class T> inline void wide_row(const Ro
 
 template <bool kToCoarse, class T> void weighed_row(const Row<T>& r) noexcept {
   if (r.channels < kPackWidth<Acc<T>>) return narrow_row<kToCoarse>(r);
-  if (r.t->count > 2 || r.h->count > 2) {
-    if constexpr (kToCoarse) wide_row<kToCoarse, 0, 0>(r);
-  } else if (r.t->count == 1) {
-    if (r.h->count == 1) wide_row<kToCoarse, 1, 1>(r);
-    else wide_row<kToCoarse, 1, 2>(r);
-  } else {
-    if (r.h->count == 1) wide_row<kToCoarse, 2, 1>(r);
-    else wide_row<kToCoarse, 2, 2>(r);
+  const int64_t t = r.t->count, h = r.h->count;
+  if (t == 1 && h == 1) return wide_row<kToCoarse, 1, 1>(r);
+  if (t == 1 && h == 2) return wide_row<kToCoarse, 1, 2>(r);
+  if (t == 2 && h == 1) return wide_row<kToCoarse, 2, 1>(r);
+  if (t == 2 && h == 2) return wide_row<kToCoarse, 2, 2>(r);
+  if constexpr (kToCoarse) {  // going up there are two at most
+    if (t == 1 && h == 3) return wide_row<kToCoarse, 1, 3>(r);
+    if (t == 3 && h == 3) return wide_row<kToCoarse, 3, 3>(r);
+    wide_row<kToCoarse, 0, 0>(r);
   }
 }
 
