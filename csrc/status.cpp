@@ -36,8 +36,8 @@ const char* lf_status_string(lf_status status) noexcept {
     case LF_INVALID_SHAPE:
       return "invalid shape: a size is not one of those accepted, groups do not divide it, or shapes do not fit";
     case LF_INVALID_STRIDES:
-      return "invalid strides: elements of out may lie on top of one another, a tensor leaves memory, or x lies as "
-             "what was asked for cannot take it";
+      return "invalid strides: elements of the output may lie on top of one another, a tensor leaves memory, or "
+             "warpgroup instructions cannot take x where it lies";
     case LF_WINDOW_OUT_OF_RANGE: return "a window sticks out of the video";
     case LF_UNCOVERED: return "a position of the video is in no window";
     case LF_INVALID_WEIGHTS: return "invalid weights: not positive and finite, or for windows that differ in length";
@@ -46,7 +46,8 @@ const char* lf_status_string(lf_status status) noexcept {
     case LF_CUDA_ERROR: return "CUDA reported an error";
     case LF_TOO_MANY: return "too many windows over one position, or too many weights, for one launch";
     case LF_UNEVEN_WEIGHTS: return "invalid weights: the largest of an axis is over 1e100 times its least";
-    case LF_SHARED_MEMORY: return "out, or the working memory, lies in the memory of another tensor: give it its own";
+    case LF_SHARED_MEMORY:
+      return "the output, or the memory to work in, lies in the memory of another tensor: give it its own";
     case LF_NO_WORKSPACE: return "the working memory is missing, too small, or not at a multiple of 64 bytes";
     case LF_UNSUPPORTED_DEVICE: return "the device cannot run what was asked for";
     default: return "unknown status";

@@ -249,7 +249,7 @@ class TestBlendWindows:
         refused("5 axes", windows=[window[0] for window in windows])
         refused("invalid shape", windows=[*windows[:2], windows[2][:, :1]])
         folded = torch.empty(1, 1, 20, 4, 4).expand(1, 2, -1, -1, -1)
-        refused("elements of out may lie on top of one another", out=folded)
+        refused("elements of the output may lie on top of one another", out=folded)
         refused(
             r"windows\[1\] must be float32 on the CPU like out, got float64",
             windows=[windows[0], windows[1].double(), windows[2]],
@@ -276,11 +276,11 @@ class TestBlendWindows:
             torch.func.vmap(lambda w: native.blend_windows([w], [0], (8,), None, out=out[:, :, :8]))(windows[0][None])
         refused("over 1e100 times its least", weights=[1.0] * 7 + [1e-101])
         meeting = torch.empty(2000).as_strided((1, 2, 20, 4, 4), (640, 320, 16, 4, 5))
-        refused("elements of out may lie on top of one another", out=meeting)
+        refused("elements of the output may lie on top of one another", out=meeting)
         whole = torch.empty(1, 2, 27, 4, 4)
         for start in (0, 6, 12):  # the last frame of out is the first of a window
             inside = [whole[:, :, 19:] if s == start else window for s, window in zip(STARTS, windows, strict=True)]
-            refused("out, or the working memory, lies in the memory of another", windows=inside, out=whole[:, :, :20])
+            refused("the output, or .*, lies in the memory of another", windows=inside, out=whole[:, :, :20])
         apart = torch.empty(2, 2, 20, 4, 4)
         native.blend_windows([apart[:1, :, :8], *windows[1:]], STARTS, (20,), None, out=apart[1:])
         locked = out.numpy().copy()
@@ -435,7 +435,7 @@ class TestSpaceTime:
         refused("mode must be 'nearest' or 'linear'", mode="cubic")
         refused(r"out must have shape \(2, 5, .*\), got", out=out[..., :1])
         refused("out must be a tensor", out=None)
-        refused("invalid strides: elements of out may lie", out=out[:1].expand(2, -1, -1, -1, -1))
+        refused("invalid strides: elements of the output may lie", out=out[:1].expand(2, -1, -1, -1, -1))
         locked = wanted.numpy().copy()
         locked.flags.writeable = False
         refused("out is a read-only array", out=locked)
@@ -447,7 +447,7 @@ class TestSpaceTime:
         meeting = whole[: wanted.numel()].view(wanted.shape)
         for name, value in (("x", x), ("weight", weight), ("bias", bias)):
             inside = whole[wanted.numel() - 1 :][: value.numel()].view(value.shape)
-            refused("out: out, or the working memory, lies in the memory of another", out=meeting, **{name: inside})
+            refused("the output, or .*, lies in the memory of another", out=meeting, **{name: inside})
         assert (whole == 7).all()
 
     def test_sizes_that_a_factor_does_not_divide(self, draw: Draw) -> None:
@@ -515,7 +515,7 @@ class TestSpaceTime:
             (f"{op}_adjoint: gradient must have shape", wanted[..., :1], out),
             (r"gradient must be float32 on the CPU like out", wanted.double(), out),
             (r"out must be \(B, C, T, H, W\)", wanted, out[0]),
-            ("invalid strides: elements of out", wanted, out[:, :1].expand(-1, 3, -1, -1, -1)),
+            ("invalid strides: elements of the output", wanted, out[:, :1].expand(-1, 3, -1, -1, -1)),
         ):
             with pytest.raises(ValueError, match=match):
                 adjoint(gradient, (2, 2, 3), "linear", out=given)

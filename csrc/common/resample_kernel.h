@@ -2,8 +2,9 @@
 // units include it. All of it has internal linkage.
 //
 // value = sum over W of weight (sum over H of weight (sum over T of weight x)), each sum in the order of its places and
-// without fused multiply-adds: the same bits on every processor, and on a CUDA device. A few vectors of channels walk
-// along W: each column of samples is summed over T and H once, in registers, for all results of a part of the row.
+// without fused multiply-adds: the same bits on every processor, and on a CUDA device, but for those of a NaN. A few
+// vectors of channels walk along W: each column of samples is summed over T and H once, in registers, for all results
+// of a part of the row.
 #ifndef LF_COMMON_RESAMPLE_KERNEL_H
 #define LF_COMMON_RESAMPLE_KERNEL_H
 
@@ -201,7 +202,7 @@ template <class A> struct Summed {
 };
 
 // What is not 0 of the numbers is known here: of coarse places that are alike, the compiler then takes many at a time.
-// kDense: results go behind one another.
+// With kDense it is known, too, that results go behind one another.
 template <bool kToCoarse, bool kDense, int kFactor, int kChannels, int kTaps, class A>
 inline void add_up(const Summed<A>& s, const Alike<A>& alike) {
   const int64_t factor = kFactor ? kFactor : s.across.factor, channels = kChannels ? kChannels : s.channels;
@@ -247,27 +248,28 @@ template <bool kToCoarse, bool kDense, class A> inline void add_up_row(const Sum
   }
 }
 
-// Results that lie behind one another, rounded; there is room for a pack.
+// Results of `pixels` that lie behind one another, rounded.
 template <class T> inline void write_row(const Row<T>& r, T* to, const Acc<T>* results, int64_t pixels) {
   using A = Acc<T>;
-  T rounded[kMostSteps * kPackWidth<A>];
   const int64_t n = pixels * r.channels;
-  const bool in_place = r.to_pixel == r.channels && n >= kPackWidth<A>;
-  over_packs<A>(n > kPackWidth<A> ? n : kPackWidth<A>, [&](auto strip, int64_t i) {
-    typename decltype(strip)::type packs[strip.packs];
-    load(results + i, packs);
-    put((in_place ? to : rounded) + i, packs, false);
-  });
-  for (int64_t i = 0; i < pixels && !in_place; ++i) {
-    for (int64_t c = 0; c < r.channels; ++c) to[i * r.to_pixel + c] = rounded[i * r.channels + c];
+  if (r.to_pixel == r.channels && n >= kPackWidth<A>) {
+    over_packs<A>(n, [&](auto strip, int64_t i) {
+      typename decltype(strip)::type packs[strip.packs];
+      load(results + i, packs);
+      put(to + i, packs, false);
+    });
+    return;
+  }
+  for (int64_t i = 0; i < pixels; ++i) {
+    for (int64_t c = 0; c < r.channels; ++c) to[i * r.to_pixel + c] = narrow<T>(results[i * r.channels + c]);
   }
 }
 
 // Channels too few for a pack: the columns are summed first, in packs where they lie behind one another.
 template <bool kToCoarse, class T> inline void narrow_row(const Row<T>& r) {
   using A = Acc<T>;
-  constexpr bool in_place = sizeof(A) == sizeof(T);
-  A columns[kMostSteps * kPackWidth<A>], results[in_place ? 1 : kMostSteps * kPackWidth<A>];
+  constexpr bool rounds = sizeof(A) > sizeof(T);
+  A columns[kMostSteps * kPackWidth<A>], results[rounds ? kMostSteps * kPackWidth<A> : 1];
   const Columns<T, 0, 0, false> source(r);
   const int64_t n = (r.part.high - r.part.low) * r.channels;
   if (r.pixel == r.channels && n >= kPackWidth<A>) {
@@ -285,11 +287,11 @@ template <bool kToCoarse, class T> inline void narrow_row(const Row<T>& r) {
   }
   const int64_t phases = kToCoarse ? 1 : r.across->factor;
   T* const to = r.to + r.part.begin * phases * r.to_pixel;
-  if constexpr (in_place) {
-    add_up_row<kToCoarse, false>(Summed<A>{r.part, *r.across, r.channels, columns, to, r.to_pixel});
-  } else {
+  if constexpr (rounds) {
     add_up_row<kToCoarse, true>(Summed<A>{r.part, *r.across, r.channels, columns, results, r.channels});
     write_row(r, to, results, (r.part.end - r.part.begin) * phases);
+  } else {
+    add_up_row<kToCoarse, false>(Summed<A>{r.part, *r.across, r.channels, columns, to, r.to_pixel});
   }
 }
 

@@ -22,7 +22,7 @@ enum { T = 4, H = 6, W = 10, C = 3, COUNT = T * H * W * C, MOST = 8 * COUNT * 4 
 
 static const char* program;
 
-/* Runs it with these arguments; its exit code, -1 if it was killed, and what it says on stderr. */
+/* Runs it with these arguments; its exit code, another than its own if it was killed, and what it says on stderr. */
 static int call(const char* arguments, char* said, size_t size) {
   char command[4096];
   snprintf(command, sizeof command, "\"%s\" %s 2> said.txt", program, arguments);

@@ -53,7 +53,7 @@ def space_time_downsample(
     Args:
         x: (B, C, T, H, W), fp16, bf16, fp32 or fp64, in any memory format; B may be 0.
         factor: (t, h, w), each >= 1. With fixed taps it divides T, H and W; T need not be divisible with `weight`. The
-            product of factor, the sizes of x and C_out is at most 2**56.
+            product of factor, the sizes of x and, with `weight`, C_out is at most 2**56.
         mode: "nearest", "linear", "area" or "blur".
         weight: (C_out, C, K), K odd. A t of 1 is a plain convolution. Kernels take it in the dtype of x, to which
             autocast brings it.
