@@ -330,6 +330,7 @@ PYBIND11_MODULE(_native, module) {
   // What the statuses that the caller can do something about speak of.
   module.attr("ARGUMENTS") = [] {
     py::dict of;
+    of[py::int_(int(LF_SHARED_MEMORY))] = "out";  // the memory to work in is made by the module's own callers
     for (const int status : {LF_WINDOW_OUT_OF_RANGE, LF_UNCOVERED}) of[py::int_(status)] = "starts";
     for (const int status : {LF_INVALID_WEIGHTS, LF_UNEVEN_WEIGHTS}) of[py::int_(status)] = "weights";
     of[py::int_(int(LF_UNSUPPORTED_DTYPE))] = "x";

@@ -47,7 +47,7 @@ const char* lf_status_string(lf_status status) noexcept {
     case LF_TOO_MANY: return "too many windows over one position, or too many weights, for one launch";
     case LF_UNEVEN_WEIGHTS: return "invalid weights: the largest of an axis is over 1e100 times its least";
     case LF_SHARED_MEMORY:
-      return "the output, or the memory to work in, lies in the memory of another tensor: give it its own";
+      return "the output, or the memory to work in, lies in the memory of another tensor: give one of its own";
     case LF_NO_WORKSPACE: return "the working memory is missing, too small, or not at a multiple of 64 bytes";
     case LF_UNSUPPORTED_DEVICE: return "the device cannot run what was asked for";
     default: return "unknown status";

@@ -600,7 +600,7 @@ def test_the_native_core_takes_numpy_and_tells_what_does_not_fit() -> None:
     refused("out must be float32", out=torch.empty_like(x).double())
     refused("out must be float32", out=torch.empty(1, 4, 2, 3, 4))
     refused("elements of the output may lie on top of one another", out=torch.empty(1, 4, 2, 3, 1).expand_as(x))
-    refused("the output, or .*, lies in the memory of another", out=x)
+    refused("the output, or the memory to work in, lies in the memory of another tensor", out=x)
     refused("x must be float32, float64, float16 or bfloat16", x=x.int())
     refused("x must be a tensor", x=None)
     refused("out must be on the CPU", out=x.to("meta"))

@@ -512,7 +512,10 @@ def test_cpu_silu_of_extreme_sums() -> None:
         r"y must be float32 \(1, 6, 3, 2, 2\)": {"y": torch.ones(1, 6, 3, 2, 1)},
         r"mean must be float32 \(1, 3, 2\)": {"mean": torch.ones(1, 3, 3)},
         "rstd must be contiguous": {"rstd": torch.ones(1, 2, 3).mT},
-        "the output, .* lies in the memory of another": {"y": (whole := torch.ones(1, 6, 3, 2, 2)), "residual": whole},
+        "the output, or the memory to work in, lies in the memory of another tensor": {
+            "y": (whole := torch.ones(1, 6, 3, 2, 2)),
+            "residual": whole,
+        },
     }.items(),
 )
 def test_native_says_what_does_not_fit(message: str, changes: dict[str, Tensor]) -> None:
