@@ -1,8 +1,8 @@
 """Self-attention over time, at each pixel by itself.
 
 This is the temporal self-attention that Lumiere stacks in its attention inflation block, at the coarsest level only
-(paper, section 3.1 and figure 4c). The paper does not say how attention knows the order of frames; a relative bias is
-the means offered here.
+(paper, section 3.1 and figure 4c). The paper does not say how attention knows the order of frames; a relative bias and
+a rotation by the frame's position (RoFormer, arXiv 2104.09864, section 3.2) are the means offered here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lumiere_fast.ops import _layout
-from lumiere_fast.ops._checks import check_heads, check_like, check_tensor
+from lumiere_fast.ops._checks import check_choice, check_heads, check_integer, check_like, check_tensor
 from lumiere_fast.ops._registry import Result, register
 from lumiere_fast.ops._spec import LEVELS, Draw, OpSpec, Scenario, at_levels
 
@@ -22,13 +22,17 @@ def temporal_attention(
     v: Tensor,
     *,
     bias: Tensor | None = None,
+    rotary: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
     backend: str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`y[t] = sum_s softmax_s(scale * q[t] . k[s] + bias[head, t - s + T - 1]) v[s]`, for each pixel and head.
+    """`y[t] = sum_s softmax_s(scale * r_t(q[t]) . r_s(k[s]) + bias[head, t - s + T - 1]) v[s]`, each pixel and head.
+
+    `r_t` turns each pair of channels by an angle of the frame's, `(cos, sin) = rotary[t, i]`:
+    `x[2i], x[2i + 1] -> x[2i] cos - x[2i + 1] sin, x[2i] sin + x[2i + 1] cos`; without `rotary` it is the identity.
 
     A frame s is left out where `causal` and s > t, and where `window` is given and |t - s| > window. A row with no
     frame left (a bias of -inf) gives 0. The arithmetic is fp32 (fp64 for fp64), rounded once at the end.
@@ -38,6 +42,7 @@ def temporal_attention(
         q, k, v: (B, T, H, W, heads, D), floating, of one dtype. Views of a fused projection are welcome: any strides,
             and kernels want D dense. B may be 0.
         bias: (heads, 2T - 1), indexed by the lag t - s + T - 1: column T - 1 is a frame's own.
+        rotary: (T, D / 2, 2), fp32 (fp64 for fp64), D even. A constant: no gradient is taken of it.
         causal: a frame sees itself and the past.
         window: a frame sees those at most so many frames away; >= 0, None for all.
         scale: None for D ** -0.5.
@@ -52,7 +57,7 @@ def temporal_attention(
         ValueError: an argument is not as above.
         BackendUnavailable: a backend asked for by name cannot run this call.
     """
-    result: Tensor = _TEMPORAL_ATTENTION(_flatten(q, k, v, bias, causal, window, scale), backend, out)
+    result: Tensor = _TEMPORAL_ATTENTION(_flatten(q, k, v, bias, rotary, causal, window, scale), backend, out)
     return result
 
 
@@ -61,6 +66,7 @@ def temporal_attention_reference(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None = None,
+    rotary: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
@@ -68,7 +74,8 @@ def temporal_attention_reference(
     """`temporal_attention` in plain torch, by explicit scores: no limit on B*H*W, which torch's fused attention has."""
     dtype = _layout.accumulation_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.einsum("bthwnd,bshwnd->bhwnts", q.to(dtype) * scale, k.to(dtype))
+    queries, keys = (_rotated(each.to(dtype), rotary) for each in (q, k))
+    scores = torch.einsum("bthwnd,bshwnd->bhwnts", queries * scale, keys)
     table = _table(q.shape[1], q.device, dtype, bias, causal, window)
     if table is None:
         weights = scores.softmax(-1)
@@ -79,6 +86,15 @@ def temporal_attention_reference(
     if bias is not None and table is not None:  # without a bias a frame sees at least itself
         y = y.masked_fill(empty.T[:, None, None, :, None], 0.0)
     return y.to(q.dtype).contiguous()
+
+
+def _rotated(x: Tensor, rotary: Tensor | None) -> Tensor:
+    """The pairs of channels of (B, T, H, W, heads, D) turned by each frame's angles."""
+    if rotary is None:
+        return x
+    cos, sin = rotary[:, None, None, None].unbind(-1)  # (T, 1, 1, 1, D / 2)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
 def _table(
@@ -98,16 +114,35 @@ def _table(
 
 
 def _flatten(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, window: int | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rotary: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
 ) -> tuple[object, ...]:
     op = "temporal_attention"
     check_heads(op, q)
     check_like(op, "k", k, "q", q)
     check_like(op, "v", v, "q", q)
     check_tensor(op, "bias", bias, q, (q.shape[4], 2 * q.shape[1] - 1))
-    if window is not None and window < 0:
+    _check_rotary(op, q, rotary)
+    check_choice(op, "causal", causal, (True, False))
+    if window is not None and check_integer(op, "window", window) < 0:
         raise ValueError(f"{op}: window must be None or >= 0 frames, got {window}")
-    return q, k, v, bias, causal, window, scale
+    return q, k, v, bias, None if rotary is None else rotary.detach(), causal, window, scale
+
+
+def _check_rotary(op: str, q: Tensor, rotary: Tensor | None) -> None:
+    T, D = q.shape[1], q.shape[5]
+    if rotary is not None and D % 2 != 0:
+        raise ValueError(f"{op}: rotary turns pairs of channels, so D must be even, got {D}")
+    check_tensor(op, "rotary", rotary, q, (T, D // 2, 2))
+    precise = _layout.accumulation_dtype(q.dtype)
+    if rotary is not None and rotary.dtype != precise:
+        raise ValueError(f"{op}: rotary must be {precise} beside q in {q.dtype}, got {rotary.dtype}")
 
 
 def _describe(q: Tensor, *_: object) -> Result:

@@ -234,3 +234,18 @@ def test_spec_inputs_are_what_the_op_takes() -> None:
             assert temporal_attention(**inputs).shape == inputs["q"].shape
     base = next(s for s in SPEC.scenarios if s.name == "base3")
     assert SPEC.flops(base) == 4 * 10 * 10 * 16 * 16 * 1024
+
+
+def test_rotary_makes_scores_depend_on_the_lag() -> None:
+    draw = Draw(21)
+    T, D = 6, 8
+    q, k, v = draw_qkv(draw, (1, T, 1, 3, 2, D))
+    angles = torch.arange(T)[:, None] * torch.tensor([1.0, 0.5, 0.1, 0.03], dtype=q.dtype)
+    rotary = torch.stack([angles.cos(), angles.sin()], -1)
+    y = temporal_attention(q, k, v, rotary=rotary)
+    paired = [torch.view_as_complex(a.unflatten(-1, (-1, 2)).contiguous()) for a in (q, k)]
+    turn = torch.polar(torch.ones_like(angles), angles)[None, :, None, None, None]
+    turned = [torch.view_as_real(a * turn).flatten(-2) for a in paired]
+    torch.testing.assert_close(y, rearrange_sdpa(*turned, v))
+    shifted = torch.stack([(angles + 0.7).cos(), (angles + 0.7).sin()], -1)
+    torch.testing.assert_close(y, temporal_attention(q, k, v, rotary=shifted))
