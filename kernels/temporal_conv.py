@@ -100,6 +100,7 @@ def temporal_conv(
     norm_bias: Tensor | None,
     norm_scale: Tensor | None,
     norm_shift: Tensor | None,
+    norm_act: str | None,
     *,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
@@ -124,7 +125,7 @@ def temporal_conv(
             folded = _affine(x, *norm)
         else:
             h = torch.empty_like(x.permute(0, 2, 3, 4, 1), memory_format=torch.contiguous_format).permute(0, 4, 1, 2, 3)
-            normalize(x, *norm, "silu", out=h)
+            normalize(x, *norm, norm_act, out=h)
             x = h
     weight, plan = _plan(x, weight, residual, y, config, folded is not None)
     B, _, T, H, W = map(int, x.shape)

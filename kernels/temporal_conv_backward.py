@@ -48,6 +48,7 @@ def temporal_conv_backward(
     norm_bias: Tensor | None,
     norm_scale: Tensor | None,
     norm_shift: Tensor | None,
+    norm_act: str | None,
 ) -> Gradients:
     """The gradient of each argument of `temporal_conv_reference`, None for those that want none.
 
@@ -57,17 +58,17 @@ def temporal_conv_backward(
             `requires_grad`.
 
     Returns:
-        13 gradients, each in the shape and dtype of its argument; the same bits in every run.
+        14 gradients, each in the shape and dtype of its argument; the same bits in every run.
     """
     rest = (norm_weight, norm_bias, norm_scale, norm_shift)
     norm = None if norm_mean is None or norm_rstd is None else (norm_mean, norm_rstd, *rest)
-    arguments = (x, weight, bias, padding_mode, act, residual, stats_groups, norm_mean, norm_rstd, *rest)
+    arguments = (x, weight, bias, padding_mode, act, residual, stats_groups, norm_mean, norm_rstd, *rest, norm_act)
     wanted = tuple(isinstance(value, Tensor) and value.requires_grad for value in arguments)
     with torch.no_grad():
         if x.numel() == 0:
             pairs = zip(arguments, wanted, strict=True)
             return tuple(torch.zeros_like(value) if want else None for value, want in pairs)  # type: ignore[arg-type]
-        layer = Layer(x, norm, weight, bias, padding_mode, act, residual, stats_groups)
+        layer = Layer(x, norm, norm_act, weight, bias, padding_mode, act, residual, stats_groups)
         return _backward(layer, gradients, wanted)
 
 
@@ -76,6 +77,7 @@ class Layer(NamedTuple):
 
     x: Tensor
     norm: Norm | None
+    norm_act: str | None
     weight: Tensor
     bias: Tensor | None
     padding_mode: str
@@ -86,14 +88,14 @@ class Layer(NamedTuple):
 
 def _backward(layer: Layer, gradients: Sequence[Tensor | None], wanted: Sequence[bool]) -> Gradients:
     x, weight = layer.x, layer.weight
-    want_x, want_weight, want_bias, _, _, want_residual, _, *want_norm = wanted
+    want_x, want_weight, want_bias, _, _, want_residual, _, *want_norm, _ = wanted
     of_h = want_x or any(want_norm)
     of_stats = layer.stats_groups is not None and any(gradient is not None for gradient in gradients[1:])
     silu = layer.act is not None and (of_h or want_weight or want_bias)
     h = x
     if layer.norm is not None and (want_weight or silu or of_stats):
         h = _rows(x, x.shape[1])
-        normalize(x, *layer.norm, "silu", out=h)
+        normalize(x, *layer.norm, layer.norm_act, out=h)
     g_y, g_z, g_bias = _through_epilogue(layer, h, gradients, silu, of_stats, want_bias)
     g_weight = _weight_gradient(g_z, h, weight, layer.padding_mode) if want_weight else None
     g_x: Tensor | None = None
@@ -104,9 +106,9 @@ def _backward(layer: Layer, gradients: Sequence[Tensor | None], wanted: Sequence
         if layer.norm is None:
             g_x = g_h
         else:
-            g_x, *rest = normalize_backward(g_h, x, *layer.norm, "silu", (want_x, *want_norm))
+            g_x, *rest = normalize_backward(g_h, x, *layer.norm, layer.norm_act, (want_x, *want_norm))
             g_norm = tuple(rest)
-    return g_x, g_weight, g_bias, None, None, g_y if want_residual else None, None, *g_norm
+    return g_x, g_weight, g_bias, None, None, g_y if want_residual else None, None, *g_norm, None
 
 
 def _rows(x: Tensor, channels: int) -> Tensor:
@@ -129,7 +131,7 @@ def _convolve(
     y = _rows(x, weight.shape[0]) if out is None else out
     shape = (0,) if stats_groups is None else (x.shape[0], x.shape[2], stats_groups)
     mean, rstd = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
-    temporal_conv(x, weight, bias, padding_mode, act, residual, stats_groups, *[None] * 6, out=(y, mean, rstd))
+    temporal_conv(x, weight, bias, padding_mode, act, residual, stats_groups, *[None] * 7, out=(y, mean, rstd))
     return y, mean, rstd
 
 
@@ -162,7 +164,7 @@ def _through_epilogue(
     layer: Layer, h: Tensor, gradients: Sequence[Tensor | None], silu: bool, of_stats: bool, want_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of a residual, of z, and of bias if wanted."""
-    _, _, weight, bias, padding_mode, act, residual, groups = layer
+    *_, weight, bias, padding_mode, act, residual, groups = layer
     dy = gradients[0]
     if dy is None:
         B, _, T, H, W = h.shape

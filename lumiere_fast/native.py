@@ -640,6 +640,7 @@ def temporal_conv(
     norm_bias: Any = None,
     norm_scale: Any = None,
     norm_shift: Any = None,
+    norm_act: str | None = "silu",
     *,
     out: tuple[Any, Any, Any],
 ) -> None:

@@ -261,7 +261,7 @@ def make_backward(adjoint: Adjoint, learned_gradients: Callable[..., Gradients])
 
 def convolution_gradients(gradient: Tensor, x: Tensor, of_x: bool, weight: Tensor, bias: Tensor | None) -> Gradients:
     """Of `temporal_conv(x, weight, bias)` the gradients of x, where `of_x`, and of what wants one of the others."""
-    arguments = (x.detach().requires_grad_(of_x), weight, bias, "zeros", *[None] * 9)
+    arguments = (x.detach().requires_grad_(of_x), weight, bias, "zeros", *[None] * 10)
     of_x_, of_weight, of_bias, *_ = TEMPORAL_CONV.gradients(AUTO, arguments, (gradient, None, None))
     return of_x_, of_weight, of_bias
 

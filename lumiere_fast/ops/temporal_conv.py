@@ -1,7 +1,8 @@
-"""Convolution over time, with its neighbours in an inflation block: norm and SiLU before, bias, SiLU, residual after.
+"""Convolution over time, with its neighbours in a block: norm (and SiLU) before, bias, SiLU, residual after.
 
-This is the Conv1D of Lumiere's convolution inflation block (paper, figure 4b), and with one tap its closing Linear. It
-mixes channels and frames at each pixel and never normalises over time.
+This is the Conv1D of Lumiere's convolution inflation block (paper, figure 4b), and with one tap its closing Linear. One
+tap after a norm without SiLU is the projection to queries, keys and values at the head of an attention block. It mixes
+channels and frames at each pixel and never normalises over time.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ PADDING_MODES = ("zeros", "replicate")
 
 
 class NormArgs(NamedTuple):
-    """A group norm whose statistics are known, applied with SiLU to a convolution's input; see `group_norm`.
+    """A group norm whose statistics are known, and `act`, applied to a convolution's input; see `group_norm`.
 
     `mean` and `rstd` are (B, T, num_groups), from `group_norm_stats` or from the convolution before (`stats_groups`).
     They are in fp32, in fp64 for fp64. `weight`, `bias` are (C,); `scale`, `shift` (B, C) or (B, T, C), in the dtype of
-    the input or in fp32.
+    the input or in fp32. `act` is "silu" or None.
     """
 
     mean: Tensor
@@ -56,6 +57,7 @@ class NormArgs(NamedTuple):
     num_groups: int
     scale: Tensor | None = None
     shift: Tensor | None = None
+    act: str | None = "silu"
 
 
 @overload
@@ -105,20 +107,21 @@ def temporal_conv(
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """`y[t] = act(sum_j W[:, :, j] h[t + j - k//2] + bias[t]) + residual[t]`, at each pixel by itself.
 
-    `h = silu(((x - mean) * rstd * w + b) * (1 + scale) + shift)` where `norm` is given, else `x`. Padding comes after
-    the norm: frames outside the clip are zero, or with "replicate" the clip's first and last `h`. The result has T
-    frames. The arithmetic is fp32 (fp64 for fp64), rounded once at the end; a normalised `h` may be rounded to the
-    dtype of `x` too, as tensor cores take it. Differentiable in every tensor, those of `norm` included. (On CUDA the
-    reference is cuDNN's convolution, whose fp32 follows `torch.backends.cudnn.allow_tf32`. On a CPU three taps are
-    convolved by minimal filtering, F(2, 3), where clip and channels are not small: an error of fp32 rounding is then
-    relative to the largest of the four frames around, and infinity among them may come out as NaN.)
+    `h = norm.act(((x - mean) * rstd * w + b) * (1 + scale) + shift)` where `norm` is given, else `x`; `norm.act` is
+    SiLU or, as None, the identity. Padding comes after that: frames outside the clip are zero, or with "replicate" the
+    clip's first and last `h`. The result has T frames. The arithmetic is fp32 (fp64 for fp64), rounded once at the end;
+    a normalised `h` may be rounded to the dtype of `x` too, as tensor cores take it. Differentiable in every tensor,
+    those of `norm` included. (On CUDA the reference is cuDNN's convolution, whose fp32 follows
+    `torch.backends.cudnn.allow_tf32`. On a CPU three taps are convolved by minimal filtering, F(2, 3), where clip and
+    channels are not small: an error of fp32 rounding is then relative to the largest of the four frames around, and
+    infinity among them may come out as NaN.)
 
     Args:
         x: (B, C_in, T, H, W), floating, any strides; channels_last_3d costs no copy. B may be 0.
         weight: (C_out, C_in, k), k odd, in the dtype of `x` (under autocast in any).
         bias: (C_out,), or (B, T, C_out) for an embedding added to each frame; in the dtype of `x` or in fp32.
         padding_mode: "zeros" or "replicate".
-        norm: a norm of the input, statistics known; see `NormArgs`.
+        norm: a norm of the input, statistics known, with or without SiLU; see `NormArgs`.
         act: None or "silu".
         residual: (B, C_out, T, H, W) in the dtype of `x`, added after `act`.
         stats_groups: number of groups G of the norm that follows; its statistics are returned with y.
@@ -152,6 +155,7 @@ def temporal_conv_reference(
     norm_bias: Tensor | None = None,
     norm_scale: Tensor | None = None,
     norm_shift: Tensor | None = None,
+    norm_act: str | None = "silu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`temporal_conv` in plain torch: `(y, mean, rstd)`, the statistics empty without `stats_groups`.
 
@@ -162,6 +166,7 @@ def temporal_conv_reference(
     h = x.to(dtype)
     if norm_mean is not None and norm_rstd is not None:
         h = _normalise(h, norm_mean, norm_rstd, norm_weight, norm_bias, norm_scale, norm_shift)
+        h = F.silu(h) if norm_act == "silu" else h
     frame_bias = bias is not None and bias.dim() == 3
     y = convolve(h, weight.to(dtype), None if bias is None or frame_bias else bias.to(dtype), padding_mode)
     if bias is not None and frame_bias:
@@ -184,13 +189,13 @@ def _normalise(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> Tensor:
-    """`silu` of the norm, all of it folded into one multiplier and one offset per frame and channel."""
+    """The norm, all of it folded into one multiplier and one offset per frame and channel."""
     repeats = x.shape[1] // mean.shape[-1]
     mean, rstd = (stat.to(x.dtype).repeat_interleave(repeats, dim=-1) for stat in (mean, rstd))
     multiplier, offset = channel_affine(weight, bias, scale, shift, x.dtype)
     multiplier = rstd if multiplier is None else rstd * multiplier
     offset = -mean * multiplier if offset is None else offset - mean * multiplier
-    return F.silu(scale_and_shift(x, multiplier, offset))
+    return scale_and_shift(x, multiplier, offset)
 
 
 def convolve(h: Tensor, weight: Tensor, bias: Tensor | None, padding_mode: str = "zeros", stride: int = 1) -> Tensor:
@@ -238,12 +243,12 @@ def _flatten(
         check_groups(op, "stats_groups", stats_groups, C_out)
     arguments = (x, weight, bias, padding_mode, act, residual, stats_groups)
     if norm is None:
-        return (*arguments, *[None] * 6)
+        return (*arguments, *[None] * 7)
     if not isinstance(norm, NormArgs):
         raise ValueError(f"{op}: norm must be None or a NormArgs, got {type(norm).__name__}")
     affine = under_autocast(x, norm.weight, norm.bias, norm.scale, norm.shift)
     _check_norm(op, x, norm, *affine)
-    return (*arguments, norm.mean, norm.rstd, *affine)
+    return (*arguments, norm.mean, norm.rstd, *affine, norm.act)
 
 
 def _check_norm(
@@ -266,6 +271,7 @@ def _check_norm(
     check_parameter(op, "norm.weight", weight, x, (C,))
     check_parameter(op, "norm.bias", bias, x, (C,))
     check_film(op, x, scale, shift, prefix="norm.")
+    check_choice(op, "norm.act", norm.act, ACTIVATIONS)
 
 
 def _describe(
@@ -276,7 +282,7 @@ def _describe(
     act: str | None,
     residual: Tensor | None,
     stats_groups: int | None,
-    *norm: Tensor | None,
+    *norm: Tensor | str | None,
 ) -> tuple[Result, Result, Result]:
     B, _, T, H, W = x.shape
     y = Result((B, weight.shape[0], T, H, W), x.dtype, x.device, _layout.video_format(x))
@@ -284,6 +290,11 @@ def _describe(
         none = Result((0,), _layout.accumulation_dtype(x.dtype), x.device)
         return y, none, none
     return y, *describe_stats(x, stats_groups)
+
+
+def _limits(*arguments: object) -> tuple[str, ...]:
+    norm_mean, norm_act = arguments[7], arguments[-1]
+    return () if norm_mean is None or norm_act == "silu" else ("norm_act is None, it needs 'silu'",)
 
 
 _NARROW = {name: (torch.float32, torch.float16, torch.bfloat16) for name in ("x", "weight", "residual")}
@@ -297,14 +308,16 @@ TEMPORAL_CONV = register(
         Backend(
             "triton",
             "lumiere_fast.kernels.temporal_conv:temporal_conv",
-            Needs(devices=("cuda",), dtypes=_NARROW, capability=(8, 0), gradient=True, modules=("triton",)),
+            Needs(
+                devices=("cuda",), dtypes=_NARROW, capability=(8, 0), gradient=True, modules=("triton",), limits=_limits
+            ),
             backward="lumiere_fast.kernels.temporal_conv_backward:temporal_conv_backward",
         ),
         Backend(
             "cpu",
             "lumiere_fast.native:temporal_conv",
             # no gradient: torch's own autograd does not run the reference's forward twice
-            Needs(devices=("cpu",), dtypes=_NARROW, native="avx2"),
+            Needs(devices=("cpu",), dtypes=_NARROW, native="avx2", limits=_limits),
             pays_from=(("x", 1, 16), ("weight", 0, 16)),
         ),
     ),

@@ -105,6 +105,7 @@ class Case:
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = CHANNELS_LAST,
         norm: int | None = None,
+        norm_act: str | None = "silu",
         film: str = "",
         bias: str = "",
         residual: bool = False,
@@ -131,6 +132,7 @@ class Case:
             "residual": clip(C_out) if residual else None,
             "stats_groups": None,
             **dict.fromkeys(("norm_mean", "norm_rstd", "norm_weight", "norm_bias", "norm_scale", "norm_shift")),
+            "norm_act": norm_act,
         }
         if norm is not None:
             film_shape = (B, C_in) if film == "clip" else (B, T, C_in)
@@ -464,7 +466,7 @@ def conv(x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor | None) -> li
     y = torch.empty_like(x)
     stats = [torch.empty(1, x.shape[2], 2, device="cuda") for _ in "ab"]
     if not isinstance(y, FakeTensor):
-        temporal_conv(x, weight, None, "zeros", "silu", None, 2, mean, mean, *[None] * 4, out=(y, *stats))
+        temporal_conv(x, weight, None, "zeros", "silu", None, 2, mean, mean, *[None] * 4, "silu", out=(y, *stats))
     return [y, *stats]
 
 class Model(torch.nn.Module):

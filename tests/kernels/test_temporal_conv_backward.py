@@ -27,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Never bfloat16 in the interpreter, which computes it wrongly and says nothing.
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-ARGUMENTS = tuple(temporal_conv_reference.__annotations__)[:13]
+ARGUMENTS = tuple(temporal_conv_reference.__annotations__)[:14]
 FACTOR = 3.0  # of torch's own error that a gradient may have
 # What torch's autograd of the reference keeps in fp32 and a backward rounds to the dtype of x: h, z, g_z and g_h.
 ROUNDINGS = {torch.float32: 1, torch.float16: 4, torch.bfloat16: 4}
@@ -53,6 +53,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "SiLU, residual, statistics": {"act": "silu", "residual": True, "stats": 8},
     "norm": {"norm": 2},
     "affine norm": {"norm": 4, "affine": True},
+    "norm without SiLU": {"norm": 2, "affine": True, "film": "BTC", "norm_act": None, "bias": "BTC"},
+    "norm without SiLU, all that follows": {
+        **{"norm": 2, "norm_act": None, "act": "silu", "residual": True, "stats": 2},
+    },
     "norm, FiLM of each clip": {"norm": 1, "film": "BC", "bias": "C"},
     "everything": {
         **{"norm": 2, "affine": True, "film": "BTC"},
@@ -121,6 +125,7 @@ def draw_arguments(
     residual: bool = False,
     stats: int | None = None,
     norm: int | None = None,
+    norm_act: str | None = "silu",
     affine: bool = False,
     film: str | None = None,
 ) -> list[Any]:
@@ -144,6 +149,7 @@ def draw_arguments(
     values += [tensor(C_in, of=torch.float32) if affine else None for _ in range(2)]
     film_sizes = {"BC": (B, C_in), "BTC": (B, T, C_in)}
     values += [None if film is None else tensor(*film_sizes[film], of=torch.float32) for _ in range(2)]
+    values.append(norm_act)
     return [value.requires_grad_() if isinstance(value, Tensor) else value for value in values]
 
 
@@ -259,7 +265,7 @@ def test_a_bare_convolution_takes_the_gradient_as_it_is(launches: Launches) -> N
 def test_nothing_wanted_or_nothing_there() -> None:
     arguments = draw_arguments((2, 8, 8, 2, 3, 3, 3), torch.float32, **EVERYTHING)
     frozen = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
-    assert kernels.temporal_conv_backward(tuple(draw_gradients(arguments)), *frozen) == (None,) * 13
+    assert kernels.temporal_conv_backward(tuple(draw_gradients(arguments)), *frozen) == (None,) * 14
     empty = [value[:0] if isinstance(value, Tensor) and value.dim() in (3, 5) else value for value in arguments]
     empty[1:3] = arguments[1:3]
     found = kernels.temporal_conv_backward(tuple(gradient[:0] for gradient in draw_gradients(arguments)), *empty)
@@ -293,7 +299,7 @@ def test_gradient_of_a_sum(act: str | None) -> None:
 
 def test_parameters_in_the_dtype_of_x() -> None:
     arguments = draw_arguments((1, 8, 8, 2, 3, 3, 3), torch.float16, **EVERYTHING)
-    arguments[9:] = [value.detach().half().requires_grad_() for value in arguments[9:]]
+    arguments[9:13] = [value.detach().half().requires_grad_() for value in arguments[9:13]]
     check(arguments)
 
 
@@ -361,7 +367,7 @@ class Driver:
         return GPUTarget("cuda", 90, 32)
 
 triton.runtime.driver.set_active(Driver())
-OPTIONS = ("replicate", "silu", None, 2, *[None] * 6)
+OPTIONS = ("replicate", "silu", None, 2, *[None] * 7)
 
 @torch.library.triton_op("test::conv", mutates_args=())
 def conv(

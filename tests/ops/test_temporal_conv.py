@@ -108,7 +108,10 @@ def test_epilogue_is_act_then_residual(bias_shape: tuple[int, ...] | None, act: 
 
 @pytest.mark.parametrize("padding_mode", PADDING)
 @pytest.mark.parametrize("film", [None, (2, 6), (2, 5, 6)], ids=str)
-def test_prologue_is_norm_then_silu_then_padding(film: tuple[int, ...] | None, padding_mode: str) -> None:
+@pytest.mark.parametrize("act", [None, "silu"])
+def test_prologue_is_norm_then_act_then_padding(
+    act: str | None, film: tuple[int, ...] | None, padding_mode: str
+) -> None:
     draw = Draw(4)
     x, weight, w, b = draw.clip(2, 6, 5, 2, 3), draw(4, 6, 3), draw(6), draw(6)
     mean, rstd = draw(2, 5, 3), draw(2, 5, 3).square() + 0.5
@@ -118,15 +121,27 @@ def test_prologue_is_norm_then_silu_then_padding(film: tuple[int, ...] | None, p
     h = n.flatten(1, 2) * w[:, None, None, None] + b[:, None, None, None]
     if scale is not None and shift is not None:
         h = h * (1 + film_of(scale)) + film_of(shift)
-    y = temporal_conv(x, weight, norm=NormArgs(mean, rstd, w, b, 3, scale, shift), padding_mode=padding_mode)
-    torch.testing.assert_close(y, rearrange_conv1d(h * torch.sigmoid(h), weight, padding_mode=padding_mode))
+    h = h * torch.sigmoid(h) if act else h
+    y = temporal_conv(x, weight, norm=NormArgs(mean, rstd, w, b, 3, scale, shift, act), padding_mode=padding_mode)
+    torch.testing.assert_close(y, rearrange_conv1d(h, weight, padding_mode=padding_mode))
 
 
 def test_norm_without_affine() -> None:
     draw = Draw(5)
     x, weight = draw.clip(1, 6, 4, 2, 2), draw(5, 6, 3)
-    y = temporal_conv(x, weight, norm=NormArgs(*group_norm_stats(x, 2), None, None, 2))
-    torch.testing.assert_close(y, rearrange_conv1d(group_norm(x, 2, None, None, act="silu"), weight))
+    norm = NormArgs(*group_norm_stats(x, 2), None, None, 2)  # with SiLU, unless told otherwise
+    torch.testing.assert_close(
+        temporal_conv(x, weight, norm=norm), rearrange_conv1d(group_norm(x, 2, None, None, act="silu"), weight)
+    )
+
+
+def test_norm_and_one_tap_are_the_projection_of_an_attention_block() -> None:
+    draw = Draw(15)
+    x, weight, w, b, bias = draw.clip(2, 6, 4, 2, 3), draw(18, 6, 1), draw(6), draw(6), draw(2, 4, 18)
+    y = temporal_conv(x, weight, bias, norm=NormArgs(*group_norm_stats(x, 2), w, b, 2, act=None))
+    rows = group_norm(x, 2, w, b).permute(0, 2, 3, 4, 1)
+    expected = F.linear(rows, weight[..., 0]) + bias[:, :, None, None]
+    torch.testing.assert_close(y, expected.permute(0, 4, 1, 2, 3))
 
 
 @pytest.mark.parametrize("frames", [1, 4])
@@ -140,7 +155,8 @@ def test_stats_are_those_of_each_frame_of_y(frames: int) -> None:
 
 
 @pytest.mark.parametrize("padding_mode", PADDING)
-def test_gradients(padding_mode: str) -> None:
+@pytest.mark.parametrize("norm_act", [None, "silu"])
+def test_gradients(norm_act: str | None, padding_mode: str) -> None:
     draw = Draw(7)
     x, weight, bias = draw.clip(1, 4, 3, 2, 1, grad=True), draw(2, 4, 3, grad=True), draw(1, 3, 2, grad=True)
     w, b, scale, shift = draw(4, grad=True), draw(4, grad=True), draw(1, 4, grad=True), draw(1, 3, 4, grad=True)
@@ -150,7 +166,7 @@ def test_gradients(padding_mode: str) -> None:
 
     def run(*t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias, residual, mean, rstd, w, b, scale, shift = t
-        norm = NormArgs(mean, rstd, w, b, 2, scale, shift)
+        norm = NormArgs(mean, rstd, w, b, 2, scale, shift, norm_act)
         y, stats = temporal_conv(
             x, weight, bias, norm=norm, act="silu", residual=residual, stats_groups=2, padding_mode=padding_mode
         )
@@ -229,6 +245,7 @@ def test_operator(needs: tuple[str, ...]) -> None:
     )
     inputs = (x, draw(6, 4, 3, grad="weight" in needs), draw(6, grad="bias" in needs))
     check_operator(temporal_conv, *inputs, norm=norm, residual=residual, stats_groups=3)
+    check_operator(temporal_conv, *inputs, norm=norm._replace(act=None), residual=residual)
     if needs:
         check_operator_gradient(temporal_conv, *inputs, norm=norm, residual=residual)
 
@@ -290,6 +307,7 @@ BAD_CALLS = {
     "norm.bias must have shape": {"norm": norm_with(bias=torch.ones(6))},
     "norm.scale must have shape": {"norm": norm_with(scale=torch.ones(2, 2, 4))},
     "norm.shift must have shape": {"norm": norm_with(shift=torch.ones(4))},
+    "norm.act must be None or 'silu', got 'relu'": {"norm": norm_with(act="relu")},
     "out must be": {"out": torch.zeros(2, 6, 3, 2, 2, dtype=torch.float64)},
     "weight must be torch.float32 like x, got torch.float16": {"weight": torch.zeros(6, 4, 3, dtype=torch.float16)},
     "bias must be torch.float32 like x, got torch.float64": {"bias": torch.zeros(6, dtype=torch.float64)},
