@@ -308,9 +308,7 @@ TEMPORAL_CONV = register(
         Backend(
             "triton",
             "lumiere_fast.kernels.temporal_conv:temporal_conv",
-            Needs(
-                devices=("cuda",), dtypes=_NARROW, capability=(8, 0), gradient=True, modules=("triton",), limits=_limits
-            ),
+            Needs(devices=("cuda",), dtypes=_NARROW, capability=(8, 0), gradient=True, modules=("triton",)),
             backward="lumiere_fast.kernels.temporal_conv_backward:temporal_conv_backward",
         ),
         Backend(
