@@ -292,11 +292,6 @@ def _describe(
     return y, *describe_stats(x, stats_groups)
 
 
-def _limits(*arguments: object) -> tuple[str, ...]:
-    norm_mean, norm_act = arguments[7], arguments[-1]
-    return () if norm_mean is None or norm_act == "silu" else ("norm_act is None, it needs 'silu'",)
-
-
 _NARROW = {name: (torch.float32, torch.float16, torch.bfloat16) for name in ("x", "weight", "residual")}
 
 TEMPORAL_CONV = register(
@@ -315,7 +310,7 @@ TEMPORAL_CONV = register(
             "cpu",
             "lumiere_fast.native:temporal_conv",
             # no gradient: torch's own autograd does not run the reference's forward twice
-            Needs(devices=("cpu",), dtypes=_NARROW, native="avx2", limits=_limits),
+            Needs(devices=("cpu",), dtypes=_NARROW, native="avx2"),
             pays_from=(("x", 1, 16), ("weight", 0, 16)),
         ),
     ),
