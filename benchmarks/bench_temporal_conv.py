@@ -17,30 +17,35 @@ from lumiere_fast.ops._selfcheck import _kernel_errors
 from lumiere_fast.ops.temporal_conv import SPEC
 from lumiere_fast.timing import Side
 
-Convolution = Callable[[Tensor, Tensor, Tensor], Tensor]
+Convolution = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def rearrange_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def rearrange_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(b h w) c t, and a Conv1d: how lumiere-pytorch and most inflated models do it."""
     B, C, T, H, W = x.shape
     y = F.conv1d(x.permute(0, 3, 4, 1, 2).reshape(B * H * W, C, T), weight, bias, padding=weight.shape[2] // 2)
     return y.reshape(B, H, W, -1, T).permute(0, 3, 4, 1, 2)
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The clip as an image of T by H*W pixels, which channels-last memory is a view of, and a (k, 1) kernel."""
     rows = x.permute(0, 2, 3, 4, 1).flatten(2, 3)  # x.flatten(3) of one clip has strides that torch takes for NCHW
     y = F.conv2d(rows.permute(0, 3, 1, 2), weight[..., None], bias, padding=(weight.shape[2] // 2, 0))
     return y.permute(0, 2, 3, 1).unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv3d(x, weight[..., None, None], bias, padding=(weight.shape[2] // 2, 0, 0))
 
 
-def conv3d_channels_last(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv3d_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     kernel = weight[..., None, None].contiguous(memory_format=torch.channels_last_3d)
     return F.conv3d(x, kernel, bias, padding=(weight.shape[2] // 2, 0, 0))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Of one tap, on the rows that channels-last memory is: how attention blocks project."""
+    return F.linear(x.permute(0, 2, 3, 4, 1), weight[..., 0], bias).permute(0, 4, 1, 2, 3)
 
 
 def layers(
@@ -51,14 +56,18 @@ def layers(
     norm: NormArgs | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Norm with the statistics that the op is given too, SiLU, convolution, residual: a layer each."""
+    """Norm with the statistics that the op is given too, SiLU, convolution, bias of frames, residual: a layer each."""
     if norm is not None:
         mean, rstd = (s.repeat_interleave(x.shape[1] // norm.num_groups, -1) for s in (norm.mean, norm.rstd))
         multiplier = rstd if norm.weight is None else rstd * norm.weight
         offset = -mean * multiplier if norm.bias is None else norm.bias - mean * multiplier
         offset, multiplier = (a.transpose(1, 2)[..., None, None].to(x.dtype) for a in (offset, multiplier))
-        x = F.silu(torch.addcmul(offset, x, multiplier))
-    y = convolve(x, weight, bias)
+        x = torch.addcmul(offset, x, multiplier)
+        x = F.silu(x) if norm.act == "silu" else x
+    if bias.dim() == 3:
+        y = convolve(x, weight, None) + bias.transpose(1, 2)[..., None, None]
+    else:
+        y = convolve(x, weight, bias)
     return y if residual is None else y + residual
 
 
@@ -80,7 +89,7 @@ def norm_either_way(case: Case) -> dict[str, Side]:
     ways = {"norm in the prologue": True, "norm in a pass before": False}
     sides = {}
     for name, fused_norm in ways.items():
-        side = with_config(case, fused_norm)
+        side = with_config(case, fused_norm, torch.empty_like(expected))
         try:
             result = side()
         except _kernel_errors():  # the tile that is best for the one may be too large for the other
@@ -90,11 +99,10 @@ def norm_either_way(case: Case) -> dict[str, Side]:
     return sides
 
 
-def with_config(case: Case, fused_norm: bool) -> Side:
-    """Our kernel as it is configured, but for where the norm is."""
+def with_config(case: Case, fused_norm: bool, held: Tensor) -> Side:
+    """Our kernel as it is configured, but for where the norm is, into `held`."""
     name = tune.case_of(SPEC.name, case.scenario, case.dtype)
     config = {**_configs.chosen(SPEC.name, name, case.inputs["x"].device), "fused_norm": fused_norm}
-    held = torch.empty_like(case.inputs["x"])
 
     def side() -> Tensor:
         with _configs.override(SPEC.name, name, config):
@@ -123,15 +131,21 @@ CONVOLUTIONS: Mapping[str, Convolution] = {
 }
 
 
+def convolutions(case: Case) -> Mapping[str, Convolution]:
+    """For the projection of an attention block, that of its own too."""
+    return {**CONVOLUTIONS, "linear": linear} if "norm_act" in case.scenario.options else CONVOLUTIONS
+
+
 @each_scenario(SPEC)
 @torch.no_grad()
 def test_temporal_conv(case: Case) -> None:
     contiguous = {name: t.contiguous() if isinstance(t, Tensor) else t for name, t in case.inputs.items()}
+    ways = convolutions(case)
     sides = {
         name: partial(layers, convolve, **(contiguous if convolve is conv3d else case.inputs))
-        for name, convolve in CONVOLUTIONS.items()
+        for name, convolve in ways.items()
     }
-    best = CONVOLUTIONS[fastest(sides, case.device)] if case.compiles else None
+    best = ways[fastest(sides, case.device)] if case.compiles else None
     case.compare(
         sides,
         limits={

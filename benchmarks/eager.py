@@ -66,7 +66,7 @@ def temporal_conv(
     stats_groups: int | None = None,
 ) -> Any:
     if norm is not None:
-        x = group_norm(x, norm.num_groups, norm.weight, norm.bias, scale=norm.scale, shift=norm.shift, act="silu")
+        x = group_norm(x, norm.num_groups, norm.weight, norm.bias, scale=norm.scale, shift=norm.shift, act=norm.act)
     y = rearrange_conv1d(x, weight, bias)
     y = y if residual is None else y + residual
     return y if stats_groups is None else (y, no_stats(y, stats_groups))

@@ -428,8 +428,8 @@ template <class T> class Piece {
     return ahead;
   }
 
-  // Where channels lie together: along them, pixel after pixel.
-  template <bool normed, bool activated> void read_rows(float* to, const T* from, int64_t t) {
+  // Where channels lie together: along them, pixel after pixel. Forms that are inlined together cost SiLU its registers.
+  template <bool normed, bool activated> [[gnu::noinline]] void read_rows(float* to, const T* from, int64_t t) {
     const float* multiplier = task_.multiplier + (clip_ * task_.frames + t) * plan_.depth;
     const float* offset = task_.offset + (clip_ * task_.frames + t) * plan_.depth;
     const int64_t in = task_.in, step = plan_.x.pixel, chunk = chunk_;
@@ -443,7 +443,7 @@ template <class T> class Piece {
     }
   }
 
-  template <bool activated> void normalise(float* packed, int64_t channel, int64_t t) {
+  template <bool activated> [[gnu::noinline]] void normalise(float* packed, int64_t channel, int64_t t) {
     const int64_t where = (clip_ * task_.frames + t) * plan_.depth + channel;
     for (int64_t c = 0; c < kDepth; c += kLanes) {
       const Lanes multiplier = Lanes::load(task_.multiplier + where + c);

@@ -7,6 +7,7 @@ channels and frames at each pixel and never normalises over time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -28,7 +29,15 @@ from lumiere_fast.ops._checks import (
     under_autocast,
 )
 from lumiere_fast.ops._registry import Result, register
-from lumiere_fast.ops._spec import LEVELS, Draw, OpSpec, Scenario, at_levels
+from lumiere_fast.ops._spec import (
+    BASE_ATTENTION_LEVELS,
+    DEMO_ATTENTION_LEVELS,
+    LEVELS,
+    Draw,
+    OpSpec,
+    Scenario,
+    at_levels,
+)
 from lumiere_fast.ops.group_norm import (
     ANIMATEDIFF,
     HOST,
@@ -317,11 +326,18 @@ TEMPORAL_CONV = register(
 )
 
 
+def _projection(name: str, sizes: Mapping[str, int], cpu: bool) -> Scenario:
+    """To queries, keys and values at the head of an attention block, sinusoidal positions in the bias of each frame."""
+    options = {"fused": True, "norm_act": None, "frame_bias": True, "residual": False}
+    return Scenario(f"{name}_qkv", {**sizes, "N": 3 * sizes["C"], "k": 1}, options, cpu)
+
+
 SCENARIOS = (
     *at_levels({"fused": False}, (*LEVELS, *HOST, *SVD), k=3),
     *at_levels({"fused": True}, (*LEVELS, *HOST, *SVD), suffix="_fused", k=3),
     *at_levels({"fused": False}, ANIMATEDIFF, suffix="_linear", k=1),
     *at_levels({"fused": True}, ANIMATEDIFF, suffix="_fused", k=3),
+    *(_projection(*level) for level in (*BASE_ATTENTION_LEVELS, *DEMO_ATTENTION_LEVELS)),
     *at_levels({"fused": True}, (*LEVELS, *HOST), suffix="_fused_linear", k=1),  # an inflation block's last layer
 )
 
@@ -338,6 +354,8 @@ CHECKS = (
     _check("film", fused=True, film="BTC", wide=True, stats_groups=4),
     _check("film_of_clip", k=5, fused=True, film="BC", padding_mode="replicate", frame_bias=True, act="silu"),
     _check("one_frame", T=1, fused=True, stats_groups=40),
+    _check("projection", k=1, fused=True, norm_act=None, frame_bias=True, residual=False),
+    _check("norm_alone", fused=True, norm_act=None, film="BTC", stats_groups=4),
 )
 
 # Wide enough for several blocks of channels each way, and tiles enough for all of a GPU's multiprocessors.
@@ -352,14 +370,22 @@ GPU_CHECKS = tuple(
 )
 
 
+def _channels_out(scenario: Scenario) -> int:
+    return scenario.sizes.get("N", scenario.sizes["C"])
+
+
+def _has_residual(scenario: Scenario) -> bool:
+    return bool(scenario.options["fused"] and scenario.options.get("residual", True))
+
+
 def _flops(scenario: Scenario) -> int:
-    return 2 * scenario.count("BTHW") * scenario.count("CCk")
+    return 2 * scenario.count("BTHW") * scenario.count("Ck") * _channels_out(scenario)
 
 
 def _bytes(scenario: Scenario, dtype: torch.dtype) -> int:
     """x and y, the weights, and the residual of the fused form."""
-    activations = 3 if scenario.options["fused"] else 2
-    return (activations * scenario.count("BCTHW") + scenario.count("CCk")) * dtype.itemsize
+    channels = scenario.sizes["C"] + (1 + _has_residual(scenario)) * _channels_out(scenario)
+    return (channels * scenario.count("BTHW") + scenario.count("Ck") * _channels_out(scenario)) * dtype.itemsize
 
 
 def _make_inputs(
@@ -367,14 +393,15 @@ def _make_inputs(
 ) -> dict[str, object]:
     """Plain, or "fused": the norm of x and SiLU before, bias and residual after.
 
-    Further options, of checks alone: arguments by name, "film" of the norm as its shape in letters, "frame_bias", and
-    "wide" for bias and norm in the accumulation dtype. There are N channels out, or C.
+    Further options: "norm_act" for SiLU, "residual" for whether there is one, "frame_bias"; and of checks alone
+    arguments by name, "film" of the norm as its shape in letters, and "wide" for bias and norm in the accumulation
+    dtype. There are N channels out, or C.
     """
     options = scenario.options
     draw = Draw(device, dtype, generator)
     parameter = Draw(device, _layout.accumulation_dtype(dtype), generator) if options.get("wide") else draw
     B, C, T, H, W, G, k = scenario.shape("BCTHWGk")
-    C_out = scenario.sizes.get("N", C)
+    C_out = _channels_out(scenario)
     x = draw.activation(B, C, T, H, W)
     call = {
         "x": x,
@@ -386,8 +413,9 @@ def _make_inputs(
         return call
     film = options.get("film")
     scale, shift = (None if film is None else parameter(*scenario.shape(film), scale=0.1) for _ in range(2))
-    norm = NormArgs(*group_norm_stats_reference(x, G), parameter(C), parameter(C), G, scale, shift)
-    return {**call, "norm": norm, "residual": draw.activation(B, C_out, T, H, W)}
+    stats = group_norm_stats_reference(x, G)
+    norm = NormArgs(*stats, parameter(C), parameter(C), G, scale, shift, options.get("norm_act", "silu"))
+    return {**call, "norm": norm, "residual": draw.activation(B, C_out, T, H, W) if _has_residual(scenario) else None}
 
 
 SPEC = OpSpec("temporal_conv", SCENARIOS, _flops, _bytes, _make_inputs, CHECKS, GPU_CHECKS, rounds_operands=True)

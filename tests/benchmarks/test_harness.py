@@ -168,6 +168,13 @@ def test_every_convolution_over_time_computes_it(fused: bool, taps: int, batch: 
     assert set(row.limits) == {"mm", "copy"}
 
 
+@pytest.mark.parametrize("norm_act", [None, "silu"])
+def test_every_projection_of_an_attention_block_computes_it(norm_act: str | None) -> None:
+    options = {"fused": True, "norm_act": norm_act, "frame_bias": True, "residual": False}
+    row = row_of(bench_temporal_conv, options, k=1, N=24)
+    assert set(row.baselines) == {*goals.CONV_ANY, "linear"} and not row.broken
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_one_clip_is_an_image_that_torch_takes_for_channels_last(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
     """The stride of a batch of one decides which of its convolutions torch takes; the other is half as fast."""

@@ -331,9 +331,13 @@ def test_spec_inputs_are_what_the_op_takes() -> None:
     for scenario in SPEC.scenarios:
         if scenario.cpu:
             inputs = SPEC.make_inputs(scenario, "cpu", torch.float32, generator)
-            assert temporal_conv(**inputs).shape == inputs["x"].shape
+            B, _, *pixels = inputs["x"].shape
+            assert temporal_conv(**inputs).shape == (B, len(inputs["weight"]), *pixels)
     base = next(s for s in SPEC.scenarios if s.name == "base0")
     assert SPEC.flops(base) == 2 * 80 * 128 * 128 * 3 * 256 * 256
+    qkv = next(s for s in SPEC.scenarios if s.name == "base1_qkv")
+    assert SPEC.flops(qkv) == 2 * 40 * 64 * 64 * 512 * 1536
+    assert SPEC.bytes(qkv, torch.float16) == 2 * (40 * 64 * 64 * (512 + 1536) + 512 * 1536)
     x, weight = torch.zeros(1, 2, 1, 1, 1), torch.zeros(3, 2, 1)
     assert [t.shape for t in temporal_conv_reference(x, weight)] == [(1, 3, 1, 1, 1), (0,), (0,)]
 
