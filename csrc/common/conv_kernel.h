@@ -428,7 +428,7 @@ template <class T> class Piece {
     return ahead;
   }
 
-  // Where channels lie together: along them, pixel after pixel. Forms that are inlined together cost SiLU its registers.
+  // Where channels lie together: along them, pixel after pixel. Inlined, its forms would cost one another registers.
   template <bool normed, bool activated> [[gnu::noinline]] void read_rows(float* to, const T* from, int64_t t) {
     const float* multiplier = task_.multiplier + (clip_ * task_.frames + t) * plan_.depth;
     const float* offset = task_.offset + (clip_ * task_.frames + t) * plan_.depth;
@@ -449,9 +449,9 @@ template <class T> class Piece {
       const Lanes multiplier = Lanes::load(task_.multiplier + where + c);
       const Lanes offset = Lanes::load(task_.offset + where + c);
       for (int64_t p = 0; p < pixels_; ++p) {
-        float* const at = packed + p * kDepth + c;
-        const Lanes h = multiply_add(Lanes::load(at), multiplier, offset);
-        (activated ? silu(h) : h).store(at);
+        float* const value = packed + p * kDepth + c;
+        const Lanes h = multiply_add(Lanes::load(value), multiplier, offset);
+        (activated ? silu(h) : h).store(value);
       }
     }
   }

@@ -191,8 +191,8 @@ LF_API lf_status lf_group_norm_backward_cpu(lf_dtype dtype, const void* gy, cons
                                             const int64_t* gx_strides, void* sums, void* n_sums,
                                             int32_t num_threads) LF_NOEXCEPT;
 
-/* temporal_conv: at each pixel, with r = k / 2 and h = silu(x * multiplier + offset) where there is a norm, without SiLU
- * where that is linear, else h = x,
+/* temporal_conv: at each pixel, with r = k / 2 and h = silu(x * multiplier + offset) where there is a norm, without the
+ * SiLU where it is linear, else h = x,
  *
  *   y[t, o] = act(sum_j sum_c weight[o, c, j] h[t + j - r, c] + bias[t, o]) + residual[t, o]
  *
