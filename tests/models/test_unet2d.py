@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import math
-import traceback
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumiere_fast import UNet2D, inflate
 from lumiere_fast.models import STUNet
@@ -200,35 +198,6 @@ def test_activations_stay_channels_last(kind: str, given: torch.memory_format) -
     model(**inputs)
     assert len(seen) > 40
     assert all(seen)
-
-
-class Copies(TorchDispatchMode):
-    """Where activations are copied: the innermost line of the package for each copying operator."""
-
-    OPERATORS = ("clone", "copy_", "_to_copy", "_reshape_copy", "cat")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name in self.OPERATORS and isinstance(result, Tensor) and result.numel() >= 2048:
-            ours = [frame for frame in traceback.extract_stack() if "/lumiere_fast/" in frame.filename]
-            self.places.append(f"{name} in {ours[-1].filename.split('/lumiere_fast/')[1]}: {ours[-1].line}")
-        return result
-
-
-def test_no_layer_between_ops_copies_an_activation() -> None:
-    model = models()["video"]
-    inputs = draw_inputs(model, 2, 8, 32, 32)
-    inputs["sample"] = inputs["sample"].contiguous(memory_format=CHANNELS_LAST)
-    with torch.no_grad(), Copies() as copies:
-        model(**inputs)
-    outside = [place for place in copies.places if " in ops/" not in place]
-    assert len(outside) == 3, outside  # the concatenation of each skip
-    assert all(place.startswith("cat in models/unet2d.py") for place in outside), outside
 
 
 def test_folding_is_a_view() -> None:
