@@ -206,7 +206,8 @@ lf_status group_norm_backward_cpu(py::handle gy_, py::handle x_, int64_t num_gro
                                     reinterpret_cast<void*>(sums), reinterpret_cast<void*>(n_sums), num_threads);
 }
 
-// `residual`, `mean` and `rstd` may be None. `norm` is None, or (groups, mean, rstd, weight, bias, scale, shift).
+// `residual`, `mean` and `rstd` may be None. `norm` is None, or (groups, mean, rstd, weight, bias, scale, shift,
+// whether no SiLU follows).
 lf_status temporal_conv_cpu(py::handle x_, py::handle weight_, py::handle bias, bool replicate, bool silu,
                             py::handle residual, int64_t stats_groups, py::handle norm_, py::handle y, py::handle mean,
                             py::handle rstd, int32_t num_threads) {
@@ -223,11 +224,12 @@ lf_status temporal_conv_cpu(py::handle x_, py::handle weight_, py::handle bias, 
   a.mean = static_cast<float*>(View(mean).data), a.rstd = static_cast<float*>(View(rstd).data);
   if (!norm_.is_none()) {
     const Items norm(norm_.ptr(), "temporal_conv: the norm");
-    norm.require(7, "temporal_conv: a norm is (groups, mean, rstd, weight, bias, scale, shift)");
+    norm.require(8, "temporal_conv: a norm is (groups, mean, rstd, weight, bias, scale, shift, linear)");
     a.norm_groups = integer(norm[0], "temporal_conv: the norm's groups");
     lf_per_channel* const factors[] = {&a.norm_mean, &a.norm_rstd,  &a.norm_weight,
                                        &a.norm_bias, &a.norm_scale, &a.norm_shift};
     for (Py_ssize_t i = 0; i < 6; ++i) *factors[i] = PerChannel(norm[1 + i]).value;
+    a.norm_linear = integer(norm[7], "temporal_conv: whether the norm is linear") != 0;
   }
   const py::gil_scoped_release release;
   return lf_temporal_conv_cpu(&a, num_threads);

@@ -84,7 +84,7 @@ lf_status check_y(const lf_temporal_conv& a) {
 
 ConvTask task_of(const lf_temporal_conv& a) {
   ConvTask task{a.dtype, a.batch, a.channels_in, a.channels_out, a.frames, a.frames, a.height, a.width, a.taps};
-  task.replicate = a.replicate != 0, task.silu = a.silu != 0;
+  task.replicate = a.replicate != 0, task.silu = a.silu != 0, task.norm_silu = a.norm_linear == 0;
   task.stats_groups = a.stats_groups;
   task.x = a.x, task.residual = a.residual, task.y = a.y;
   task.weight = a.weight;

@@ -5,10 +5,12 @@ runs over taps and blocks of input channels alike, so that loads are in flight t
 nothing to zero padding and are left out; to replicate padding they are its first or last. Programs that run side by
 side make the same pixels in neighbouring frames, so what the taps read again is still in L2.
 
-A norm before the convolution is a multiplier and an offset of each frame and channel, computed once, and SiLU; it is
-applied to the A tile in registers, or where that has been found slower written out before (`fused_norm`). Bias, SiLU,
-residual and the next norm's statistics follow on the accumulator, or where tiles are few and their loops are shared out
-(`split_k`) in a second pass over fp32 partial sums, in fixed order.
+A norm before the convolution is a multiplier and an offset of each frame and channel, computed once, and SiLU, if it is
+not left out; it is applied to the A tile in registers, or where that has been found slower written out before
+(`fused_norm`). Whether SiLU is left out is compiled in: a flag between tile and product, branch or operand, costs a way
+through shared memory, and SiLU as many cycles as a product. Bias, SiLU, residual and the next norm's statistics follow
+on the accumulator, or where tiles are few and their loops are shared out (`split_k`) in a second pass over fp32 partial
+sums, in fixed order.
 
 Where channels are few (`walk`), weights stay in shared memory and a program walks a tile of pixels through the frames:
 each is read, normed and activated once for all three taps.
@@ -122,7 +124,7 @@ def temporal_conv(
     if norm_mean is not None and norm_rstd is not None:
         norm = (norm_mean, norm_rstd, norm_weight, norm_bias, norm_scale, norm_shift)
         if config.fused_norm:
-            folded = _affine(x, *norm)
+            folded = (*_affine(x, *norm), norm_act == "silu")
         else:
             h = torch.empty_like(x.permute(0, 2, 3, 4, 1), memory_format=torch.contiguous_format).permute(0, 4, 1, 2, 3)
             normalize(x, *norm, norm_act, out=h)
@@ -147,11 +149,16 @@ def _convolve(
     padding_mode: str,
     act: str | None,
     residual: Tensor | None,
-    folded: tuple[Tensor, Tensor] | None,
+    folded: tuple[Tensor, Tensor, bool] | None,
     y: Tensor,
     statistics: Tensor,
 ) -> None:
-    """Launch what is planned. `statistics`: where both partials go; a tensor of another rank if there are none."""
+    """Launch what is planned.
+
+    Args:
+        folded: multiplier and offset of the norm before, and whether SiLU follows it.
+        statistics: where both partials go; a tensor of another rank if there are none.
+    """
     B, C_in, T, H, W = map(int, x.shape)
     C_out = int(y.shape[1])
     means, squares = statistics if statistics.dim() == 5 else (statistics, statistics)
@@ -168,10 +175,12 @@ def _convolve(
     if plan.second:
         sums = torch.empty((plan.splits, B * T * H * W, C_out), dtype=torch.float32, device=y.device)
     kernel, handed = (_walk_kernel, ()) if plan.walk else (_conv_kernel, (sums,))
-    sources = (x, weight, *(folded or (None, None)), *handed)
+    multiplier, offset, norm_silu = folded or (None, None, True)
+    sources = (x, weight, multiplier, offset, *handed)
     sides = (*of_x, *plan.steps(_weight_strides(weight)))
     shape = (B, C_in, int(weight.shape[2]), int(padding_mode == "zeros"))
-    launch(kernel, plan.programs, y, *sources, *tensors, *shape, *sides, *scalars, **plan.constants, **plan.options)
+    options = {"NORM_SILU": norm_silu, **plan.constants, **plan.options}
+    launch(kernel, plan.programs, y, *sources, *tensors, *shape, *sides, *scalars, **options)
     if sums is not None:
         constants = _reduce_constants(plan.constants["VECTOR"])
         launch(_reduce_kernel, plan.reducers, y, sums, *tensors, B, *scalars, **constants, **PASS_OPTIONS)
@@ -307,6 +316,7 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
     x_b, x_c, x_t, x_h, x_w, w_out, w_in, w_tap,
     num_frames, pixels, width, c_out, splits, act, bias_kind, has_residual, has_stats,
     bias_b, bias_t, r_b, r_c, r_t, r_h, r_w, y_b, y_c, y_t, y_h, y_w,
+    NORM_SILU: tl.constexpr,  # whether SiLU follows the norm before
     SPAN: tl.constexpr,  # whether tiles of rows go on from frame to frame; then sums are handed on
     LAYOUT: tl.constexpr,  # "in", "out": dense, and this axis of the weight; "any"
     VECTOR: tl.constexpr,  # elements in 16 bytes: dense steps are counted in them; else 1
@@ -387,7 +397,8 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
             at = (b * num_frames + source) * c_in + c + k
             gain = tl.load(multiplier + at, mask=k < left, other=0.0)
             shift = tl.load(offset + at, mask=k < left, other=0.0)
-            values = _silu(values.to(tl.float32) * gain[None, :] + shift[None, :]).to(x.dtype.element_ty)
+            h = values.to(tl.float32) * gain[None, :] + shift[None, :]
+            values = (_silu(h) if NORM_SILU else h).to(x.dtype.element_ty)
         z = tl.dot(values, weights, z, input_precision="tf32x3")
 
     if partials is not None:
@@ -416,14 +427,14 @@ def _three_taps(b_from, b_tile, k_in, step):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _activated(values, multiplier, offset, at, k_in, seen):  # type: ignore[no-untyped-def]
+def _activated(values, multiplier, offset, at, k_in, seen, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
     """A block of a frame's channels after the norm, if there is one; zero where the frame is not `seen`."""
     if multiplier is not None:
         k = tl.arange(0, values.shape[1])
         gain = tl.load(multiplier + at + k, mask=k_in, other=0.0)
         shift = tl.load(offset + at + k, mask=k_in, other=0.0)
-        h = _silu(values.to(tl.float32) * gain[None, :] + shift[None, :])
-        values = tl.where(seen, h, 0.0).to(values.dtype)
+        h = values.to(tl.float32) * gain[None, :] + shift[None, :]
+        values = tl.where(seen, _silu(h) if SILU else h, 0.0).to(values.dtype)
     return values
 
 
@@ -433,6 +444,7 @@ def _walk_kernel(  # type: ignore[no-untyped-def]
     clips, c_in, taps, zeros, x_b, x_c, x_t, x_h, x_w, w_out, w_in, w_tap,
     num_frames, pixels, width, c_out, splits, act, bias_kind, has_residual, has_stats,
     bias_b, bias_t, r_b, r_c, r_t, r_h, r_w, y_b, y_c, y_t, y_h, y_w,
+    NORM_SILU: tl.constexpr,  # whether SiLU follows the norm before
     WIDE: tl.constexpr,  # whether there are two blocks of BLOCK_K channels, not one
     VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -478,13 +490,13 @@ def _walk_kernel(  # type: ignore[no-untyped-def]
         a_from = x + (b * x_b + source * x_t) * VECTOR
         at = (b * num_frames + source) * c_in
         values = tl.load(tl.multiple_of(a_from, 16) + a_tile, mask=k_in[None, :] & seen, other=0.0)
-        h = _activated(values, multiplier, offset, at, k_in, seen)
+        h = _activated(values, multiplier, offset, at, k_in, seen, NORM_SILU)
         before = tl.dot(h, after_0, before, input_precision="tf32x3")
         here = tl.dot(h, here_0, here, input_precision="tf32x3")
         after = tl.dot(h, before_0, input_precision="tf32x3")
         if WIDE:
             values = tl.load(tl.multiple_of(a_from + BLOCK_K, 16) + a_tile, mask=more_in[None, :] & seen, other=0.0)
-            h = _activated(values, multiplier, offset, at + BLOCK_K, more_in, seen)
+            h = _activated(values, multiplier, offset, at + BLOCK_K, more_in, seen, NORM_SILU)
             before = tl.dot(h, after_1, before, input_precision="tf32x3")
             here = tl.dot(h, here_1, here, input_precision="tf32x3")
             after = tl.dot(h, before_1, after, input_precision="tf32x3")
@@ -794,16 +806,17 @@ def _affine(
 # What ships: every compiled form that a launch can ask for.
 
 DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
+NORMS = ("norm", "linear norm")  # with SiLU and without
 
 
 def _conv_variant(
-    dtype: str, config: Config, span: bool, layout: str, normed: bool, second: bool, capped: bool
+    dtype: str, config: Config, span: bool, layout: str, norm: str | None, second: bool, capped: bool
 ) -> Variant:
     dense, options = layout != "any", config.launch_options(capped)
     constants = _constants(config, span, layout, VECTOR_BYTES // DTYPES[dtype] if dense else 1)
     absent: dict[str, Any] = {} if second else {"partials": None}
-    absent |= {} if normed else {"multiplier": None, "offset": None}
-    form = ["spanning" if span else "framed", *(["norm"] if normed else []), *(["sums"] if second else [])]
+    absent |= _norm_constants(norm)
+    form = ["spanning" if span else "framed", *([norm] if norm else []), *(["sums"] if second else [])]
     limit = [f"r{options['maxnreg']}"] if "maxnreg" in options else []
     tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
     return Variant(
@@ -814,8 +827,12 @@ def _conv_variant(
         **options,
         wide_loads=2 if dense else 0,
         wgmma=dense and dtype != "fp32",
-        least_arch=90 if limit and not _capped(span, normed, second, newer=False) else 80,
+        least_arch=90 if limit and not _capped(span, norm is not None, second, newer=False) else 80,
     )
+
+
+def _norm_constants(norm: str | None) -> dict[str, Any]:
+    return {"NORM_SILU": norm != "linear norm", **({} if norm else {"multiplier": None, "offset": None})}
 
 
 def _signature(
@@ -833,26 +850,27 @@ def _conv_variants() -> Iterator[Variant]:
         width = "single" if dtype == "fp32" else "half"
         for case, table in shipped(OP).items():
             for config in map(_config, table if case.startswith(width) else ()):
-                yield from _forms(dtype, config, "-norm-" in case and config.fused_norm)
-        for normed in (False, True):
-            yield _conv_variant(dtype, STRIDED[DTYPES[dtype]], False, "any", normed, second=False, capped=False)
+                for norm in NORMS if "-norm-" in case and config.fused_norm else (None,):
+                    yield from _forms(dtype, config, norm)
+        for norm in (None, *NORMS):
+            yield _conv_variant(dtype, STRIDED[DTYPES[dtype]], False, "any", norm, second=False, capped=False)
 
 
-def _forms(dtype: str, config: Config, normed: bool) -> Iterator[Variant]:
+def _forms(dtype: str, config: Config, norm: str | None) -> Iterator[Variant]:
     """What a configuration is compiled to for clips that lie dense: with and without sums to hand on, old and new."""
-    layouts = ("in",) if normed or config.block_n > SMALL_N else ("in", "out")
+    layouts = ("in",) if norm or config.block_n > SMALL_N else ("in", "out")
     for second, layout in product((False, True) if config.split_k > 1 else (False,), layouts):
-        for capped in {_capped(False, normed, second, newer) for newer in (False, True)}:
-            yield _conv_variant(dtype, config, False, layout, normed, second, capped)
-    if not normed:
-        yield _conv_variant(dtype, _spanning(config), True, "in", normed, second=True, capped=False)
+        for capped in {_capped(False, norm is not None, second, newer) for newer in (False, True)}:
+            yield _conv_variant(dtype, config, False, layout, norm, second, capped)
+    if norm is None:
+        yield _conv_variant(dtype, _spanning(config), True, "in", norm, second=True, capped=False)
 
 
-def _walk_variant(dtype: str, wide: bool, normed: bool) -> Variant:
+def _walk_variant(dtype: str, wide: bool, norm: str | None) -> Variant:
     constants = _walk_constants(wide, VECTOR_BYTES // DTYPES[dtype])
-    absent: dict[str, Any] = {} if normed else {"multiplier": None, "offset": None}
+    absent = _norm_constants(norm)
     return Variant(
-        f"{dtype} {2 * WALK_K if wide else WALK_K} channels{' norm' if normed else ''}",
+        f"{dtype} {2 * WALK_K if wide else WALK_K} channels{f' {norm}' if norm else ''}",
         "_walk_kernel",
         _signature(WALK_TENSORS, CONV_SCALARS, dtype, constants | absent),
         constants | absent,
@@ -866,9 +884,9 @@ def _walk_variant(dtype: str, wide: bool, normed: bool) -> Variant:
 def _walk_variants() -> Iterator[Variant]:
     tables = shipped(OP).items()
     walked = {"-norm-" in case and config["fused_norm"] for case, table in tables for config in table if config["walk"]}
-    for wide, normed in product((False, True), (False, True)):
-        if normed in walked:
-            yield from (_walk_variant(dtype, wide, normed) for dtype in ("fp16", "bf16"))
+    for wide, norm in product((False, True), (None, *NORMS)):
+        if (norm is not None) in walked:
+            yield from (_walk_variant(dtype, wide, norm) for dtype in ("fp16", "bf16"))
 
 
 def _reduce_variant(dtype: str) -> Variant:

@@ -592,9 +592,9 @@ def _dense(op: str, name: str, view: _View) -> _View:
     return view
 
 
-def _is_silu(op: str, act: str | None) -> bool:
+def _is_silu(op: str, act: str | None, name: str = "act") -> bool:
     if act not in (None, "silu"):
-        raise ValueError(f"{op}: act must be None or 'silu', got {act!r}")
+        raise ValueError(f"{op}: {name} must be None or 'silu', got {act!r}")
     return act == "silu"
 
 
@@ -652,6 +652,7 @@ def temporal_conv(
         bias: None, (C_out,) or (B, T, C_out).
         norm_mean, norm_rstd: (B, T, num_groups) of the norm before, or None. norm_weight, norm_bias: None or (C_in,).
             norm_scale, norm_shift: None, (B, C_in) or (B, T, C_in). Each, as bias too, of x's dtype or float32.
+        norm_act: "silu", or None for none after that norm.
         out: y (B, C_out, T, H, W), of any strides, and with `stats_groups` the statistics mean and rstd
             (B, T, stats_groups), float32 and contiguous; without, the second and third are left alone.
 
@@ -692,6 +693,7 @@ def temporal_conv(
             _per_channel(op, "norm_mean", norm_mean, ((B, T, groups),), source, held),
             _per_channel(op, "norm_rstd", norm_rstd, ((B, T, groups),), source, held),
             *_modulation(op, source, norm_weight, norm_bias, norm_scale, norm_shift, held, "norm_"),
+            not _is_silu(op, norm_act, "norm_act"),
         ]
     status = module.temporal_conv_cpu(
         _coded(source),

@@ -393,11 +393,14 @@ template <class T> class Piece {
   void read_frame(int64_t t) {
     const T* from = at<const T>(plan_.x, t, 0);
     float* to = slot(t);
-    if (plan_.x.channel == 1) return task_.multiplier ? read_rows<true>(to, from, t) : read_rows<false>(to, from, t);
+    if (plan_.x.channel == 1) {
+      if (!task_.multiplier) return read_rows<false, false>(to, from, t);
+      return task_.norm_silu ? read_rows<true, true>(to, from, t) : read_rows<true, false>(to, from, t);
+    }
     for (int64_t c = 0; c < task_.in; c += kDepth, to += chunk_) {
       const Box box{pixels_, smaller(kDepth, task_.in - c), plan_.x.pixel, plan_.x.channel};
       read_box(to, kDepth, from + c * plan_.x.channel, box);
-      if (task_.multiplier) normalise(to, c, t);
+      if (task_.multiplier) task_.norm_silu ? normalise<true>(to, c, t) : normalise<false>(to, c, t);
     }
   }
 
@@ -426,27 +429,29 @@ template <class T> class Piece {
   }
 
   // Where channels lie together: along them, pixel after pixel.
-  template <bool normed> void read_rows(float* to, const T* from, int64_t t) {
+  template <bool normed, bool activated> void read_rows(float* to, const T* from, int64_t t) {
     const float* multiplier = task_.multiplier + (clip_ * task_.frames + t) * plan_.depth;
     const float* offset = task_.offset + (clip_ * task_.frames + t) * plan_.depth;
     const int64_t in = task_.in, step = plan_.x.pixel, chunk = chunk_;
     for (int64_t p = 0; p < pixels_; ++p, from += step, to += kDepth) {
       for_lanes(in, [=](int64_t c, auto n) {
         Lanes h = load(from + c, n);
-        if (normed) h = silu(multiply_add(h, Lanes::load(multiplier + c), Lanes::load(offset + c)));
+        if (normed) h = multiply_add(h, Lanes::load(multiplier + c), Lanes::load(offset + c));
+        if (activated) h = silu(h);
         h.store(to + c / kDepth * chunk + c % kDepth);
       });
     }
   }
 
-  void normalise(float* packed, int64_t channel, int64_t t) {
+  template <bool activated> void normalise(float* packed, int64_t channel, int64_t t) {
     const int64_t where = (clip_ * task_.frames + t) * plan_.depth + channel;
     for (int64_t c = 0; c < kDepth; c += kLanes) {
       const Lanes multiplier = Lanes::load(task_.multiplier + where + c);
       const Lanes offset = Lanes::load(task_.offset + where + c);
       for (int64_t p = 0; p < pixels_; ++p) {
-        float* h = packed + p * kDepth + c;
-        silu(multiply_add(Lanes::load(h), multiplier, offset)).store(h);
+        float* const at = packed + p * kDepth + c;
+        const Lanes h = multiply_add(Lanes::load(at), multiplier, offset);
+        (activated ? silu(h) : h).store(at);
       }
     }
   }

@@ -65,6 +65,7 @@ struct ConvTask {
 
   const float* multiplier = nullptr;  // the norm's: of each frame and channel, whole_depth(in) a frame; null for none
   const float* offset = nullptr;
+  bool norm_silu = true;  // whether SiLU follows it
   double* partials = nullptr;  // of each piece, frame and group: mean, and sum of the squared distances from it
 };
 

@@ -191,7 +191,8 @@ LF_API lf_status lf_group_norm_backward_cpu(lf_dtype dtype, const void* gy, cons
                                             const int64_t* gx_strides, void* sums, void* n_sums,
                                             int32_t num_threads) LF_NOEXCEPT;
 
-/* temporal_conv: at each pixel, with r = k / 2 and h = silu(x * multiplier + offset) where there is a norm, else h = x,
+/* temporal_conv: at each pixel, with r = k / 2 and h = silu(x * multiplier + offset) where there is a norm, without SiLU
+ * where that is linear, else h = x,
  *
  *   y[t, o] = act(sum_j sum_c weight[o, c, j] h[t + j - r, c] + bias[t, o]) + residual[t, o]
  *
@@ -226,6 +227,7 @@ typedef struct lf_temporal_conv {
   lf_per_channel norm_weight, norm_bias, norm_scale, norm_shift; /* (B, T, channels_in) */
   float* mean;               /* (B, T, stats_groups), one row behind the other, written */
   float* rstd;
+  int32_t norm_linear;       /* no SiLU follows the norm */
 } lf_temporal_conv;
 
 /* With at most `num_threads` >= 1 threads, the caller's among them; little work takes only that one. */

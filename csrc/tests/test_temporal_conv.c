@@ -14,7 +14,8 @@ enum { AXES = 5, B = 0, C = 1, T = 2, H = 3, W = 4 };
 static const int CONTIGUOUS[AXES] = {0, 1, 2, 3, 4}, CHANNELS_LAST[AXES] = {0, 2, 3, 4, 1}, ODD[AXES] = {3, 1, 0, 4, 2};
 
 /* Which options a case has. */
-enum { BIAS = 1, FRAME_BIAS = 2, SILU = 4, RESIDUAL = 8, NORM = 16, FILM = 32, STATS = 64, REPLICATE = 128, ALL = 255 };
+enum { BIAS = 1, FRAME_BIAS = 2, SILU = 4, RESIDUAL = 8, NORM = 16, FILM = 32, STATS = 64, REPLICATE = 128, ALL = 255,
+       LINEAR = 256 /* of a norm: without SiLU */ };
 
 typedef struct {
   lf_dtype dtype;
@@ -110,7 +111,8 @@ static double input_at(const lf_temporal_conv* a, int64_t b, int64_t c, int64_t 
   const int64_t g = c / (a->channels_in / a->norm_groups);
   const double n = (x - factor(&a->norm_mean, b, t, g, 0)) * factor(&a->norm_rstd, b, t, g, 1);
   const double affine = n * factor(&a->norm_weight, b, t, c, 1) + factor(&a->norm_bias, b, t, c, 0);
-  return silu(affine * (1 + factor(&a->norm_scale, b, t, c, 0)) + factor(&a->norm_shift, b, t, c, 0));
+  const double normed = affine * (1 + factor(&a->norm_scale, b, t, c, 0)) + factor(&a->norm_shift, b, t, c, 0);
+  return a->norm_linear ? normed : silu(normed);
 }
 
 static double output_at(const lf_temporal_conv* a, int64_t b, int64_t o, int64_t t, int64_t h, int64_t w) {
@@ -174,7 +176,7 @@ static lf_temporal_conv make(Sizes s, int options, const int order[AXES], const 
                         clip(in, order, numbers(elements_of(in), s.dtype)), {NULL, {0}},
                         clip(out, out_order, memory(elements_of(out), s.dtype)), NULL, {0}, {NULL, {0}, 0},
                         {NULL, {0}, 0}, {NULL, {0}, 0}, {NULL, {0}, 0}, {NULL, {0}, 0}, {NULL, {0}, 0}, {NULL, {0}, 0},
-                        NULL, NULL};
+                        NULL, NULL, (options & LINEAR) != 0};
   const int64_t stats = s.batch * s.frames;
   a.weight = numbers(s.out * s.in * s.taps, s.dtype);
   a.weight_strides[0] = options & FILM ? 1 : s.in * s.taps; /* also a weight that lies otherwise */
@@ -220,8 +222,10 @@ static void run(const char* name, Sizes sizes, int options, const int order[AXES
 }
 
 static void every_option(Sizes sizes) {
-  static const int options[] = {0,    BIAS,        FRAME_BIAS | SILU, RESIDUAL,  SILU | RESIDUAL,
-                                NORM, NORM | FILM, STATS,             REPLICATE, ALL};
+  static const int options[] = {
+      0,         BIAS, FRAME_BIAS | SILU, RESIDUAL,       SILU | RESIDUAL, NORM, NORM | FILM, STATS,
+      REPLICATE, ALL,  NORM | LINEAR,     (ALL & ~FILM) | LINEAR, /* with both, sums are not of numbers near 1 */
+  };
   for (lf_dtype dtype = LF_FLOAT32; dtype <= LF_BFLOAT16; ++dtype) {
     if (dtype == LF_FLOAT64) continue;
     sizes.dtype = dtype;

@@ -294,11 +294,6 @@ def _describe(
     return y, *describe_stats(x, stats_groups)
 
 
-def _limits(*arguments: object) -> tuple[str, ...]:
-    norm_mean, norm_act = arguments[7], arguments[-1]
-    return () if norm_mean is None or norm_act == "silu" else ("norm_act is None, it needs 'silu'",)
-
-
 _NARROW = {name: (torch.float32, torch.float16, torch.bfloat16) for name in ("x", "weight", "residual")}
 
 TEMPORAL_CONV = register(
@@ -310,16 +305,14 @@ TEMPORAL_CONV = register(
         Backend(
             "triton",
             "lumiere_fast.kernels.temporal_conv:temporal_conv",
-            Needs(
-                devices=("cuda",), dtypes=_NARROW, capability=(8, 0), gradient=True, modules=("triton",), limits=_limits
-            ),
+            Needs(devices=("cuda",), dtypes=_NARROW, capability=(8, 0), gradient=True, modules=("triton",)),
             backward="lumiere_fast.kernels.temporal_conv_backward:temporal_conv_backward",
         ),
         Backend(
             "cpu",
             "lumiere_fast.native:temporal_conv",
             # no gradient: torch's own autograd does not run the reference's forward twice
-            Needs(devices=("cpu",), dtypes=_NARROW, native="avx2", limits=_limits),
+            Needs(devices=("cpu",), dtypes=_NARROW, native="avx2"),
             pays_from=(("x", 1, 16), ("weight", 0, 16)),
         ),
     ),

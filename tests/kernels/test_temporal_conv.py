@@ -198,6 +198,21 @@ def test_norm_before_and_all_that_follows(
     assert launches.names == ["_affine_kernel", "_conv_kernel"]  # and finish_stats, of group_norm
 
 
+@pytest.mark.parametrize(("k", "padding_mode"), [(1, "zeros"), (3, "replicate"), (3, "zeros")])
+@pytest.mark.parametrize(
+    ("shape", "form"), [((2, 24, 72, 2, 8, 16), (False, "in")), ((2, 5, 7, 2, 3, 5), (False, "any"))]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_without_silu(
+    dtype: torch.dtype, shape: tuple[int, ...], form: tuple[bool, str], k: int, padding_mode: str, launches: Launches
+) -> None:
+    """Zero padding comes after the norm here too."""
+    options: dict[str, Any] = {"bias": "frame", "stats_groups": 1, "padding_mode": padding_mode}
+    Case(*shape, k, dtype=dtype, norm=1, norm_act=None, film="frame", **options).check()
+    assert launches.names == ["_affine_kernel", "_conv_kernel"] and not launches[-1][1]["NORM_SILU"]
+    assert launches.forms("_conv_kernel") == [form]
+
+
 @pytest.mark.parametrize("wide_parameters", [False, True])
 @pytest.mark.parametrize("film", ["", "clip", "frame"])
 @pytest.mark.parametrize("bias", ["", "channel", "frame"])
@@ -272,13 +287,13 @@ def test_registers_are_capped_where_it_costs_no_stack() -> None:
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "replicate"])
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("norm_act", ["no norm", "silu", None])
 @pytest.mark.parametrize(("C_in", "C_out", "T"), [(8, 24, 1), (64, 72, 9), (104, 8, 2)])
-def test_walk(C_in: int, C_out: int, T: int, normed: bool, padding_mode: str, launches: Launches) -> None:
+def test_walk(C_in: int, C_out: int, T: int, norm_act: str | None, padding_mode: str, launches: Launches) -> None:
     """Three taps in one pass over the frames: parts of clips, one block of channels and two."""
     launches.overridden = True
     options: dict[str, Any] = {"act": "silu", "stats_groups": 4, "padding_mode": padding_mode}
-    norm = {"norm": 2, "film": "frame"} if normed else {}
+    norm = {} if norm_act == "no norm" else {"norm": 2, "norm_act": norm_act, "film": "frame"}
     case = Case(1, C_in, C_out, T, 8, 15, dtype=torch.float16, bias="frame", residual=True, **norm, **options)
     with configured(walk=True):
         case.check()
@@ -288,12 +303,13 @@ def test_walk(C_in: int, C_out: int, T: int, normed: bool, padding_mode: str, la
 
 @pytest.mark.parametrize(("fused", "names"), [(True, ["_affine_kernel", "_conv_kernel"]), (False, ["_conv_kernel"])])
 @pytest.mark.parametrize("memory_format", [CHANNELS_LAST, CONTIGUOUS])
+@pytest.mark.parametrize("act", [None, "silu"])
 def test_norm_fused_or_in_a_pass_before(
-    memory_format: torch.memory_format, fused: bool, names: list[str], launches: Launches
+    act: str | None, memory_format: torch.memory_format, fused: bool, names: list[str], launches: Launches
 ) -> None:
     launches.overridden = True
     with configured(fused_norm=fused):
-        Case(2, 24, 16, 3, 4, 16, norm=3, film="clip", memory_format=memory_format).check()
+        Case(2, 24, 16, 3, 4, 16, norm=3, norm_act=act, film="clip", memory_format=memory_format).check()
     assert launches.names == names
 
 

@@ -384,6 +384,7 @@ OPTIONS = {
     "plain": {},
     "bias of frames, silu": {"bias": 3, "act": "silu"},
     "norm, residual": {"bias": 1, "norm": True, "residual": True},
+    "norm without silu": {"bias": 3, "norm": True, "norm_act": None, "film": True, "stats": True},
     "all": {"bias": 3, "act": "silu", "norm": True, "film": True, "residual": True, "stats": True},
 }
 
@@ -403,7 +404,9 @@ def drawn_call(
         groups = 1 if C_in % 2 else 2
         film = (draw(B, C_in), single(B, T, C_in)) if chosen.get("film") else (None, None)
         mean, rstd = single(B, T, groups), single(B, T, groups).square() + 0.5
-        options["norm"] = NormArgs(mean, rstd, draw(C_in), single(C_in), groups, *film)
+        options["norm"] = NormArgs(
+            mean, rstd, draw(C_in), single(C_in), groups, *film, act=chosen.get("norm_act", "silu")
+        )
     if chosen.get("residual"):
         options["residual"] = draw.clip(B, C_out, T, H, W, memory_format=memory_format)
     if chosen.get("stats"):
@@ -530,6 +533,11 @@ def test_cpu_silu_of_extreme_sums() -> None:
         r"y must be float32 \(1, 6, 3, 2, 2\)": {"y": torch.ones(1, 6, 3, 2, 1)},
         r"mean must be float32 \(1, 3, 2\)": {"mean": torch.ones(1, 3, 3)},
         "rstd must be contiguous": {"rstd": torch.ones(1, 2, 3).mT},
+        "norm_act must be None or 'silu', got 'relu'": {
+            "norm_mean": (ones := torch.ones(1, 3, 2)),
+            "norm_rstd": ones,
+            "norm_act": "relu",
+        },
         "the output, or the memory to work in, lies in the memory of another tensor": {
             "y": (whole := torch.ones(1, 6, 3, 2, 2)),
             "residual": whole,
@@ -610,7 +618,8 @@ def random_call(case: int, dtype: torch.dtype, device: str, grad: bool = False) 
     if random.integers(2):
         film = (B, c_in) if random.integers(2) else (B, T, c_in)
         mean, rstd = tensor(B, T, groups, wide=True), tensor(B, T, groups, wide=True)
-        call["norm"] = NormArgs(mean, rstd, tensor(c_in), tensor(c_in), groups, tensor(*film), tensor(*film))
+        affine = (tensor(c_in), tensor(c_in), groups, tensor(*film), tensor(*film))
+        call["norm"] = NormArgs(mean, rstd, *affine, "silu" if random.integers(2) else None)
     return call
 
 
