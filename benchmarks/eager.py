@@ -13,9 +13,10 @@ from torch import Tensor
 from benchmarks.bench_space_time_downsample import conv1d_then_stride
 from benchmarks.bench_space_time_upsample import duplicate_then_conv1d, interpolate
 from benchmarks.bench_spatial_attention import sdpa
-from benchmarks.bench_temporal_attention import back, rearrange
+from benchmarks.bench_temporal_attention import back, by_lag, rearrange
 from benchmarks.bench_temporal_conv import rearrange_conv1d
 from lumiere_fast import ops
+from lumiere_fast.ops._layout import each_frame, over_pixels
 
 
 @contextmanager
@@ -46,8 +47,10 @@ def group_norm(
 ) -> Tensor:
     frames = F.group_norm(x.transpose(1, 2).flatten(0, 1), num_groups, weight, bias)
     y = frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-    if scale is not None and shift is not None:
-        y = y * (1 + scale[:, :, None, None, None]) + shift[:, :, None, None, None]
+    if scale is not None:
+        y = y * (1 + over_pixels(each_frame(scale)))
+    if shift is not None:
+        y = y + over_pixels(each_frame(shift)).to(y.dtype)
     return F.silu(y) if act == "silu" else y
 
 
@@ -72,8 +75,12 @@ def temporal_conv(
     return y if stats_groups is None else (y, no_stats(y, stats_groups))
 
 
-def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return back(F.scaled_dot_product_attention(rearrange(q), rearrange(k), rearrange(v)), q)
+def temporal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, rotary: Tensor | None = None
+) -> Tensor:
+    assert rotary is None, "the presets do not turn queries and keys"
+    mask = None if bias is None else by_lag(bias)
+    return back(F.scaled_dot_product_attention(rearrange(q), rearrange(k), rearrange(v), attn_mask=mask), q)
 
 
 def space_time_downsample(x: Tensor, factor: Sequence[int], *, weight: Tensor, bias: Tensor) -> Tensor:

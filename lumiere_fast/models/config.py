@@ -90,6 +90,19 @@ def _check_positive(config: UNetConfig) -> None:
             raise ValueError(f"{name} must hold integers >= {least}, got {value}")
 
 
+TEMPORAL_POSITIONS = ("sinusoidal", "relative", "rotary")
+
+
+def check_temporal_positions(positions: str, relative_range: int, head_dim: int | None = None) -> None:
+    """Raise a ValueError unless temporal attention, with heads of `head_dim` channels, can be told the order so."""
+    if positions not in TEMPORAL_POSITIONS:
+        raise ValueError(f"temporal_positions must be one of {', '.join(TEMPORAL_POSITIONS)}, got {positions!r}")
+    if not isinstance(relative_range, int) or isinstance(relative_range, bool) or relative_range < 1:
+        raise ValueError(f"relative_range must be an integer >= 1, got {relative_range!r}")
+    if positions == "rotary" and head_dim is not None and head_dim % 2:
+        raise ValueError(f"temporal_positions='rotary' turns pairs of channels: a head must be even, got {head_dim}")
+
+
 @dataclass(frozen=True)
 class InflationConfig:
     """What inflation adds to a text-to-image U-Net (paper, section 3.1 and appendix B).
@@ -102,6 +115,9 @@ class InflationConfig:
             the text. Not in the paper, whose text-to-image model has captions that speak of motion; a model trained on
             still images alone has no reason to keep the words that say how things move.
         text_layers: transformer layers of that reading.
+        temporal_positions: how temporal attention knows the order of frames: "sinusoidal", "relative" (a learned bias)
+            or "rotary"; see `TemporalSelfAttention`. The paper does not say.
+        relative_range: lags, in frames, that a "relative" bias tells apart; longer ones are taken for the longest.
     """
 
     temporal_factors: tuple[int, ...]
@@ -109,6 +125,8 @@ class InflationConfig:
     temporal_attention_layers: int = 1
     temporal_conditioning: bool = False
     text_layers: int = 2
+    temporal_positions: str = "sinusoidal"
+    relative_range: int = 32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temporal_factors", tuple(self.temporal_factors))
@@ -118,6 +136,7 @@ class InflationConfig:
             raise ValueError(f"temporal_kernel_size must be odd, got {self.temporal_kernel_size}")
         if self.temporal_attention_layers < 1:
             raise ValueError(f"temporal_attention_layers must be >= 1, got {self.temporal_attention_layers}")
+        check_temporal_positions(self.temporal_positions, self.relative_range)
 
     @property
     def temporal_factor(self) -> int:

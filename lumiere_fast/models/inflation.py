@@ -15,7 +15,7 @@ def inflate(
     config: InflationConfig | None = None,
     *,
     temporal_factors: Sequence[int] | None = None,
-    **overrides: int | bool,
+    **overrides: int | bool | str,
 ) -> STUNet:
     """Add temporal layers to `unet2d` and freeze it: only the new parameters take gradients.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor, nn
 
 from lumiere_fast.models.blocks import (
@@ -13,6 +15,7 @@ from lumiere_fast.models.blocks import (
     TextConditioner,
 )
 from lumiere_fast.models.config import InflationConfig
+from lumiere_fast.models.prepared_text import PreparedText, as_prepared
 from lumiere_fast.models.pretrained import PretrainedModel
 from lumiere_fast.models.unet2d import UNet2D
 
@@ -28,9 +31,13 @@ class TemporalConditioner(nn.Module):
         )
         self.noise_embedding = NoiseEmbedding(spatial.time_embed_dim)
 
-    def forward(self, timestep: Tensor, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        _, pooled = self.text(hidden_states, mask)
-        return self.noise_embedding(timestep) + pooled
+    def pooled_text(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        """The text's part of it, (B, embed_dim)."""
+        pooled: Tensor = self.text(hidden_states, mask)[1]
+        return pooled
+
+    def forward(self, timestep: Tensor, pooled_text: Tensor) -> Tensor:
+        return self.noise_embedding(timestep) + pooled_text
 
 
 class TemporalLayers(nn.Module):
@@ -52,6 +59,8 @@ class TemporalLayers(nn.Module):
                         spatial.norm_num_groups,
                         config.temporal_attention_layers,
                         embed_dim,
+                        config.temporal_positions,
+                        config.relative_range,
                     )
                 )
             else:
@@ -112,12 +121,21 @@ class STUNet(PretrainedModel, nn.Module):
         """N: the number of frames must be a multiple of this."""
         return self.inflation_config.temporal_factor
 
+    def prepare_text(self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor) -> PreparedText:
+        """As `UNet2D.prepare_text`, the temporal layers' reading with it."""
+        spatial = self.unet.prepare_text(encoder_hidden_states, encoder_attention_mask)
+        conditioner = self.temporal.conditioner
+        temporal = None
+        if conditioner is not None:
+            temporal = conditioner.pooled_text(encoder_hidden_states, encoder_attention_mask)
+        return dataclasses.replace(spatial, model=self, temporal=temporal)
+
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_attention_mask: Tensor,
+        encoder_hidden_states: Tensor | PreparedText,
+        encoder_attention_mask: Tensor | None = None,
         *,
         image_conditioning: Tensor | None = None,
         augmentation_level: Tensor | None = None,
@@ -126,15 +144,13 @@ class STUNet(PretrainedModel, nn.Module):
         if sample.ndim != 5:
             raise ValueError(f"sample must be (B, C, T, H, W), got {tuple(sample.shape)}")
         check_num_frames(sample.shape[2], self.temporal_factor)
+        text = as_prepared(self, encoder_hidden_states, encoder_attention_mask, sample, self.unet.conv_in.weight)
         conditioner = self.temporal.conditioner
-        embedding: Tensor | None = None
-        if conditioner is not None:
-            embedding = conditioner(timestep, encoder_hidden_states, encoder_attention_mask)
+        embedding = None if conditioner is None else conditioner(timestep, text.temporal)
         return self.unet(
             sample,
             timestep,
-            encoder_hidden_states,
-            encoder_attention_mask,
+            dataclasses.replace(text, model=self.unet),
             image_conditioning=image_conditioning,
             augmentation_level=augmentation_level,
             inflation=_Walk(self.temporal, embedding),

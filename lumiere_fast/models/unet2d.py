@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lumiere_fast.models.blocks import (
-    Conditioning,
     Downsample2D,
     FrameConv2d,
     FrameGroupNorm,
     NoiseEmbedding,
     SpatialLayer,
     TextConditioner,
+    TextKeys,
     Upsample2D,
     channels_first,
     channels_last,
 )
 from lumiere_fast.models.config import UNetConfig
+from lumiere_fast.models.prepared_text import PreparedText, as_prepared
 from lumiere_fast.models.pretrained import PretrainedModel
 
 
@@ -140,12 +141,27 @@ class UNet2D(PretrainedModel, nn.Module):
         order += [level for level in reversed(levels) for _ in range(repeats[level])]
         return ((level, widths[level]) for level in order)
 
+    def spatial_layers(self) -> list[SpatialLayer]:
+        """The layers in the order of the walk."""
+        down, up = ([level.layers for level in _levels(levels)] for levels in (self.down_levels, self.up_levels))
+        return [cast("SpatialLayer", layer) for layers in (*down, self.mid_layers, *up) for layer in layers]
+
+    def prepare_text(self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor) -> PreparedText:
+        """All that `forward` computes of the text alone, for its argument `encoder_hidden_states`.
+
+        Raises:
+            ValueError: one of the two is not what `forward` takes.
+        """
+        text, pooled = self.text(encoder_hidden_states, encoder_attention_mask)
+        layers = (layer.text_keys(text, encoder_attention_mask) for layer in self.spatial_layers())
+        return PreparedText(self, pooled, tuple(layers))
+
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_attention_mask: Tensor,
+        encoder_hidden_states: Tensor | PreparedText,
+        encoder_attention_mask: Tensor | None = None,
         *,
         image_conditioning: Tensor | None = None,
         augmentation_level: Tensor | None = None,
@@ -157,7 +173,8 @@ class UNet2D(PretrainedModel, nn.Module):
                 It and the conditioning are cast to the dtype of the weights, which is that of the prediction.
             timestep: (B,) noise level as the parameterisation tells it (250 ln(sigma / alpha)); best in fp32, which its
                 embedding is made in.
-            encoder_hidden_states, encoder_attention_mask: (B, L, text_embed_dim) and (B, L), True at real tokens.
+            encoder_hidden_states, encoder_attention_mask: (B, L, text_embed_dim) and (B, L), True at real tokens; or
+                what `prepare_text` makes of the two, alone: worth it where a text serves more than one call.
             image_conditioning: (B, conditioning_channels, [T,] H, W), concatenated to the input.
             augmentation_level: (B,) how much noise the conditioning image carries, on the scale of `timestep`.
             inflation: temporal layers to run between the spatial ones (used by `STUNet`).
@@ -175,37 +192,47 @@ class UNet2D(PretrainedModel, nn.Module):
             )[:, :, 0]
         temporal = inflation or NoInflation()
         x = self._input(sample, image_conditioning)
-        conditioning = self._conditioning(timestep, encoder_hidden_states, encoder_attention_mask, augmentation_level)
+        text = as_prepared(self, encoder_hidden_states, encoder_attention_mask, x, self.conv_in.weight)
+        embedding = self._embedding(timestep, text, augmentation_level)
+
+        def step(index: int, layer: nn.Module, *inputs: Tensor) -> Tensor:
+            return self._step(layer, temporal, index, embedding, text.layers[index], *inputs)
 
         index = 0
         skips: list[Tensor] = []
         h = self.conv_in(x)
         for level, down in enumerate(_levels(self.down_levels)):
             for layer in down.layers:
-                h = self._step(layer, temporal, index, conditioning, h)
+                h = step(index, layer, h)
                 index += 1
                 skips.append(h)
             if down.resize is not None:
                 h = temporal.downsample(level, down.resize(h))
         for layer in self.mid_layers:
-            h = self._step(layer, temporal, index, conditioning, h)
+            h = step(index, layer, h)
             index += 1
         for level, up in zip(reversed(range(len(self.up_levels))), _levels(self.up_levels), strict=True):
             for layer in up.layers:
-                h = self._step(layer, temporal, index, conditioning, h, skips.pop())
+                h = step(index, layer, h, skips.pop())
                 index += 1
             if up.resize is not None:
                 h = temporal.upsample(level - 1, up.resize(h))
         return self._output(h)
 
     def _step(
-        self, layer: nn.Module, temporal: Inflation, index: int, conditioning: Conditioning, *inputs: Tensor
+        self,
+        layer: nn.Module,
+        temporal: Inflation,
+        index: int,
+        embedding: Tensor,
+        text: TextKeys | None,
+        *inputs: Tensor,
     ) -> Tensor:
         """One spatial layer of the walk, on the main path and on the way up its skip, and the temporal layer after."""
 
         def run(*inputs: Tensor) -> Tensor:
             x = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
-            return temporal.layer(index, layer(x, conditioning))
+            return temporal.layer(index, layer(x, embedding, text))
 
         if self.gradient_checkpointing:
             # nothing here draws random numbers, whose state is slow to keep
@@ -228,17 +255,15 @@ class UNet2D(PretrainedModel, nn.Module):
             sample = torch.cat([sample, image_conditioning], dim=1)
         return sample.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
 
-    def _conditioning(
-        self, timestep: Tensor, hidden_states: Tensor, mask: Tensor, augmentation_level: Tensor | None
-    ) -> Conditioning:
-        text, pooled = self.text(hidden_states, mask)
-        embedding = self.noise_embedding(timestep) + pooled
+    def _embedding(self, timestep: Tensor, text: PreparedText, augmentation_level: Tensor | None) -> Tensor:
+        """(B, E) that scales and shifts the layers: noise level, pooled text and augmentation."""
+        embedding = self.noise_embedding(timestep) + text.pooled
         if (augmentation_level is None) != (self.augmentation_embedding is None):
             wanted = "required" if self.augmentation_embedding is not None else "not accepted"
             raise ValueError(f"augmentation_level is {wanted} by this model")
         if self.augmentation_embedding is not None:
             embedding = embedding + self.augmentation_embedding(augmentation_level)
-        return Conditioning(embedding, text, mask)
+        return embedding
 
     def _output(self, h: Tensor) -> Tensor:
         config = self.config

@@ -59,14 +59,14 @@ class SuperResolution:
             self.factor,
             self.denoiser.parameterization,
         )
+        prepared = self.model.prepare_text(*text)
         image, level = conditioning["image_conditioning"], conditioning["augmentation_level"]
 
         def predict(window: Tensor, timestep: Tensor, frames: slice) -> Tensor:
             return self.model(
                 window,
                 timestep,
-                text.hidden_states,
-                text.mask,
+                prepared,
                 image_conditioning=image[:, :, frames],
                 augmentation_level=level,
             )

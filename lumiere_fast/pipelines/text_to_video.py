@@ -336,12 +336,12 @@ def denoise_from_text(
     `generators`, one a prompt, are what a stochastic sampler draws from.
     """
     guided = guidance_scale != 1
-    text = text_encoder.encode(prompts + [""] * len(prompts) if guided else prompts)
+    text = model.prepare_text(*text_encoder.encode(prompts + [""] * len(prompts) if guided else prompts))
 
     def predict(window: Tensor, timestep: Tensor, frames: slice) -> Tensor:
         if guided:
             window, timestep = torch.cat([window, window]), torch.cat([timestep, timestep])
-        prediction: Tensor = model(window, timestep, text.hidden_states, text.mask)
+        prediction: Tensor = model(window, timestep, text)
         return prediction
 
     return denoiser(

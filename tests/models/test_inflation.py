@@ -20,7 +20,6 @@ from torch.profiler import ProfilerActivity, profile
 from lumiere_fast import InflationConfig, STUNet, UNet2D, dispatch, inflate, native, ops
 from lumiere_fast.models.blocks import (
     AttentionInflationBlock,
-    Conditioning,
     ConvInflationBlock,
     ResnetBlock2D,
     TemporalDownsample,
@@ -31,7 +30,7 @@ from lumiere_fast.models.blocks import (
     identity_kernel_,
     sinusoidal_embedding,
 )
-from tests.models.tiny import draw_inputs, frame_by_frame, randomise, tiny_config, tiny_unet
+from tests.models.tiny import draw_inputs, frame_by_frame, of_rows, randomise, tiny_config, tiny_unet
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 ROOT = Path(__file__).parents[2]
@@ -256,9 +255,9 @@ def test_attention_inflation_block_in_plain_torch() -> None:
         assert isinstance(layer, TemporalSelfAttention)
         pixels = norm_of_frames(h, layer.norm, 4).permute(0, 3, 4, 2, 1).flatten(0, 2)  # (B*H*W, T, C)
         pixels = pixels + sinusoidal_embedding(torch.arange(5), 16)
-        q, k, v = (x.unflatten(-1, (2, 8)).transpose(1, 2) for x in layer.to_qkv(pixels).chunk(3, dim=-1))
+        q, k, v = (x.unflatten(-1, (2, 8)).transpose(1, 2) for x in of_rows(layer.to_qkv, pixels).chunk(3, dim=-1))
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        h = h + layer.to_out(mixed).unflatten(0, (2, 4, 3)).permute(0, 4, 3, 1, 2)
+        h = h + of_rows(layer.to_out, mixed).unflatten(0, (2, 4, 3)).permute(0, 4, 3, 1, 2)
     wanted = s + torch.einsum("oc,bcthw->bothw", block.proj.weight, h) + block.proj.bias[:, None, None, None]
     torch.testing.assert_close(block(s, None), wanted, **EXACT)
 
@@ -285,9 +284,8 @@ def test_no_activation_is_copied_on_the_way_through_a_block(conditioned: bool) -
     block = randomise(ConvInflationBlock(16, 3, 4, 12 if conditioned else None))
     resnet = channels_last_weights(randomise(ResnetBlock2D(16, 16, 12, 4)))
     s, embedding = draw(2, 3, 9, 7, 16).float().permute(0, 4, 1, 2, 3), draw(2, 12).float()
-    text = Conditioning(embedding, torch.empty(0), torch.empty(0))
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
-        y = block(resnet(s, text), embedding)
+        y = block(resnet(s, embedding), embedding)
     assert y.is_contiguous(memory_format=torch.channels_last_3d)
     sizes = {math.prod(event.input_shapes[0]): event.name for event in seen.events() if event.name in COPIES}
     assert s.numel() not in sizes and any(event.name == "aten::conv2d" for event in seen.events()), sizes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumiere_fast.models import STUNet, UNet2D, UNetConfig
@@ -70,6 +71,11 @@ def draw_inputs(model: UNet2D | STUNet, *shape: int, seed: int = 1, tokens: int 
     if config.noise_augmentation:
         inputs["augmentation_level"] = 300 * normal(batch)
     return inputs
+
+
+def of_rows(layer: nn.Linear, rows: Tensor) -> Tensor:
+    """The layer on (..., C), whatever it is made to work on."""
+    return F.linear(rows, layer.weight, layer.bias)
 
 
 def frame_by_frame(unet: UNet2D, inputs: dict[str, Tensor], step: int = 1) -> Tensor:

@@ -3,13 +3,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lumiere_fast import BackendUnavailable, LumiereOutput, LumierePipeline, use_backend
+from lumiere_fast import BackendUnavailable, LumiereOutput, LumierePipeline, STUNet, use_backend
 from lumiere_fast.diffusion import (
     PREDICTION_TYPES,
     SAMPLERS,
@@ -30,6 +31,7 @@ from lumiere_fast.pipelines.super_resolution import SuperResolution
 from lumiere_fast.pipelines.text_to_video import denoise_from_text
 from lumiere_fast.text import WordVectorEncoder
 from lumiere_fast.video import to_uint8
+from tests.models.test_prepared_text import runs_of_text_layers
 from tests.models.tiny import tiny_unet
 from tests.pipelines.tiny import SCHEDULE, make_pipeline
 
@@ -253,6 +255,30 @@ def test_guidance_costs_a_doubled_batch_and_one_is_free(pipe: LumierePipeline) -
     finally:
         handle.remove()
     assert batches == [2, 2, 4, 4]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_text_is_read_once_a_stage(pipe: LumierePipeline, guidance_scale: float) -> None:
+    """Over several steps and windows, with guidance too; as texts read anew at each are."""
+    pytest.importorskip("tokenizers")
+    settings: dict[str, Any] = {"num_frames": 10, "num_inference_steps": 3, "guidance_scale": guidance_scale}
+    with runs_of_text_layers(pipe.base) as base, runs_of_text_layers(pipe.ssr) as ssr:
+        made = generate(pipe, [BALL, STAR], **settings).frames
+    for runs in (base, ssr):
+        assert len(runs) == len(set(runs)) > 3
+
+    def unprepared(model: STUNet) -> Any:
+        """`prepare_text` that leaves the text as it is, and `forward` that prepares it at each call."""
+        forward = model.forward
+        return mock.patch.multiple(
+            model,
+            prepare_text=lambda *text: text,
+            forward=lambda x, t, text, **more: forward(x, t, STUNet.prepare_text(model, *text), **more),
+        )
+
+    with unprepared(pipe.base), unprepared(pipe.ssr), runs_of_text_layers(pipe.base) as base:
+        assert torch.equal(generate(pipe, [BALL, STAR], **settings).frames, made)
+    assert len(base) == 3 * len(set(base))
 
 
 def test_images_come_from_the_image_model() -> None:
