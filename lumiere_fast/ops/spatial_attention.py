@@ -196,7 +196,8 @@ def _make_inputs(
 ) -> dict[str, object]:
     """Views of one fused projection; before text, half of each prompt's keys are padding.
 
-    Options, of checks alone: "scale"; "empty", where all keys of the first prompt are padding; "strided", of unlike layouts.
+    Options, of checks alone: "scale"; "empty", where all keys of the first prompt are padding; "strided", of layouts
+    that are unlike.
     """
     options = scenario.options
     draw = Draw(device, dtype, generator)
