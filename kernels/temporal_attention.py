@@ -78,31 +78,31 @@ def _rows(num_frames, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _places(frame, pixel, step_t, step_w, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where rows begin, from where their image row does."""
-    return tl.multiple_of(frame.to(tl.int64) * step_t + pixel.to(tl.int64) * step_w, VECTOR)
+def _head_of(base, b, h, w, n, step_b, step_h, step_w, step_n, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where a head of a pixel begins."""
+    first = base + (b * step_b + h * step_h + w * step_w + n * step_n)
+    return tl.multiple_of(first, 16) if VECTOR > 1 else first
 
 
 @triton.jit
-def _tile_at(first, rows, step_d, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The addresses of a tile whose `rows` begin at these places after `first`."""
-    lane = tl.arange(0, BLOCK_D)
-    if VECTOR > 1:
-        return tl.multiple_of(first, 16) + rows[:, None] + lane[None, :]
-    return first + rows[:, None] + (lane.to(tl.int64) * step_d)[None, :]
+def _tile_at(first, frame, pixel, step_t, step_w, step_d, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The addresses of a tile, from those of its frames and pixels relative to where a head begins."""
+    row = tl.multiple_of(frame.to(tl.int64) * step_t + pixel * step_w, VECTOR)[:, None]
+    lane = tl.arange(0, BLOCK_D)[None, :]
+    return first + (row + (lane if VECTOR > 1 else lane.to(tl.int64) * step_d))
 
 
 @triton.jit
 def _exist(inside, head_dim, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
     """Which elements of a tile there are; `inside`: which rows."""
-    return inside[:, None] & (tl.arange(0, BLOCK_D) < tl.multiple_of(head_dim, VECTOR))[None, :]
+    return inside[:, None] & (tl.arange(0, BLOCK_D) < tl.multiple_of(tl.cast(head_dim, tl.int64), VECTOR))[None, :]
 
 
 @triton.jit
 def _angles(rotary, frame, head_dim, exists, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of each row its frame's (cos, sin), pair after pair."""
-    at = tl.multiple_of(frame * head_dim, VECTOR)[:, None] + tl.arange(0, BLOCK_D)[None, :]
-    return tl.load(rotary + at.to(tl.int64), mask=exists, other=0.0)
+    row = tl.multiple_of(frame.to(tl.int64) * head_dim, VECTOR)[:, None]
+    return tl.load(rotary + (row + tl.arange(0, BLOCK_D)[None, :]), mask=exists, other=0.0)
 
 
 @triton.jit
@@ -187,10 +187,10 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     part = (program % parts).to(tl.int64)
     program = program // parts
     h, b = (program % height).to(tl.int64), (program // height).to(tl.int64)
-    q += b * q_b + h * q_h + n * q_n
-    k += b * k_b + h * k_h + n * k_n
-    v += b * v_b + h * v_h + n * v_n
-    out += b * out_b + h * out_h + n * out_n
+    q = _head_of(q, b, h, 0, n, q_b, q_h, 0, q_n, VECTOR)
+    k = _head_of(k, b, h, 0, n, k_b, k_h, 0, k_n, VECTOR)
+    v = _head_of(v, b, h, 0, n, v_b, v_h, 0, v_n, VECTOR)
+    out = _head_of(out, b, h, 0, n, out_b, out_h, 0, out_n, VECTOR)
 
     within, frame = _rows(num_frames, ROWS)
     seen = within[:, None] == within[None, :]
@@ -203,9 +203,9 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
         inside = (within < pixels) & (within < count - start)
         exists = _exist(inside, head_dim, BLOCK_D, VECTOR)
         pixel = first + start + within
-        queries = tl.load(_tile_at(q, _places(frame, pixel, q_t, q_w, VECTOR), q_d, BLOCK_D, VECTOR), exists, 0.0)
-        keys = tl.load(_tile_at(k, _places(frame, pixel, k_t, k_w, VECTOR), k_d, BLOCK_D, VECTOR), exists, 0.0)
-        values = tl.load(_tile_at(v, _places(frame, pixel, v_t, v_w, VECTOR), v_d, BLOCK_D, VECTOR), exists, 0.0)
+        queries = tl.load(_tile_at(q, frame, pixel, q_t, q_w, q_d, BLOCK_D, VECTOR), exists, 0.0)
+        keys = tl.load(_tile_at(k, frame, pixel, k_t, k_w, k_d, BLOCK_D, VECTOR), exists, 0.0)
+        values = tl.load(_tile_at(v, frame, pixel, v_t, v_w, v_d, BLOCK_D, VECTOR), exists, 0.0)
         if rotary is not None:
             angles = _angles(rotary, frame, head_dim, exists, BLOCK_D, VECTOR)
             queries, keys = _turned(queries, angles), _turned(keys, angles)
@@ -216,7 +216,7 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
             sums = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         else:
             sums = _sums(weights.to(values.dtype), values, within)
-        target = _tile_at(out, _places(frame, pixel, out_t, out_w, VECTOR), out_d, BLOCK_D, VECTOR)
+        target = _tile_at(out, frame, pixel, out_t, out_w, out_d, BLOCK_D, VECTOR)
         tl.store(target, (sums / total[:, None]).to(out.dtype.element_ty), exists)
 
 
@@ -239,15 +239,15 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
     w = (program % width).to(tl.int64)
     program = program // width
     h, b = (program % height).to(tl.int64), (program // height).to(tl.int64)
-    q += b * q_b + h * q_h + w * q_w + n * q_n
-    k += b * k_b + h * k_h + w * k_w + n * k_n
-    v += b * v_b + h * v_h + w * v_w + n * v_n
-    out += b * out_b + h * out_h + w * out_w + n * out_n
+    q = _head_of(q, b, h, w, n, q_b, q_h, q_w, q_n, VECTOR)
+    k = _head_of(k, b, h, w, n, k_b, k_h, k_w, k_n, VECTOR)
+    v = _head_of(v, b, h, w, n, v_b, v_h, v_w, v_n, VECTOR)
+    out = _head_of(out, b, h, w, n, out_b, out_h, out_w, out_n, VECTOR)
 
     from_t = part * ROWS
     t = from_t + tl.arange(0, ROWS)
     exists = _exist(t < num_frames, head_dim, BLOCK_D, VECTOR)
-    queries = tl.load(_tile_at(q, _places(t, 0 * t, q_t, 0, VECTOR), q_d, BLOCK_D, VECTOR), exists, 0.0)
+    queries = tl.load(_tile_at(q, t, 0, q_t, 0, q_d, BLOCK_D, VECTOR), exists, 0.0)
     if rotary is not None:
         queries = _turned(queries, _angles(rotary, t, head_dim, exists, BLOCK_D, VECTOR))
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -259,8 +259,8 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
     for from_s in tl.range(begin, end, KEYS, num_stages=STAGES):
         s = from_s + tl.arange(0, KEYS)
         here = _exist(s < num_frames, head_dim, BLOCK_D, VECTOR)
-        keys = tl.load(_tile_at(k, _places(s, 0 * s, k_t, 0, VECTOR), k_d, BLOCK_D, VECTOR), here, 0.0)
-        values = tl.load(_tile_at(v, _places(s, 0 * s, v_t, 0, VECTOR), v_d, BLOCK_D, VECTOR), here, 0.0)
+        keys = tl.load(_tile_at(k, s, 0, k_t, 0, k_d, BLOCK_D, VECTOR), here, 0.0)
+        values = tl.load(_tile_at(v, s, 0, v_t, 0, v_d, BLOCK_D, VECTOR), here, 0.0)
         if rotary is not None:
             keys = _turned(keys, _angles(rotary, s, head_dim, here, BLOCK_D, VECTOR))
         seen = (t < num_frames)[:, None] & (s < num_frames)[None, :]
@@ -274,7 +274,7 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
         sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision="ieee")
         top = higher
     total = tl.where(allowed == float("-inf"), 1.0, total)
-    target = _tile_at(out, _places(t, 0 * t, out_t, 0, VECTOR), out_d, BLOCK_D, VECTOR)
+    target = _tile_at(out, t, 0, out_t, 0, out_d, BLOCK_D, VECTOR)
     tl.store(target, (sums / total[:, None]).to(out.dtype.element_ty), exists)
 # fmt: on
 
