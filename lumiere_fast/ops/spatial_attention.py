@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lumiere_fast.ops import _layout
+from lumiere_fast import dispatch
+from lumiere_fast.ops import _layout, _sdpa
 from lumiere_fast.ops._checks import (
     check_device,
     check_heads,
@@ -113,7 +114,22 @@ def _describe(q: Tensor, *_: object) -> Result:
     return Result(tuple(q.shape), q.dtype, q.device)
 
 
-_SPATIAL_ATTENTION = register(spatial_attention, spatial_attention_reference, _flatten, _describe)
+def _case(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float | None) -> str:
+    """What the fastest backend depends on, by which the table of their order is kept."""
+    D = q.shape[-1]
+    width = "half" if q.dtype.itemsize == 2 else "single"
+    heads = "d32" if D <= 32 else "d64" if D <= 64 else "d128"
+    if k.dim() == 6:
+        keys = q.shape[2] * q.shape[3]
+        kind = "self-few" if keys <= 256 else "self-some" if keys <= 1024 else "self-many"
+    else:
+        kind = "text" if key_mask is None else "text-masked"
+    return f"{width}-{heads}-{kind}-{'gradient' if dispatch.needs_gradient((q, k, v)) else 'forward'}"
+
+
+_SPATIAL_ATTENTION = register(
+    spatial_attention, spatial_attention_reference, _flatten, _describe, backends=_sdpa.BACKENDS, case=_case
+)
 
 
 _PAPER = tuple(level for level in LEVELS if level[0] in ("base1", "base2", "base3", "ssr3"))
