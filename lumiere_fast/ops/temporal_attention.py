@@ -7,11 +7,14 @@ a rotation by the frame's position (RoFormer, arXiv 2104.09864, section 3.2) are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lumiere_fast import native
+from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout
 from lumiere_fast.ops._checks import (
     check_choice,
@@ -22,7 +25,7 @@ from lumiere_fast.ops._checks import (
     check_scale,
     check_tensor,
 )
-from lumiere_fast.ops._registry import Result, register
+from lumiere_fast.ops._registry import Result, register, traced
 from lumiere_fast.ops._spec import LEVELS, Draw, OpSpec, Scenario, at_levels
 
 
@@ -162,7 +165,86 @@ def _describe(q: Tensor, *_: object) -> Result:
     return Result(tuple(q.shape), q.dtype, q.device)
 
 
-_TEMPORAL_ATTENTION = register(temporal_attention, temporal_attention_reference, _flatten, _describe)
+def temporal_attention_backward_cpu(
+    gradients: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rotary: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> tuple[Any, ...]:
+    """By the native core, which computes the scores again."""
+    tensors = (q, k, v, bias)
+    wanted = [each is not None and each.requires_grad for each in tensors]
+    arguments = (
+        gradients[0],
+        *(None if each is None else each.detach() for each in tensors),
+        rotary,
+        causal,
+        window,
+        scale,
+        wanted,
+    )
+    *found, of_bias = (_NATIVE_BACKWARD if traced() else _native_backward)(*arguments)
+    if bias is not None:
+        found.append(of_bias.to(bias.dtype))
+    results = [each if is_wanted else None for each, is_wanted in zip(found, wanted, strict=False)]
+    return (*results, *[None] * (8 - len(results)))
+
+
+def _native_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rotary: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v and bias, each empty where it is not `wanted`."""
+    found = _backward_results(gradient, q, k, v, bias, rotary, causal, window, scale, wanted)
+    out = tuple(each if is_wanted else None for each, is_wanted in zip(found, wanted, strict=True))
+    native.temporal_attention_backward(gradient, q, k, v, bias, rotary, causal, window, scale, out=out)
+    return found
+
+
+def _backward_results(gradient: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted, lags = rest[-1], (q.shape[4], 2 * q.shape[1] - 1)
+    of_q, of_k, of_v = (q.new_empty(q.shape if is_wanted else 0) for is_wanted in wanted[:3])
+    return of_q, of_k, of_v, q.new_empty(lags if wanted[3] else 0, dtype=torch.float32)
+
+
+# Only traces, which cannot see a call into the native core, take this way round.
+_NATIVE_BACKWARD = torch.library.custom_op(
+    "lumiere_fast::temporal_attention_backward_cpu",
+    _native_backward,
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? rotary, bool causal, int? window, "
+    "float? scale, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_NATIVE_BACKWARD.register_fake(_backward_results)
+
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_CPU = Needs(devices=("cpu",), dtypes={"q": _NARROW}, gradient=True, native="cpu")
+
+_TEMPORAL_ATTENTION = register(
+    temporal_attention,
+    temporal_attention_reference,
+    _flatten,
+    _describe,
+    backends=(
+        Backend(
+            "cpu", "lumiere_fast.native:temporal_attention", _CPU, backward=f"{__name__}:temporal_attention_backward_cpu"
+        ),
+    ),
+)
 
 
 _PAPER = tuple(level for level in LEVELS if level[0] in ("base3", "ssr3"))
