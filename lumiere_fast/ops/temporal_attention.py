@@ -241,7 +241,10 @@ _TEMPORAL_ATTENTION = register(
     _describe,
     backends=(
         Backend(
-            "cpu", "lumiere_fast.native:temporal_attention", _CPU, backward=f"{__name__}:temporal_attention_backward_cpu"
+            "cpu",
+            "lumiere_fast.native:temporal_attention",
+            _CPU,
+            backward=f"{__name__}:temporal_attention_backward_cpu",
         ),
     ),
 )

@@ -660,6 +660,13 @@ def test_transforms_see_through_the_reference_alone(backend: str) -> None:
         torch.func.vmap(lambda q: temporal_attention(q[None], k[:1], v[:1], backend=backend))(q)
 
 
+def test_the_example_of_another_model_s_layer() -> None:
+    example = Path(__file__).parents[2] / "examples" / "motion_attention.py"
+    done = subprocess.run([sys.executable, str(example), "cpu"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "reference: can run this call" in done.stdout
+
+
 # --- addresses and memory ---------------------------------------------------------------------------------------------
 
 
