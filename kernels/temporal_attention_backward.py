@@ -624,7 +624,13 @@ STREAMED = {
 
 
 def _variant(
-    form: str, kernel: str, names: Sequence[str], scalars: Sequence[str], dtype: str, options: dict[str, int], **absent: None
+    form: str,
+    kernel: str,
+    names: Sequence[str],
+    scalars: Sequence[str],
+    dtype: str,
+    options: dict[str, int],
+    **absent: None,
 ) -> Variant:
     """A kernel of that name with the tensors and scalars of these names, without those that are `absent`."""
     constants = {name: value for name, value in options.items() if name.isupper()} | absent
