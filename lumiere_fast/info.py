@@ -79,7 +79,9 @@ def evidence_by_op() -> dict[str, dict[str, dict[str, Any] | None]]:
     table: dict[str, dict[str, dict[str, Any] | None]] = {}
     for op in dispatch.registered_ops():
         kernels = [name for name in dispatch.kernels(op) if name not in dispatch.COMPOSED]  # torch's are not published
-        backends = [name for name in kernels if name in dispatch.GPU_BACKENDS and name in dispatch.registered(op).backends]
+        backends = [
+            name for name in kernels if name in dispatch.GPU_BACKENDS and name in dispatch.registered(op).backends
+        ]
         found = {backend: evidence.recorded(op, backend) for backend in backends}
         table[op] = {name: dataclasses.asdict(each) if each else None for name, each in found.items()}
     return table

@@ -22,6 +22,7 @@ from lumiere_fast.ops._spec import Scenario
 from lumiere_fast.tune import Tuned, Tuner
 
 OP, GPU = "temporal_conv", "NVIDIA Imaginary"
+ORDERED = "spatial_attention_order"
 PLAIN, NORM = "half-c64-kn-plain-few", "half-c64-kn-norm-few"
 CPU = torch.device("cpu")
 SIZES = {"B": 1, "C": 8, "T": 2, "H": 3, "W": 3, "G": 2, "k": 3}
@@ -296,7 +297,7 @@ def test_every_case_has_candidates_and_scenarios_that_are_of_it(real: Any) -> No
 
 
 def test_an_op_without_configurations_is_not_tunable(real: Any) -> None:
-    assert tune.tunable() == (OP,)
+    assert tune.tunable() == (OP, ORDERED)
 
 
 def test_the_kernel_in_the_interpreter_runs_as_its_candidate_says(real: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +344,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     ("arguments", "word"),
     [
         ((), "no CUDA device"),
-        (("--op", "group_norm"), "op must be one of temporal_conv, got 'group_norm'"),
+        (("--op", "group_norm"), "op must be one of temporal_conv, spatial_attention_order, got 'group_norm'"),
         (("--case", "huge"), "got 'huge'"),
         (("--budget", "0"), "--budget"),
         (("--out", ""), "--out"),
