@@ -3,9 +3,9 @@
 A backend declares what it needs as data (`Needs`). `why_not` holds a call against that data and lists every reason
 against it; nothing else decides. The choice is made, strongest first, by the `backend=` argument of the call, by
 `use_backend`, by the environment variable LUMIERE_FAST_BACKEND, and is "auto" otherwise. A named backend runs or raises
-`BackendUnavailable`; only "auto" falls through, and says so once for each reason: in the order of `BACKENDS`, or, on a
-GPU, in the one that was measured there for calls of that kind (`Op.case`). On a GPU "auto" also wants proof that the
-kernel is right there (`evidence`), and it never takes Triton's interpreter.
+`BackendUnavailable`; only "auto" falls through, and says so once for each reason: in the order of `BACKENDS`, or in the
+one that was measured for calls of that kind (`Op.case`). On a GPU "auto" also wants proof that the kernel is right
+there (`evidence`), and it never takes Triton's interpreter.
 
 This module knows no op: the ops register themselves.
 """
@@ -436,7 +436,7 @@ def _first_without_reasons(op: Op, arguments: Sequence[Any], among: Sequence[str
 
 def order(op: Op, device: torch.device, arguments: Sequence[Any]) -> Sequence[str]:
     """All backends, as "auto" tries them: those with a place in the op's table by that, the others after them."""
-    if op.case is None or device.type != "cuda":
+    if op.case is None:
         return BACKENDS
     return _measured_order(f"{op.name}_order", op.case(*arguments), device)
 

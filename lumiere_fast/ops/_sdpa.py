@@ -9,7 +9,7 @@ the batch, or, before text, into their clip's queries, as views, and results com
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -27,8 +27,6 @@ MOST_BLOCKS = 65535  # of a grid along its second and third axis
 INT32_MAX = 2**31 - 1
 QUERIES_A_BLOCK = 128
 CUDNN_VERSION = 91501  # earlier ones could go wrong at lengths that 128 does not divide; torch asks for it too
-FRAMES = ((0, 1), (2, 3))  # of (B, T, H, W, heads, D), the axes that fold into one each
-CLIPS = ((1, 2, 3),)  # ... before text
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float | None) -> Tensor:
@@ -131,25 +129,32 @@ def _limits_of_a_gpu(q: Tensor, k: Tensor, v: Tensor) -> Iterator[str]:
 
 def _copies(q: Tensor, k: Tensor, v: Tensor) -> Iterator[str]:
     """Axes that fold only in a copy, and a result, ordered in memory as q is, that would have to be put in order."""
-    axes = FRAMES if k.dim() == 6 else CLIPS
+    fold = _frames_fold if k.dim() == 6 else _clips_fold
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() == 6 and not all(_fold(x, each) for each in axes):
+        if x.dim() == 6 and not fold(x):
             yield f"{name} has strides {tuple(x.stride())}: its axes cannot be folded without a copy"
     strides = [stride for size, stride in zip(q.shape, q.stride(), strict=True) if size > 1]
     if any(outer < inner for outer, inner in pairwise(strides)):
         yield f"q has strides {tuple(q.stride())}: the result would be ordered like it, not contiguous"
 
 
-def _fold(x: Tensor, axes: Sequence[int]) -> bool:
-    """Whether these axes are one, seen with another shape."""
-    walked = [axis for axis in axes if x.shape[axis] > 1]
-    return all(x.stride(outer) == x.shape[inner] * x.stride(inner) for outer, inner in pairwise(walked))
+def _frames_fold(x: Tensor) -> bool:
+    """Whether B and T, and H and W, can be seen as one axis each."""
+    (B, T, H, W, _, _), (b, t, h, w, _, _) = x.shape, x.stride()
+    return (B == 1 or T == 1 or b == T * t) and (H == 1 or W == 1 or h == W * w)
+
+
+def _clips_fold(x: Tensor) -> bool:
+    """Whether T, H and W can be seen as one axis."""
+    (_, T, H, W, _, _), (_, t, h, w, _, _) = x.shape, x.stride()
+    return (H == 1 or W == 1 or h == W * w) and (T == 1 or H * W == 1 or t == H * W * (w if W > 1 else h))
 
 
 def _misaligned(q: Tensor, k: Tensor, v: Tensor) -> Iterator[str]:
     size, D = q.element_size(), q.shape[-1]
     if D * size % ALIGNMENT:
         yield f"D is {D}, it needs a multiple of {ALIGNMENT // size}"
+        return
     for name, x in (("q", q), ("k", k), ("v", v)):
         strides = [stride for length, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if length > 1]
         offset = 0 if torch.compiler.is_compiling() else x.storage_offset()  # which Dynamo does not know
