@@ -593,6 +593,7 @@ def test_operator_of_every_backend(backend: str) -> None:
 def test_compiled_on_every_backend(backend: str) -> None:
     """One graph forward and backward, with the number of frames a symbol the second time."""
     device = device_for(backend)
+    torch.compiler.reset()  # of what earlier tests compiled of the same function
     run = torch.compile(temporal_attention, fullgraph=True, backend="aot_eager")
     for T in (3, 6):
         call = draw_call(16, (2, T, 1, 3, 2, 8), "all", device=device)
