@@ -152,9 +152,15 @@ CONV_EAGER = ("conv1d", "conv3d NCDHW")
 CONV_ANY = ("conv1d", "conv2d", "conv3d NDHWC", "conv3d NCDHW")
 NORM_EITHER_WAY = ("norm in the prologue", "norm in a pass before")
 NORM_LAYERS = ("layers", "layers, NCHW")
-SDPA = ("rearrange + SDPA",)
-ATTENTION_FLASH = ("SDPA flash", "SDPA cuDNN")
-ATTENTION_ANY = ("SDPA of views", "SDPA of copies", "matmul", *ATTENTION_FLASH)
+SDPA_KERNELS = ("SDPA", "SDPA flash", "SDPA efficient", "SDPA cuDNN", "SDPA math")
+REARRANGED = tuple(f"rearrange + {name}" for name in (*SDPA_KERNELS, "xFormers"))
+ATTENTION_OURS = ("triton",)
+ATTENTION_FLASH = ("SDPA flash of views", "SDPA cuDNN of views")
+ATTENTION_ANY = (
+    *(f"{name} of {memory}" for name in SDPA_KERNELS for memory in ("views", "copies")),
+    "xFormers",
+    "matmul",
+)
 COMPOSED = ("composed, sort", "composed, kthvalue")
 NEAREST = {
     "space_time_downsample": ("interpolate",),
@@ -179,8 +185,13 @@ def _narrow(row: Measured) -> bool:
     return row.scenario.sizes["C"] <= 128
 
 
+def _forward(row: Measured) -> bool:
+    return row.option("backward") is None
+
+
 def _frames(least: int, most: int) -> Condition:
-    return lambda row: least <= row.scenario.sizes["T"] <= most
+    """Temporal attention's forward pass of so many: there is no goal for its gradients."""
+    return lambda row: _forward(row) and least <= row.scenario.sizes["T"] <= most
 
 
 def _long_sequences(head_dim: int) -> Condition:
@@ -213,11 +224,11 @@ CUDA_GOALS = (
     Goal("temporal_conv", "cuda", TIMES, 0.97, NORM_EITHER_WAY, _fused),
     *_cuda("group_norm", lambda row: True, 10, NORM_LAYERS, 1.3),
     Goal("group_norm", "cuda", BANDWIDTH, 1.9e12),
-    *_cuda("temporal_attention", _frames(5, 80), 4, SDPA, 3),
+    *_cuda("temporal_attention", _frames(5, 80), 4, REARRANGED, 3),
     Goal("temporal_attention", "cuda", BANDWIDTH, 2.4e12, when=_frames(5, 80)),
-    Goal("temporal_attention", "cuda", BYTES, NO_TEMPORARIES),
+    Goal("temporal_attention", "cuda", BYTES, NO_TEMPORARIES, when=_forward),
     *_cuda("spatial_attention", lambda row: True, 1, ATTENTION_ANY, None),
-    Goal("spatial_attention", "cuda", TIMES, 0.97, ATTENTION_FLASH, _of_auto),
+    Goal("spatial_attention", "cuda", TIMES, 0.97, (*ATTENTION_OURS, *ATTENTION_FLASH), _of_auto),
     Goal("spatial_attention", "cuda", ARITHMETIC, 380e12, when=_long_sequences(64)),
     Goal("spatial_attention", "cuda", ARITHMETIC, 420e12, when=_long_sequences(128)),
     *_cuda("denoise_step", lambda row: not _base_clip(row), 4, COMPOSED, 2),
@@ -248,8 +259,8 @@ CPU_GOALS = (
     Goal("temporal_conv", "cpu", TIMES, 1.15, CONV_ANY, _both(_fused_convolution, lambda row: row.threads == 2)),
     Goal("group_norm", "cpu", TIMES, 2, NORM_LAYERS),
     Goal("group_norm", "cpu", TIMES, 0.6, COPY),
-    Goal("temporal_attention", "cpu", TIMES, 3, SDPA, _frames(14, 16)),
-    Goal("temporal_attention", "cpu", TIMES, 1.5, SDPA, _frames(80, 80)),
+    Goal("temporal_attention", "cpu", TIMES, 3, REARRANGED, _frames(14, 16)),
+    Goal("temporal_attention", "cpu", TIMES, 1.5, REARRANGED, _frames(80, 80)),
     *(Goal(op, "cpu", TIMES, 0.6, COPY, _taps) for op in NEAREST),
     *(Goal(op, "cpu", TIMES, 1, aten, _both(_taps, _option("mode", "nearest"))) for op, aten in NEAREST.items()),
     Goal(

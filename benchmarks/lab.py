@@ -66,7 +66,8 @@ SHARES = {
 HANGS_AFTER = {"smoke": 90.0, "tuning": 440.0, "benchmarks": 180.0}  # seconds that one unit of work may take
 ROW_BUDGET = 0.3  # seconds of timed rounds a row
 CASE_BUDGET = 400.0  # seconds for all candidates of a case, to compile, check and time them
-BACKENDS = ("triton", "wgmma", "cuda", "cpu", "reference")
+BACKENDS = ("triton", "wgmma", "cuda", "cpu", "cudnn", "flash", "efficient", "reference")
+ORDER = "_order"  # a table of backends' places is named <op>_order
 TRITON_TESTS = "tests/kernels/"
 MODEL_TESTS = ("tests/models/", "tests/pipelines/")
 MODELS = ("stunet", "pipeline")
@@ -329,12 +330,12 @@ class Lab:
         return self.options.out / str(self.described["configs"])
 
     def tuned(self, unless_default: bool = False) -> dict[str, dict[str, Any]]:
-        """By op and case the configurations found here, or those of them that are not the default."""
+        """By table and case the configurations found here, or those of them that are not the default."""
         found: dict[str, dict[str, Any]] = {}
         for row in self.record.sorted_rows():
             numbers = row["numbers"] if row["stage"] == "tuning" else None
             if numbers and not (unless_default and numbers["config"] == numbers["default"]):
-                found.setdefault(row["op"], {})[row["scenario"]] = numbers["config"]
+                found.setdefault(numbers["op"], {})[row["scenario"]] = numbers["config"]
         return found
 
     def benchmarks(self, deadline: float) -> None:
@@ -349,7 +350,7 @@ class Lab:
     def _source(self, unit: Row) -> str | None:
         """Of what is timed: the kernel's, and the configurations found here that it runs with."""
         chosen = self.tuned(unless_default=True) if unit["backend"] in ("triton", "auto") else {}
-        used = {op: cases for op, cases in chosen.items() if unit["op"] in (op, *MODELS)}
+        used = {table: cases for table, cases in chosen.items() if unit["op"] in (table.removesuffix(ORDER), *MODELS)}
         if not used:
             return None if unit["source"] is None else str(unit["source"])
         digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
@@ -398,7 +399,7 @@ class Lab:
             if is_red(row) and accuses(row, op, backend):
                 named = (row["stage"], row["op"], row["backend"], row["scenario"])
                 return " ".join(part for part in named if part)
-        if op in MODELS or backend == "reference":
+        if op in MODELS or backend in ("reference", "auto"):
             return None
         smoke = self.record.find(key_of({"stage": "smoke", "op": op, "backend": backend}))
         return None if smoke is not None and smoke["verdict"] == MET else "not checked yet"

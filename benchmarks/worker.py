@@ -32,7 +32,7 @@ from lumiere_fast.ops import _selfcheck
 Unit = dict[str, Any]
 
 MODELS = ("stunet", "pipeline")
-BACKENDS = {"cpu": ("cpu", "reference"), "cuda": (*dispatch.GPU_BACKENDS, "reference")}
+BACKENDS = {"cpu": ("cpu", "flash", "reference"), "cuda": (*dispatch.GPU_BACKENDS, "reference")}
 BUSY = 0.1  # of the machine's processors: a time is then not to be trusted
 THREADS = {"cpu": (1, 2), "cuda": (1,)}
 
@@ -55,12 +55,15 @@ def benchmarked_ops() -> list[str]:
 
 
 def _cases() -> Iterator[Unit]:
-    """What there is to tune."""
-    for op in tune.tunable():
-        source = provenance.source_of(op, "triton")
-        for number, case in enumerate(_configs.cases(op)):
-            about = {"op": op, "backend": "triton", "scenario": case, "dtype": None, "threads": None}
-            yield {"stage": "tuning", **about, "source": source, "traffic": number}
+    """What there is to tune: configurations of Triton kernels, and the order of an op's backends, which is auto's."""
+    for table in tune.tunable():
+        op = table.removesuffix(tune.ORDER)
+        backend = "triton" if op == table else "auto"
+        made_of = ["triton"] if op == table else dispatch.registered(op).backends
+        source = "+".join(str(provenance.source_of(op, name)) for name in made_of)
+        for number, case in enumerate(tune.cases_of(table)):
+            about = {"op": op, "backend": backend, "scenario": case, "dtype": None, "threads": None}
+            yield {"stage": "tuning", "table": table, **about, "source": source, "traffic": number}
 
 
 def _benchmarks(device: str) -> Iterator[Unit]:
@@ -70,7 +73,7 @@ def _benchmarks(device: str) -> Iterator[Unit]:
     for op in (*benchmarked_ops(), *MODELS):
         spec, _ = benchmark_of(op)
         for scenario in spec.scenarios:
-            for backend in ("auto",) if op in MODELS else BACKENDS[device]:
+            for backend in ("auto",) if op in MODELS else _backends(op, device):
                 for threads in THREADS[device]:
                     if threads <= cores and (scenario.cpu or device == "cuda"):
                         yield {
@@ -83,6 +86,12 @@ def _benchmarks(device: str) -> Iterator[Unit]:
                             "source": source(op, backend),
                             "traffic": spec.bytes(scenario, dtype) or sys.maxsize,  # models last
                         }
+
+
+def _backends(op: str, device: str) -> list[str]:
+    """Torch's own kernels where the op takes them, and there what "auto" makes of them all."""
+    told = [name for name in BACKENDS[device] if name == "reference" or name in dispatch.kernels(op)]
+    return told if dispatch.registered(op).case is None else [*told, "auto"]
 
 
 def perform(unit: Unit, device: str) -> list[dict[str, Any]]:
@@ -115,10 +124,11 @@ def smoke(op: str, device: str) -> list[dict[str, Any]]:
 def tune_case(unit: Unit, device: str) -> dict[str, Any]:
     """The fastest configuration of a case, and what each other candidate came to."""
     try:
-        found = tune.Tuner(torch.device(device), time.monotonic() + unit["budget"]).tune(unit["op"], unit["scenario"])
+        tuner = tune.Tuner(torch.device(device), time.monotonic() + unit["budget"])
+        found = tuner.tune(unit["table"], unit["scenario"])
     except dispatch.BackendUnavailable as error:
         return {"verdict": SKIPPED, "why": _told(error)}
-    numbers = {**asdict(found), "default": found.candidates[0].config} if found.config else None
+    numbers = {**asdict(found), "default": tune.default(found.op, found.case)} if found.config else None
     ratio = f"{found.times_as_fast:.2f}x the default, " if found.times_as_fast else ""
     return {
         "verdict": {"tuned": MET, "left": SKIPPED}.get(found.status, FAILED),
@@ -194,7 +204,7 @@ def _reasons_against(case: Case) -> list[str]:
     if case.spec.name in MODELS:
         return []
     with torch.no_grad():
-        return dispatch.why_not(case.spec.name, case.backend, **case.inputs)
+        return [] if case.backend == "auto" else dispatch.why_not(case.spec.name, case.backend, **case.inputs)
 
 
 def _reported(row: Row, device: str) -> dict[str, Any]:

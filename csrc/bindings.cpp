@@ -14,7 +14,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr Py_ssize_t kAxes = 5;
+constexpr Py_ssize_t kAxes = 5, kMostAxes = 6;
 
 // Straight to CPython: pybind11's casters cost more than a small call's work.
 [[noreturn]] void refuse(const std::string& accepted, PyObject* got) {
@@ -130,7 +130,7 @@ lf_status blend_windows_cuda(lf_dtype dtype, py::handle windows, py::handle star
 // (address, shape, strides, dtype) of a tensor of few axes, or None; lumiere_fast/native.py has looked at the shape.
 struct View {
   void* data = nullptr;
-  std::array<int64_t, kAxes> shape{}, strides{};
+  std::array<int64_t, kMostAxes> shape{}, strides{};
   lf_dtype dtype{};
 
   explicit View(py::handle object) {
@@ -144,14 +144,19 @@ struct View {
   }
   lf_clip clip() const {
     lf_clip clip{data, {}};
-    std::copy(strides.begin(), strides.end(), clip.strides);
+    std::copy_n(strides.begin(), kAxes, clip.strides);
     return clip;
+  }
+  lf_heads heads() const {
+    lf_heads heads{data, {}};
+    std::copy(strides.begin(), strides.end(), heads.strides);
+    return heads;
   }
 
  private:
-  static void read(PyObject* object, std::array<int64_t, kAxes>& to) {
+  static void read(PyObject* object, std::array<int64_t, kMostAxes>& to) {
     const Items items(object, "a shape");
-    if (items.size() > kAxes) throw py::value_error("an operand has at most 5 axes");
+    if (items.size() > kMostAxes) throw py::value_error("an operand has at most 6 axes");
     for (Py_ssize_t i = 0; i < items.size(); ++i) to[i] = integer(items[i], "shapes and strides");
   }
 };
@@ -233,6 +238,33 @@ lf_status temporal_conv_cpu(py::handle x_, py::handle weight_, py::handle bias, 
   }
   const py::gil_scoped_release release;
   return lf_temporal_conv_cpu(&a, num_threads);
+}
+
+// `bias`, `rotary` and each of `gradients` (gq, gk, gv, gbias) may be None; of the forward there are none. `window` is
+// -1 for none.
+template <auto function>
+lf_status temporal_attention_cpu(py::handle q_, py::handle k, py::handle v, py::handle bias_, py::handle rotary,
+                                 bool causal, int64_t window, double scale, py::handle y, py::handle gradients_,
+                                 int32_t num_threads) {
+  const View q(q_), bias(bias_);
+  lf_temporal_attention a{};
+  a.dtype = q.dtype;
+  a.batch = q.shape[0], a.frames = q.shape[1], a.height = q.shape[2], a.width = q.shape[3];
+  a.heads = q.shape[4], a.channels = q.shape[5];
+  a.q = q.heads(), a.k = View(k).heads(), a.v = View(v).heads(), a.y = View(y).heads();
+  a.bias = bias.data, a.bias_dtype = bias.dtype;
+  std::copy_n(bias.strides.begin(), 2, a.bias_strides);
+  a.rotary = static_cast<const float*>(View(rotary).data);
+  a.causal = causal, a.window = window, a.scale = scale;
+  if (!gradients_.is_none()) {
+    const Items gradients(gradients_.ptr(), "temporal_attention: gradients");
+    gradients.require(4, "temporal_attention: gradients are (gq, gk, gv, gbias)");
+    lf_heads* const written[] = {&a.gq, &a.gk, &a.gv};
+    for (Py_ssize_t i = 0; i < 3; ++i) *written[i] = View(gradients[i]).heads();
+    a.gbias = static_cast<float*>(View(gradients[3]).data);
+  }
+  const py::gil_scoped_release release;
+  return function(&a, num_threads);
 }
 
 // A call of space_time_downsample or space_time_upsample. `weight`, `bias` and `workspace` (address, bytes) may be
@@ -356,6 +388,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("group_norm_cpu", &group_norm_cpu);
   module.def("group_norm_stats_cpu", &group_norm_stats_cpu);
   module.def("group_norm_backward_cpu", &group_norm_backward_cpu);
+  module.def("temporal_attention_cpu", &temporal_attention_cpu<lf_temporal_attention_cpu>);
+  module.def("temporal_attention_backward_cpu", &temporal_attention_cpu<lf_temporal_attention_backward_cpu>);
   module.def("temporal_conv_cpu", &temporal_conv_cpu);
   module.def("space_time_downsample_workspace", &space_time_workspace<lf_space_time_downsample_workspace>);
   module.def("space_time_downsample_cpu", &space_time_cpu<lf_space_time_downsample_cpu>);

@@ -277,14 +277,14 @@ class _Bench:
 
 
 def into_held_buffer(public: Callable[..., Any], inputs: Mapping[str, Any], backend: str) -> Side:
-    """A call of an op that writes its (first) result where an earlier call did; but the reference's is a plain call.
+    """A call of an op that writes its (first) result where an earlier call did, or else a plain call.
 
-    The reference computes a new result whatever it is told, and copies it into `out`: timed with it, it would be
-    charged for a copy that nobody needs.
+    What is composed of torch's operators, as the reference is, computes a new result whatever it is told, and copies it
+    into `out`: timed with it, it would be charged for a copy that nobody needs.
     """
     with torch.no_grad(), dispatch.record_backends() as used:
         result = public(**inputs, backend=backend)
-    if set(used) == {"reference"}:
+    if used <= set(dispatch.COMPOSED):
         return lambda: public(**inputs, backend=backend)
     held = result if isinstance(result, Tensor) else result[0]
     return lambda: public(**inputs, backend=backend, out=held)

@@ -3,8 +3,9 @@
 A backend declares what it needs as data (`Needs`). `why_not` holds a call against that data and lists every reason
 against it; nothing else decides. The choice is made, strongest first, by the `backend=` argument of the call, by
 `use_backend`, by the environment variable LUMIERE_FAST_BACKEND, and is "auto" otherwise. A named backend runs or raises
-`BackendUnavailable`; only "auto" falls through, in the order of `BACKENDS`, and says so once for each reason. On a GPU
-"auto" also wants proof that the kernel is right there (`evidence`), and it never takes Triton's interpreter.
+`BackendUnavailable`; only "auto" falls through, and says so once for each reason: in the order of `BACKENDS`, or in the
+one that was measured for calls of that kind (`Op.case`). On a GPU "auto" also wants proof that the kernel is right
+there (`evidence`), and it never takes Triton's interpreter.
 
 This module knows no op: the ops register themselves.
 """
@@ -17,6 +18,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -28,18 +30,23 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lumiere_fast import evidence, native
-from lumiere_fast.kernels import PENDING_KERNELS
+from lumiere_fast.kernels import PENDING_KERNELS, _configs
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("triton", "wgmma", "cuda", "cpu", "reference")
+BACKENDS = ("triton", "wgmma", "cuda", "cpu", "cudnn", "flash", "efficient", "reference")
 """Every backend, in the order "auto" tries them. The reference needs nothing, so it comes last.
 
 "wgmma" is the native core's CUDA half by Hopper's warpgroup instructions. It is a backend beside "cuda", not a part of
-it, since what a GPU has proved is kept by backend: where it is wrong or unproved, "cuda" runs.
+it, since what a GPU has proved is kept by backend: where it is wrong or unproved, "cuda" runs. "cudnn", "flash" and
+"efficient" are torch's own attention kernels.
 """
 
-GPU_BACKENDS = ("triton", "wgmma", "cuda")
+GPU_BACKENDS = ("triton", "wgmma", "cuda", *evidence.TORCHS)
+
+COMPOSED = (*evidence.TORCHS, "reference")
+"""Those made of torch's operators: traces and torch's autograd see through them, and they return a result of their own.
+"""
 
 AUTO = "auto"
 INTERPRETED = "it would run in Triton's interpreter, which is for tests"
@@ -190,22 +197,23 @@ class Backend:
         function: "module:function", imported at its first use. It takes the arguments of the op's reference by
             position, and `out=`: its result, allocated and of any strides, or a tuple of them. It writes there and
             returns nothing. A Triton kernel is launched by `lumiere_fast.kernels._launch`, which traces see through.
+            That of a backend in COMPOSED is a function, not a name, and is called like the reference.
         needs: what a call must offer.
-        backward: "module:function", or None to run the reference again and differentiate it. It takes the gradients of
-            the results as a tuple, None where there is none, then the arguments of the reference; it returns a gradient
-            for each argument: a tensor, None, or a list of these for a list of tensors.
+        backward: "module:function", or None to run the best of COMPOSED again and differentiate it. It takes the
+            gradients of the results as a tuple, None where there is none, then the arguments of the reference; it
+            returns a gradient for each argument: a tensor, None, or a list of these for a list of tensors.
         pays_from: (argument, axis, size) triples: where an axis is shorter, others are faster, and "auto" passes over.
             An argument that is not given does not count.
     """
 
     name: str
-    function: str
+    function: str | Callable[..., Any]
     needs: Needs
     backward: str | None = None
     pays_from: tuple[tuple[str, int, int], ...] = ()
 
     def load(self) -> Callable[..., Any]:
-        return _load(self.function)
+        return _load(self.function) if isinstance(self.function, str) else self.function
 
     def load_backward(self) -> Callable[..., Any] | None:
         return None if self.backward is None else _load(self.backward)
@@ -222,6 +230,8 @@ class Op:
         signature: of the public function, whose parameters `flatten` takes by name.
         backends: all but the reference.
         check: holds a backend against the reference on a device, and tells what was wrong.
+        case: takes the arguments of the reference, and names the case of the call in the table `<op>_order` of
+            kernels/configs, which has the place of each backend. None for the order of BACKENDS.
     """
 
     name: str
@@ -230,6 +240,7 @@ class Op:
     signature: inspect.Signature
     backends: Mapping[str, Backend]
     check: evidence.Check
+    case: Callable[..., str] | None = None
 
     def bind(self, *inputs: Any, **options: Any) -> tuple[Any, ...]:
         """The arguments of the reference for a call `op(*inputs, **options)`."""
@@ -285,9 +296,17 @@ def reasons_against(op: Op, backend: str, arguments: Sequence[Any]) -> list[str]
         return []
     if backend in op.backends:
         return op.backends[backend].needs.unmet(dict(zip(op.parameters, arguments, strict=True)))
+    if backend in COMPOSED:
+        return ["torch has that kernel for attention alone"]
     if op.name in PENDING_KERNELS:
         return ["its kernel is not written yet (lumiere_fast.kernels.PENDING_KERNELS)"]
     return [f"{op.name} has no {backend} kernel"]
+
+
+def kernels(op: str) -> tuple[str, ...]:
+    """The backends to tell of: ours, which an op has or lacks, and torch's own where it takes them."""
+    found = registered(op).backends
+    return tuple(name for name in BACKENDS if name not in COMPOSED or name in found)
 
 
 def select(op: Op, requested: str | None, arguments: Sequence[Any]) -> str:
@@ -392,9 +411,17 @@ _logged: set[tuple[str, str, str]] = set()
 _elsewhere: set[tuple[str, str, str]] = set()
 
 
-def _first_without_reasons(op: Op, arguments: Sequence[Any]) -> str:
-    device, tracing = _device_of(arguments).type, torch.compiler.is_compiling()
-    for name in BACKENDS:
+def first_composed(op: Op, arguments: Sequence[Any]) -> str:
+    """The backend of COMPOSED that "auto" would take."""
+    return _first_without_reasons(op, arguments, COMPOSED)
+
+
+def _first_without_reasons(op: Op, arguments: Sequence[Any], among: Sequence[str] = BACKENDS) -> str:
+    where, tracing = _device_of(arguments), torch.compiler.is_compiling()
+    device = where.type
+    for name in order(op, where, arguments):
+        if name not in among:
+            continue
         if not tracing and (op.name, name, device) in _elsewhere:
             continue  # not there, or of other devices, which has been said: the usual case, at a fraction of the cost
         reasons = reasons_against(op, name, arguments) or reasons_to_pass_over(op, name, arguments)
@@ -405,6 +432,25 @@ def _first_without_reasons(op: Op, arguments: Sequence[Any]) -> str:
             if name not in op.backends or device not in (op.backends[name].needs.devices or (device,)):
                 _elsewhere.add((op.name, name, device))
     raise AssertionError("the reference has no reasons against it")
+
+
+def order(op: Op, device: torch.device, arguments: Sequence[Any]) -> Sequence[str]:
+    """All backends, as "auto" tries them: those with a place in the op's table by that, the others after them."""
+    if op.case is None:
+        return BACKENDS
+    return _measured_order(f"{op.name}_order", op.case(*arguments), device)
+
+
+@constant_when_traced
+def _measured_order(table: str, case: str, device: torch.device) -> tuple[str, ...]:
+    return _by_place(tuple(_configs.chosen(table, case, device).items()))
+
+
+@functools.cache
+def _by_place(places: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+    """Equal places, and none, leave the order of BACKENDS."""
+    known = dict(places)
+    return tuple(sorted(BACKENDS, key=lambda name: known.get(name, math.inf)))
 
 
 def _device_of(arguments: Sequence[Any]) -> torch.device:

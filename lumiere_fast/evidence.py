@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -26,6 +27,10 @@ from lumiere_fast import kernels, native
 from lumiere_fast.kernels._configs import cache_folder as cache_folder
 
 logger = logging.getLogger(__name__)
+
+TORCHS = ("cudnn", "flash", "efficient")
+"""The backends that are torch's own kernels. They are checked as ours are: with them, what is checked is how we call
+them, that this build of torch has them, and torch."""
 
 RECORDS = Path(__file__).parent / "evidence.json"
 SELF_CHECKS = "selfchecks.json"
@@ -60,7 +65,12 @@ def records() -> tuple[Evidence, ...]:
 
 
 def source_hash(op: str, backend: str) -> str:
-    """Of the kernel's source: of a native kernel what was built, or where nothing was the source tree's."""
+    """Of the kernel's source: of a native kernel what was built, or where nothing was the source tree's; of one of
+    torch's, which have none here, how it is called and the version of torch."""
+    if backend in TORCHS:
+        called = (Path(__file__).parent / "ops" / "_sdpa.py").read_bytes()
+        versions = f"{torch.__version__} {torch.backends.cudnn.version()}"
+        return hashlib.sha256(called + versions.encode()).hexdigest()[:16]
     if backend == "triton":
         return kernels.source_hash(op)
     return native.source_hash(op) or native.hash_of_sources(op)

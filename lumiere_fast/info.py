@@ -78,7 +78,10 @@ def evidence_by_op() -> dict[str, dict[str, dict[str, Any] | None]]:
     """For each op and the GPU backends it has, the newest lab record of the kernel's present source."""
     table: dict[str, dict[str, dict[str, Any] | None]] = {}
     for op in dispatch.registered_ops():
-        backends = [name for name in dispatch.GPU_BACKENDS if name in dispatch.registered(op).backends]
+        kernels = [name for name in dispatch.kernels(op) if name not in dispatch.COMPOSED]  # torch's are not published
+        backends = [
+            name for name in kernels if name in dispatch.GPU_BACKENDS and name in dispatch.registered(op).backends
+        ]
         found = {backend: evidence.recorded(op, backend) for backend in backends}
         table[op] = {name: dataclasses.asdict(each) if each else None for name, each in found.items()}
     return table
@@ -86,10 +89,11 @@ def evidence_by_op() -> dict[str, dict[str, dict[str, Any] | None]]:
 
 def readme_table() -> str:
     """The kernels there are and what shows that they are right, in Markdown."""
-    kernels = [name for name in dispatch.BACKENDS if name != "reference"]
-    lines = [f"| op | {' | '.join(kernels)} |", "|---" * (1 + len(kernels)) + "|"]
+    kernels = [name for name in dispatch.BACKENDS if name not in dispatch.COMPOSED]
+    lines = [f"| op | {' | '.join(kernels)} | torch's own |", "|---" * (2 + len(kernels)) + "|"]
     for op in dispatch.registered_ops():
-        lines.append(f"| `{op}` | {' | '.join(_state(op, backend) for backend in kernels)} |")
+        torchs = ", ".join(name for name in dispatch.kernels(op) if name in dispatch.COMPOSED) or "-"
+        lines.append(f"| `{op}` | {' | '.join(_state(op, backend) for backend in kernels)} | {torchs} |")
     return "\n".join(lines)
 
 

@@ -712,6 +712,125 @@ def temporal_conv(
     _check(op, status)
 
 
+def temporal_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    rotary: Any,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    *,
+    out: Any,
+) -> None:
+    """`lumiere_fast.ops.temporal_attention` on the CPU, into `out`; the arguments are those of its reference.
+
+    Args:
+        q, k, v: (B, T, H, W, heads, D), tensors, numpy arrays or DLPack objects of any strides; float32, float16 or
+            bfloat16, all of one. The arithmetic is fp32.
+        bias: None or (heads, 2T - 1), of any strides and dtype.
+        rotary: None or (T, D / 2, 2), float32, D even; contiguous where it is no tensor.
+        causal, window: which frames are left out; `window` is None or >= 0.
+        scale: None for D ** -0.5.
+        out: of q's shape and dtype, written; any strides.
+
+    It takes at most `torch.get_num_threads()` threads; their number changes no result.
+
+    Raises:
+        ValueError: what does not fit: shapes, dtypes, devices, an `out` whose elements may lie on top of one another or
+            that lies between the first and the last byte of q, k or v.
+        NativeUnavailable: the native core is not there.
+    """
+    op, held = "temporal_attention", list[Any]()
+    call, source = _attention_call(op, q, k, v, bias, rotary, causal, window, scale, held)
+    target = _like(op, "out", out, tuple(source[1]), source[3], held, write=True)
+    status = load().temporal_attention_cpu(*call, _coded(target), None, torch.get_num_threads())
+    del held
+    _check(op, status)
+
+
+def temporal_attention_backward(
+    gradient: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    rotary: Any,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    *,
+    out: tuple[Any, Any, Any, Any],
+) -> None:
+    """The gradients of `temporal_attention` from that of its result, on the CPU.
+
+    Args:
+        gradient: of the result; of q's shape and dtype, any strides, those of an expanded tensor too.
+        q, k, v, bias, rotary, causal, window, scale: as they were.
+        out: the gradients of q, k and v, of q's shape and dtype and any strides, and that of the bias, (heads, 2T - 1)
+            float32 and contiguous; written, each None where it is not wanted.
+
+    Raises: as `temporal_attention`.
+    """
+    op, held = "temporal_attention_backward", list[Any]()
+    call, source = _attention_call(op, q, k, v, bias, rotary, causal, window, scale, held)
+    shape, dtype = tuple(source[1]), source[3]
+    above = _coded(_like(op, "gradient", gradient, shape, dtype, held))
+    found: list[Any] = [
+        None if value is None else _coded(_like(op, name, value, shape, dtype, held, write=True))
+        for name, value in zip(("gq", "gk", "gv"), out, strict=False)
+    ]
+    of_bias = None
+    if out[3] is not None:
+        lags = (shape[4], 2 * shape[1] - 1)
+        of_bias = _coded(_dense(op, "gbias", _like(op, "gbias", out[3], lags, "float32", held, write=True)))
+    status = load().temporal_attention_backward_cpu(*call, above, (*found, of_bias), torch.get_num_threads())
+    del held
+    _check(op, status)
+
+
+def _attention_call(
+    op: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    rotary: Any,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    held: list[Any],
+) -> tuple[tuple[Any, ...], _View]:
+    """The first arguments of the module's functions, and where q lies."""
+    source = _on_cpu(op, "q", q, held)
+    shape, dtype = tuple(source[1]), source[3]
+    if len(shape) != 6 or min(shape[1:]) < 1:
+        raise ValueError(f"{op}: q must be (B, T, H, W, heads, D) with all but B >= 1, got {shape}")
+    if dtype == "float64":
+        raise ValueError(f"{op}: q must be float32, float16 or bfloat16, got {dtype}")
+    keys, values = (_coded(_like(op, name, each, shape, dtype, held)) for name, each in (("k", k), ("v", v)))
+    added = None if bias is None else _on_cpu(op, "bias", bias, held)
+    if added is not None:
+        _check_shape(op, "bias", tuple(added[1]), (shape[4], 2 * shape[1] - 1))
+    angles = None
+    if rotary is not None:
+        if shape[5] % 2:
+            raise ValueError(f"{op}: rotary turns pairs of channels, so D must be even, got {shape[5]}")
+        if isinstance(rotary, Tensor) and not rotary.is_contiguous():
+            rotary = rotary.contiguous()
+            held.append(rotary)
+        angles = _like(op, "rotary", rotary, (shape[1], shape[5] // 2, 2), "float32", held)
+        angles = _coded(_dense(op, "rotary", angles))
+    if window is not None and not 0 <= window < 2**63:
+        raise ValueError(f"{op}: window must be None or >= 0 frames, got {window}")
+    factor = shape[5] ** -0.5 if scale is None else scale
+    if not math.isfinite(factor):
+        raise ValueError(f"{op}: scale must be finite, got {scale}")
+    options = (causal, -1 if window is None else window, factor)
+    return (_coded(source), keys, values, None if added is None else _coded(added), angles, *options), source
+
+
 def space_time_downsample(x: Any, factor: Sequence[int], mode: str, weight: Any, bias: Any, *, out: Any) -> None:
     """`lumiere_fast.ops.space_time_downsample` into `out`, on the CPU or the CUDA device where the tensors are.
 

@@ -51,9 +51,8 @@ def checks(device: str | None = None, names: Iterable[str] | None = None) -> Ite
     """`run`, one outcome at a time."""
     where = checked_device(device)
     for op in [dispatch.registered(name) for name in (dispatch.registered_ops() if names is None else names)]:
-        for backend in dispatch.BACKENDS:
-            if backend != "reference":
-                yield _check(op, backend, where)
+        for backend in dispatch.kernels(op.name):
+            yield _check(op, backend, where)
 
 
 def checked_device(device: str | None) -> torch.device:

@@ -4,6 +4,9 @@ A kernel with configurations has cases (`kernels/_configs.py`) and, for each, CA
 against the reference at every scenario that stands for the case; one that does not compile, does not fit or is wrong
 is left out and told. The others are timed there in turn, in one process. The fastest is written into the table of this
 GPU's name as soon as its case is done, so that a run that is stopped goes on where it was.
+
+The order of an op's backends (`dispatch.Op.case`) is a table too, <op>_order: its candidates are the backends, and
+each gets its place.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lumiere_fast import dispatch, ops, timing
 from lumiere_fast.kernels import _configs
@@ -36,6 +40,10 @@ CLEARLY = 1.02  # times as fast as the default that a candidate must be: less is
 ROUNDS_BUDGET = 0.5  # seconds of timed rounds a scenario
 BUDGET = 900.0
 LONGEST_REASON = 300
+FACTOR = _selfcheck.FACTOR
+ORDER = "_order"  # a table's name ends so
+HEADS = (32, 64, 128)
+MOST_KEYS = 4096  # of a frame whose scores the reference can keep in fp64
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Tuned:
     """One case.
 
     Args:
+        op: the table: an op, or <op>_order.
         status: "tuned"; "kept", it was in the table already; "left", the time was up; "failed", nothing was right.
         config: what the table now has of it.
         times_as_fast: the default's time over this one's; missing where the default cannot run here.
@@ -79,7 +88,7 @@ def run(
     """Tune on the current CUDA device, one case after the other.
 
     Args:
-        names: of ops that have configurations; None for all.
+        names: of ops that have configurations or an order, or of one of these tables; None for all.
         cases: of these ops; None for those that the table does not have yet. One that is named is tuned again.
         budget: seconds. A case that cannot be finished in them is left as it was.
         out: the table, a JSON file; None for the user's own, in the cache folder. What it has of other cases stays.
@@ -88,8 +97,7 @@ def run(
         ValueError: an argument is not as above, there is no CUDA device, or the table is damaged or another GPU's.
         BackendUnavailable: the Triton kernels cannot run here.
     """
-    names = tunable() if names is None else names
-    known = {op: _configs.cases(op) for op in names}  # refuses an op that has none
+    known = {table: cases_of(table) for table in _tables(names)}
     accepted = [case for each in known.values() for case in each]
     for case in cases or ():
         if case not in accepted:
@@ -125,13 +133,33 @@ def _run(
 
 
 def tunable() -> tuple[str, ...]:
-    """The ops whose kernels have configurations."""
+    """The tables: the ops whose kernels have configurations, and <op>_order of those with a measured order."""
     found = []
-    for op in dispatch.registered_ops():
+    for table in (table for op in dispatch.registered_ops() for table in (op, op + ORDER)):
         with suppress(ValueError):
-            _configs.cases(op)
-            found.append(op)
+            _configs.cases(table)
+            found.append(table)
     return tuple(found)
+
+
+def _tables(names: Sequence[str] | None) -> list[str]:
+    """All tables of these names.
+
+    Raises:
+        ValueError: an op has none.
+    """
+    found: list[str] = []
+    for name in tunable() if names is None else names:
+        tables = [table for table in tunable() if table in (name, name + ORDER)]
+        if not tables:
+            raise ValueError(f"op must be one of {', '.join(tunable())}, got {name!r}")
+        found += [table for table in tables if table not in found]
+    return found
+
+
+def cases_of(table: str) -> tuple[str, ...]:
+    """Those that are tuned: of an order, the cases of a GPU."""
+    return tuple(_order_scenarios(table)) if table.endswith(ORDER) else _configs.cases(table)
 
 
 def read(path: Path, gpu: str) -> _configs.Table:
@@ -157,7 +185,7 @@ class Tuner:
         started = time.monotonic()
         try:
             scenarios, outcomes = self._outcomes(op, case)
-            row = _concluded(op, case, outcomes)
+            row = (_ordered if op.endswith(ORDER) else _concluded)(op, case, outcomes)
         except _Stopped as stopped:
             scenarios, row = [], Tuned(op, case, "failed" if stopped.wrong else "left", why=str(stopped))
         return replace(row, scenarios=tuple(scenarios), seconds=time.monotonic() - started)
@@ -170,7 +198,7 @@ class Tuner:
         for scenario, dtype in representatives(op, case):
             self._check_time()
             try:
-                trial = Trial(op, case, scenario, dtype, self.device)
+                trial = _trial(op, case, scenario, dtype, self.device)
             except torch.OutOfMemoryError:
                 continue
             fitting.append((scenario, dtype))
@@ -179,12 +207,14 @@ class Tuner:
         ratios: dict[int, list[float]] = {number: [] for number in right}
         for scenario, dtype in fitting if right else ():
             self._check_time()
-            self._time(Trial(op, case, scenario, dtype, self.device), configs, ratios)
+            self._time(_trial(op, case, scenario, dtype, self.device), configs, ratios)
         means = {number: math.exp(sum(map(math.log, each)) / len(each)) for number, each in ratios.items() if each}
         names = [f"{scenario.name} {str(dtype).removeprefix('torch.')}" for scenario, dtype in fitting]
         return names, [Outcome(config, means.get(i), reasons.get(i)) for i, config in enumerate(configs)]
 
-    def _hold_against_reference(self, trial: Trial, configs: Sequence[Config], reasons: dict[int, str]) -> None:
+    def _hold_against_reference(
+        self, trial: Trial | OrderTrial, configs: Sequence[Config], reasons: dict[int, str]
+    ) -> None:
         """Put down by number why a candidate that has no reason against it yet is not right here."""
         for number, config in enumerate(configs):
             if number not in reasons and (reason := trial.why_not(config)):
@@ -192,7 +222,7 @@ class Tuner:
                 self._check_device(reason)
             self._check_time()
 
-    def _time(self, trial: Trial, configs: Sequence[Config], ratios: dict[int, list[float]]) -> None:
+    def _time(self, trial: Trial | OrderTrial, configs: Sequence[Config], ratios: dict[int, list[float]]) -> None:
         """Put down by number how many times as fast as the first of them each is here."""
         first, *others = ratios
         sides = {str(number): trial.side(configs[number]) for number in others}
@@ -260,8 +290,87 @@ class Trial:
     def _differences(self, ours: Sequence[Tensor], exact: Sequence[Tensor]) -> Iterator[str]:
         """By the rule of the self-check."""
         for mine, other, truth in zip(ours, self.theirs, exact, strict=True):
-            if wrong := _selfcheck.too_far_off(mine, other, truth, _selfcheck.FACTOR):
+            if wrong := _selfcheck.too_far_off(mine, other, truth, FACTOR):
                 yield f"wrong at {self.name}: {wrong}"
+
+
+class OrderTrial:
+    """A scenario that stands for a case of an order: a call at it on any backend, and what is right there.
+
+    Where the scenario wants a gradient, a call makes it too. No side writes into a held result, since torch's own
+    kernels cannot. What is right is seen at the first frame: in fp64 the reference keeps all scores.
+    """
+
+    def __init__(self, table: str, scenario: Scenario, dtype: torch.dtype, device: torch.device) -> None:
+        self.op, self.gradient = dispatch.registered(table.removesuffix(ORDER)), scenario.options["gradient"]
+        self.name, self.public = scenario.name, getattr(ops, self.op.name)
+        with device:
+            generator = torch.Generator(device).manual_seed(_selfcheck.SEED)
+            self.inputs = _order_inputs(self.public, scenario, device, dtype, generator)
+        self.above = torch.ones_like(self.inputs["q"], memory_format=torch.contiguous_format)
+
+    def side(self, config: Config) -> Side:
+        (backend,) = config
+        return lambda: self._call(self.inputs, backend, self.above)
+
+    def _call(self, inputs: Mapping[str, Any], backend: str, above: Tensor) -> list[Tensor]:
+        """The result, or where it is wanted the gradients."""
+        with torch.set_grad_enabled(self.gradient):
+            result = self.public(**inputs, backend=backend)
+        leaves = [tensor for tensor in inputs.values() if isinstance(tensor, Tensor) and tensor.requires_grad]
+        return list(torch.autograd.grad(result, leaves, above)) if leaves else [result]
+
+    def why_not(self, config: Config) -> str | None:
+        """Why a backend has no place by its time: it cannot run this, or is wrong."""
+        (backend,) = config
+        with torch.set_grad_enabled(self.gradient):
+            reasons = dispatch.why_not(self.op.name, backend, **self.inputs)
+        if reasons:
+            return "; ".join(reasons)
+        try:
+            self.side(config)()
+            ours = self._call(self._frame, backend, self.above[:, :1])
+        except _selfcheck._kernel_errors() as raised:
+            return f"{type(raised).__name__}: {' '.join(str(raised).split())[:LONGEST_REASON]}"
+        return next(self._differences(ours), None)
+
+    @functools.cached_property
+    def _frame(self) -> dict[str, Any]:
+        """The inputs of the first frame of every clip."""
+        inputs = {name: value[:, :1] if value.dim() == 6 else value for name, value in self.inputs.items()}
+        return _selfcheck._mapped(_selfcheck._leaf, inputs) if self.gradient else inputs
+
+    @functools.cached_property
+    def _truth(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Of that frame by the reference, in its dtype and in fp64."""
+        above, double = self.above[:, :1], _selfcheck._mapped(_selfcheck._double, self._frame)
+        double = _selfcheck._mapped(_selfcheck._leaf, double) if self.gradient else double
+        return self._call(self._frame, "reference", above), self._call(double, "reference", above.double())
+
+    def _differences(self, ours: Sequence[Tensor]) -> Iterator[str]:
+        """By the rule of the self-check."""
+        factor, roundings = (_selfcheck.GRADIENT_FACTOR, _selfcheck.ROUNDINGS) if self.gradient else (FACTOR, 1)
+        for mine, other, truth in zip(ours, *self._truth, strict=True):
+            if wrong := _selfcheck.too_far_off(mine, other, truth, factor, roundings * _selfcheck.FLOORS[mine.dtype]):
+                yield f"wrong at {self.name}: {wrong}"
+
+
+def _trial(op: str, case: str, scenario: Scenario, dtype: torch.dtype, device: torch.device) -> Trial | OrderTrial:
+    if op.endswith(ORDER):
+        return OrderTrial(op, scenario, dtype, device)
+    return Trial(op, case, scenario, dtype, device)
+
+
+def _ordered(table: str, case: str, outcomes: Sequence[Outcome]) -> Tuned:
+    """The fastest has the first place; after those that were timed come the others, as they were."""
+    timed = [outcome for outcome in outcomes if outcome.times_as_fast is not None]
+    if not timed:
+        return Tuned(table, case, "failed", candidates=tuple(outcomes), why="no backend is right here")
+    timed.sort(key=lambda outcome: -(outcome.times_as_fast or 0.0))
+    ranked = [*timed, *(outcome for outcome in outcomes if outcome.times_as_fast is None)]
+    places = {name: place for place, name in enumerate((name for each in ranked for name in each.config), start=1)}
+    over_default = timed[0].times_as_fast if outcomes[0].times_as_fast is not None else None
+    return Tuned(table, case, "tuned", places, over_default, candidates=tuple(outcomes))
 
 
 def _concluded(op: str, case: str, outcomes: Sequence[Outcome]) -> Tuned:
@@ -279,13 +388,24 @@ def _concluded(op: str, case: str, outcomes: Sequence[Outcome]) -> Tuned:
 
 
 def candidates(op: str, case: str) -> list[Config]:
-    """The default, what else ships for the case, and the kernel's CANDIDATES, each also with the norm the other way."""
+    """The default, what else ships for the case, and the kernel's CANDIDATES, each also with the norm the other way.
+
+    Of an order, the backends as the default places them.
+    """
+    if op.endswith(ORDER):
+        places = default(op, case)
+        return [{name: 1} for name in sorted(places, key=lambda name: places[name])]
     found: list[Config] = []
     for config in (*_configs.shipped(op)[case], *_kernel(op).CANDIDATES[case]):
         for each in _either_way(_plain(config)):
             if each not in found:
                 found.append(each)
     return found
+
+
+def default(op: str, case: str) -> Config:
+    """What configs/default.json has."""
+    return _configs.shipped(op)[case][0]
 
 
 def _either_way(config: Config) -> Iterable[Config]:
@@ -300,8 +420,11 @@ def representatives(op: str, case: str) -> list[tuple[Scenario, torch.dtype]]:
     Raises:
         ValueError: there is none.
     """
-    every = product(scenarios(op), DTYPES)
-    found = [(scenario, dtype) for scenario, dtype in every if case_of(op, scenario, dtype) == case]
+    if op.endswith(ORDER):
+        found = _order_scenarios(op).get(case, [])
+    else:
+        every = product(scenarios(op), DTYPES)
+        found = [(scenario, dtype) for scenario, dtype in every if case_of(op, scenario, dtype) == case]
     if not found:
         raise ValueError(f"no scenario of {op} stands for its case {case!r}")
     found = [each for each in found if not each[0].cpu] or found
@@ -323,6 +446,37 @@ def scenarios(op: str) -> list[Scenario]:
         for k, C, H in product((1, 3), (64, 128, 256), (40, 256))
     ]
     return [scenario for scenario in (*known, *parts) if scenario.count("BCTHW") <= LARGEST]
+
+
+@functools.cache
+def _order_scenarios(table: str) -> dict[str, list[tuple[Scenario, torch.dtype]]]:
+    """By case, the scenarios of a GPU with heads of each width, with and without a mask, with and without a gradient.
+
+    The case is that of a call that is never made: its tensors are fake.
+    """
+    op = dispatch.registered(table.removesuffix(ORDER))
+    public = getattr(ops, op.name)
+    known = [each for each in _selfcheck.spec_of(public).scenarios if not each.cpu]
+    found: dict[str, list[tuple[Scenario, torch.dtype]]] = {}
+    for each, D, masked, gradient, dtype in product(known, HEADS, (False, True), (False, True), DTYPES):
+        fits = each.count("C") % D == 0 and each.count("HW") <= MOST_KEYS and each.count("BCTHW") <= LARGEST
+        if not fits or masked > each.options["text"]:
+            continue
+        name = f"{each.name}_d{D}{'_masked' * masked}{'_gradient' * gradient}"
+        options = {**each.options, "masked": masked, "gradient": gradient}
+        scenario = replace(each, name=name, sizes={**each.sizes, "D": D}, options=options)
+        with FakeTensorMode():
+            call = op.bind(**_order_inputs(public, scenario, "meta", dtype, torch.Generator()))
+        assert op.case is not None
+        found.setdefault(op.case(*call), []).append((scenario, dtype))
+    return found
+
+
+def _order_inputs(
+    public: Any, scenario: Scenario, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Any]:
+    inputs = _selfcheck.spec_of(public).make_inputs(scenario, device, dtype, generator)
+    return _selfcheck._mapped(_selfcheck._leaf, inputs) if scenario.options["gradient"] else inputs
 
 
 def case_of(op: str, scenario: Scenario, dtype: torch.dtype) -> str:

@@ -170,7 +170,7 @@ def test_why_not_refuses_what_the_op_refuses() -> None:
         why_not("toy", "cpu", torch.ones(3))
     with pytest.raises(ValueError, match=r"op must be one of .*group_norm.*got 'groupnorm'"):
         why_not("groupnorm", "cpu", SINGLE)
-    with pytest.raises(ValueError, match="backend must be one of triton, wgmma, cuda, cpu, reference, got 'tpu'"):
+    with pytest.raises(ValueError, match=f"backend must be one of {', '.join(BACKEND_NAMES)}, got 'tpu'"):
         why_not("toy", "tpu", SINGLE)
 
 
@@ -208,7 +208,11 @@ def test_auto_logs_each_reason_once(caplog: pytest.LogCaptureFixture) -> None:
         assert len(caplog.records) == len(first) == 7
         toy(SINGLE.half())
     assert "toy does not run on the backend triton: x is on cpu, it needs cuda" in first
-    assert caplog.records[-1].getMessage() == "toy does not run on the backend cpu: x is float16, it needs float32"
+    more = [record.getMessage() for record in caplog.records[7:]]
+    assert more[0] == "toy does not run on the backend cuda: x is float16, it needs float64"
+    assert more[1] == "toy does not run on the backend cpu: x is float16, it needs float32"
+    torchs = "torch has that kernel for attention alone"
+    assert more[2:] == [f"toy does not run on the backend {name}: {torchs}" for name in evidence.TORCHS]
 
 
 def test_forced_means_forced() -> None:
@@ -240,7 +244,13 @@ def test_a_forced_backend_runs_or_says_every_reason(
     used: list[str] = []
     registered = _REGISTERED[op]
     monkeypatch.setattr(registered, "reference", lambda *arguments: used.append("reference"))
-    monkeypatch.setattr(Backend, "load", lambda self: lambda *arguments, out: used.append(self.name))
+
+    def load(self: Backend) -> Any:
+        if self.name in dispatch.COMPOSED:
+            return lambda *arguments: used.append(self.name)
+        return lambda *arguments, out: used.append(self.name)
+
+    monkeypatch.setattr(Backend, "load", load)
     if way == "environment":
         monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, backend)
     options = {"backend": backend} if way == "argument" else {}
@@ -325,12 +335,14 @@ def test_use_backend_is_the_threads_own() -> None:
 
 
 def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    accepted = re.escape("backend must be one of auto, triton, wgmma, cuda, cpu, reference, got 'cudnn'")
+    accepted = re.escape(
+        "backend must be one of auto, triton, wgmma, cuda, cpu, cudnn, flash, efficient, reference, got 'tpu'"
+    )
     with pytest.raises(ValueError, match=accepted):
-        toy(SINGLE, backend="cudnn")
-    with pytest.raises(ValueError, match=accepted), use_backend("cudnn"):
+        toy(SINGLE, backend="tpu")
+    with pytest.raises(ValueError, match=accepted), use_backend("tpu"):
         pass
-    monkeypatch.setenv("LUMIERE_FAST_BACKEND", "cudnn")
+    monkeypatch.setenv("LUMIERE_FAST_BACKEND", "tpu")
     with pytest.raises(ValueError, match="LUMIERE_FAST_BACKEND" + accepted.removeprefix("backend")):
         toy(SINGLE)
     assert ran() == []
@@ -383,8 +395,107 @@ def test_limits_that_are_no_field_are_reasons_too() -> None:
     assert needs.unmet({"x": SINGLE[:1], "factor": 2.0, "mode": "plain"}) == []
 
 
+# ---------------------------------------------------------------- what is composed of torch's operators
+
+
+def composed(name: str, wants: Needs = Needs()) -> Backend:  # noqa: B008
+    """It is called like the reference: torch's own autograd goes through it."""
+
+    def run(x: Tensor, factor: float, mode: str) -> Tensor:
+        note(name)
+        return x * factor
+
+    return Backend(name, run, dataclasses.replace(wants, gradient=True))
+
+
+@pytest.fixture
+def with_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy with a kernel without a backward, and with two of torch's, of which one is for few rows."""
+    few = Needs(limits=lambda x, factor, mode: [f"{len(x)} rows, it takes 1"] if len(x) > 1 else [])
+    kernel = Backend("cuda", "toy_kernels:cuda", Needs(devices=("cpu",), gradient=True))
+    backends = {"cuda": kernel, "cudnn": composed("cudnn", few), "flash": composed("flash")}
+    known = dataclasses.replace(REGISTERED[0].op, backends=backends)
+    monkeypatch.setattr(REGISTERED[0], "op", known)
+    monkeypatch.setitem(dispatch._OPS, "toy", known)
+
+
+@pytest.mark.usefixtures("with_torchs")
+def test_torch_s_autograd_goes_through_what_is_composed() -> None:
+    x = SINGLE.clone().requires_grad_()
+    y = toy(x, 3.0, backend="flash")
+    assert ran() == ["flash"] and y.grad_fn is not None and "Mul" in y.grad_fn.name()
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert ran() == ["flash"] and (gradient == 3).all()
+
+
+@pytest.mark.usefixtures("with_torchs")
+@pytest.mark.parametrize(("rows", "stands_for_it"), [(1, "cudnn"), (2, "flash")])
+def test_a_kernel_without_a_backward_is_differentiated_by_torch_s_best(rows: int, stands_for_it: str) -> None:
+    x = torch.ones(rows, 3, requires_grad=True)
+    y = toy(x, 3.0, backend="cuda")
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert ran() == ["cuda", stands_for_it] and (gradient == 3).all()
+    found = REGISTERED[0].gradients("cuda", (x, 3.0, "plain"), (torch.ones(rows, 3),))
+    assert ran()[2:] == [stands_for_it] and (found[0] == 3).all() and found[1:] == (None, None)
+
+
+@pytest.mark.usefixtures("with_torchs")
+def test_the_operator_runs_and_differentiates_what_it_is_told() -> None:
+    x = SINGLE.clone().requires_grad_()
+    y = torch.ops.lumiere_fast.toy(x, 3.0, "plain", "flash")
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert ran() == ["flash", "flash"] and (gradient == 3).all()
+
+
+@pytest.mark.usefixtures("with_torchs")
+def test_a_composed_result_is_put_into_out_and_none_is_asked_of_nothing() -> None:
+    out = torch.empty(3, 2).T
+    assert toy(SINGLE, 3.0, out=out, backend="flash") is out and (out == 3).all()
+    assert toy(torch.ones(0, 3), backend="flash").shape == (0, 3)
+    assert ran() == ["flash", "reference"]
+
+
+@pytest.mark.parametrize("name", evidence.TORCHS)
+def test_torch_s_kernels_are_for_attention_alone(name: str) -> None:
+    assert why_not("toy", name, SINGLE) == ["torch has that kernel for attention alone"]
+    with pytest.raises(BackendUnavailable, match="torch has that kernel for attention alone"), use_backend(name):
+        toy(SINGLE)
+    assert dispatch.kernels("toy") == ("triton", "wgmma", "cuda", "cpu")
+    assert dispatch.kernels("spatial_attention") == ("triton", "wgmma", "cuda", "cpu", *evidence.TORCHS)
+
+
+# ---------------------------------------------------------------- a measured order
+
+
+def test_auto_follows_the_order_of_the_call_s_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those without a place come after those that have one; equal places leave the order of BACKENDS."""
+    tables = {"short": {"flash": 2, "cudnn": 1}, "long": {"reference": 1, "cpu": 1}, "none": {}}
+    asked: list[tuple[str, str, torch.device]] = []
+
+    def chosen(table: str, case: str, device: torch.device) -> dict[str, int]:
+        asked.append((table, case, device))
+        return tables[case]
+
+    monkeypatch.setattr(dispatch._configs, "chosen", chosen)
+    case = lambda x, factor, mode: mode  # noqa: E731
+    backends = {name: composed(name) for name in ("cudnn", "flash")} | {"cpu": BACKENDS[2]}
+    op = dataclasses.replace(dispatch.registered("toy"), backends=backends, case=case)
+
+    def first_of(mode: str) -> str:
+        return dispatch.select(op, None, (SINGLE, 2.0, mode))
+
+    assert [first_of(mode) for mode in ("short", "long", "none")] == ["cudnn", "cpu", "cpu"]
+    assert asked == [("toy_order", mode, torch.device("cpu")) for mode in ("short", "long", "none")]
+    order = dispatch.order(op, torch.device("cpu"), (SINGLE, 2.0, "short"))
+    assert order == ("cudnn", "flash", "triton", "wgmma", "cuda", "cpu", "efficient", "reference")
+    assert dispatch.select(op, "flash", (SINGLE, 2.0, "short")) == "flash"
+    assert dispatch.first_composed(op, (SINGLE, 2.0, "none")) == "cudnn"
+    assert dispatch.first_composed(op, (SINGLE, 2.0, "long")) == "reference"
+    assert dispatch.order(dispatch.registered("toy"), torch.device("cpu"), ()) == BACKEND_NAMES
+
+
 def test_register_refuses_an_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend must be one of triton, wgmma, cuda, cpu, reference, got 'metal'"):
+    with pytest.raises(ValueError, match=f"backend must be one of {', '.join(BACKEND_NAMES)}, got 'metal'"):
         dispatch.register(dispatch.Op("metal_op", (), flatten_toy, None, {"metal": BACKENDS[0]}, None))  # type: ignore[arg-type]
     assert "metal_op" not in dispatch.registered_ops()
 

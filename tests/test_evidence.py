@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lumiere_fast import evidence, native
-from lumiere_fast.evidence import Evidence
+from lumiere_fast.evidence import Evidence, source_hash
 
 GPU = torch.device("cuda", 0)
 RECORD = Evidence(
@@ -192,3 +192,18 @@ def test_the_records_of_the_package_can_be_read() -> None:
     assert [Evidence(**row) for row in rows] == sorted(
         (Evidence(**row) for row in rows), key=lambda each: (each.op, each.backend, each.capability)
     )
+
+
+@pytest.mark.parametrize("backend", evidence.TORCHS)
+def test_a_kernel_of_torch_s_is_checked_again_with_another_torch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its source is not ours: what is checked is torch's release and how we call it."""
+    before = source_hash("spatial_attention", backend)
+    assert before == source_hash("spatial_attention", backend)
+    with monkeypatch.context() as changed:
+        changed.setattr(torch, "__version__", "9.9.9")
+        assert source_hash("spatial_attention", backend) != before
+    with monkeypatch.context() as changed:
+        changed.setattr(torch.backends.cudnn, "version", lambda: 99999)
+        assert source_hash("spatial_attention", backend) != before
+    monkeypatch.setattr(Path, "read_bytes", lambda self: b"another way to call it")
+    assert source_hash("spatial_attention", backend) != before

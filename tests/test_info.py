@@ -79,10 +79,11 @@ def test_evidence_is_told_for_the_present_source_only(monkeypatch: pytest.Monkey
         "-",
         "not yet run on a GPU",
         "tested",
+        "-",
     ]
     monkeypatch.setattr(evidence, "source_hash", lambda op, backend: "newer")
     assert info.collect()["evidence"]["blend_windows"] == {"triton": None, "cuda": None}
-    assert row_of("blend_windows") == ["not yet run on a GPU", "-", "not yet run on a GPU", "tested"]
+    assert row_of("blend_windows") == ["not yet run on a GPU", "-", "not yet run on a GPU", "tested", "-"]
 
 
 def row_of(op: str) -> list[str]:
@@ -91,7 +92,12 @@ def row_of(op: str) -> list[str]:
 
 
 def test_pending_kernels_are_to_come() -> None:
-    assert all(row_of(op) == ["to come"] * 4 for op in PENDING_KERNELS)
+    assert all(row_of(op)[:4] == ["to come"] * 4 for op in PENDING_KERNELS)
+
+
+def test_torch_s_own_kernels_are_told_where_they_are_taken() -> None:
+    assert row_of("spatial_attention")[4] == "cudnn, flash, efficient"
+    assert all(row_of(op)[4] == "-" for op in dispatch.registered_ops() if op != "spatial_attention")
 
 
 def test_the_readme_holds_the_table() -> None:

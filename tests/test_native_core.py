@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = {"abi", "blend_windows", "blend_windows_portable", "blend_windows_emulated"}
 TESTS |= {"emulated_warps", "emulated_temporal_resize", "emulated_temporal_resize_wgmma"}
 TESTS |= {"group_norm", "group_norm_avx2", "group_norm_portable"}
+TESTS |= {"temporal_attention", "temporal_attention_avx2", "temporal_attention_portable"}
 TESTS |= {"temporal_conv", "temporal_conv_avx2", "temporal_conv_portable"}
 TESTS |= {"space_time", "space_time_avx2", "space_time_portable", "resize_clip"}
 TESTS |= {"space_time_emulated", "unload"} if os.name == "posix" else set()

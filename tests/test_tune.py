@@ -22,6 +22,7 @@ from lumiere_fast.ops._spec import Scenario
 from lumiere_fast.tune import Tuned, Tuner
 
 OP, GPU = "temporal_conv", "NVIDIA Imaginary"
+ORDERED = "spatial_attention_order"
 PLAIN, NORM = "half-c64-kn-plain-few", "half-c64-kn-norm-few"
 CPU = torch.device("cpu")
 SIZES = {"B": 1, "C": 8, "T": 2, "H": 3, "W": 3, "G": 2, "k": 3}
@@ -274,6 +275,162 @@ def test_a_case_that_is_left_or_failed_writes_nothing(kernel: PlayedKernel, tmp_
     assert not path.exists()
 
 
+# ---------------------------------------------------------------- the order of backends
+
+
+FORWARD, GRADIENT = "single-d32-text-masked-forward", "single-d32-text-masked-gradient"
+PLACES = {"efficient": 1, "triton": 2, "cudnn": 3, "flash": 4}  # of the default
+TEXT_SIZES = {"B": 2, "C": 64, "T": 3, "H": 3, "W": 3, "D": 32, "L": 5}
+
+
+class PlayedAttention:
+    """spatial_attention by the reference, wrong with the `faults` of a backend, which takes its `costs`."""
+
+    def __init__(self) -> None:
+        self.real = ops.spatial_attention
+        self.__module__, self.__name__ = self.real.__module__, self.real.__name__
+        self.costs: dict[str, float] = {}
+        self.faults: dict[str, Callable[[Tensor], Any]] = {}
+        self.ran: list[str] = []
+
+    def __call__(self, *, backend: str, **inputs: Any) -> Tensor:
+        self.ran.append(backend)
+        return self.faults.get(backend, lambda y: y)(self.real(**inputs, backend="reference"))
+
+    def clock(self, side: Callable[[], Any]) -> float:
+        side()
+        return self.costs[self.ran[-1]]
+
+
+@pytest.fixture
+def ordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scenarios(table: str) -> Any:
+        assert table == ORDERED
+        tiny = {
+            case: Scenario(case, TEXT_SIZES, {"text": True, "empty": True, "gradient": case == GRADIENT})
+            for case in (FORWARD, GRADIENT)
+        }
+        return {case: [(scenario, torch.float32)] for case, scenario in tiny.items()}
+
+    monkeypatch.setattr(tune, "_order_scenarios", scenarios)
+
+
+@pytest.fixture
+def attention(monkeypatch: pytest.MonkeyPatch, ordered: None) -> PlayedAttention:
+    played = PlayedAttention()
+    monkeypatch.setattr(ops, "spatial_attention", played)
+    monkeypatch.setattr(dispatch, "why_not", lambda *call, **options: [])
+    monkeypatch.setattr(timing, "clock_for", lambda device: played.clock)
+    return played
+
+
+def order(case: str = FORWARD) -> Tuned:
+    return Tuner(CPU, time.monotonic() + 60).tune(ORDERED, case)
+
+
+def reasons_by_backend(row: Tuned) -> dict[str, str | None]:
+    return {name: outcome.why_not for outcome in row.candidates for name in outcome.config}
+
+
+@pytest.mark.parametrize("case", [FORWARD, GRADIENT])
+def test_the_faster_backend_has_the_better_place(attention: PlayedAttention, case: str) -> None:
+    attention.costs = {"efficient": 3.0, "triton": 2.0, "cudnn": 6.0, "flash": 1.0}
+    row = order(case)
+    assert row.status == "tuned" and row.config == {"flash": 1, "triton": 2, "efficient": 3, "cudnn": 4}
+    assert row.times_as_fast == pytest.approx(3.0) and row.scenarios == (f"{case} float32",)
+    assert tune.shown(row.config) == "flash 1, triton 2, efficient 3, cudnn 4"
+
+
+WRONG: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
+    "wrong at": (FORWARD, lambda y: y * 1.05),
+    "off by nan": (FORWARD, lambda y: torch.full_like(y, math.nan)),
+    f"wrong at {GRADIENT}": (GRADIENT, lambda y: y * 1.05),
+}
+
+
+@pytest.mark.parametrize("told", WRONG)
+def test_a_wrong_backend_comes_after_all_that_are_right(attention: PlayedAttention, told: str) -> None:
+    case, fault = WRONG[told]
+    attention.costs, attention.faults = {"flash": 1.0, "triton": 0.1, "efficient": 2.0, "cudnn": 3.0}, {"triton": fault}
+    row = order(case)
+    assert row.config == {"flash": 1, "efficient": 2, "cudnn": 3, "triton": 4}
+    assert told in (reasons_by_backend(row)["triton"] or "") and reasons_by_backend(row)["flash"] is None
+
+
+def test_where_no_backend_is_right_nothing_is_ordered(attention: PlayedAttention) -> None:
+    attention.faults = dict.fromkeys(PLACES, lambda y: y * 2)
+    row = order()
+    assert (row.status, row.config, row.why) == ("failed", None, "no backend is right here")
+
+
+@pytest.mark.parametrize("case", [FORWARD, GRADIENT])
+def test_the_real_backends_are_told_apart(ordered: None, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU: flash runs, and the others keep the places of the default after it."""
+    monkeypatch.setattr(tune, "ROUNDS_BUDGET", 1e-9)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    row = order(case)
+    assert row.status == "tuned" and row.config == {"flash": 1, "efficient": 2, "triton": 3, "cudnn": 4}
+    told = reasons_by_backend(row)
+    assert told.pop("flash") is None and all(reason for reason in told.values())
+    assert "q is on cpu, it needs cuda" in (told["cudnn"] or "")
+
+
+def test_an_order_is_written_and_followed(
+    attention: PlayedAttention, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUMIERE_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(_configs, "gpu_name", lambda device: GPU)
+    attention.costs = {"efficient": 3.0, "triton": 2.0, "cudnn": 6.0, "flash": 1.0}
+    path, tuner = _configs.user_file(GPU), Tuner(CPU, time.monotonic() + 60)
+    rows = list(tune._run({ORDERED: (FORWARD, GRADIENT)}, None, {}, tuner, path, GPU))
+    assert [row.status for row in rows] == ["tuned", "tuned"]
+    followed = dispatch._measured_order(ORDERED, FORWARD, CPU)
+    assert followed[:4] == ("flash", "triton", "efficient", "cudnn") and followed[-1] == "reference"
+    rows = list(tune._run({ORDERED: (FORWARD,)}, None, tune.read(path, GPU), tuner, path, GPU))
+    assert [row.status for row in rows] == ["kept"]
+
+
+BAD_ORDERS = {
+    "must have exactly efficient, triton, cudnn, flash": {FORWARD: {**PLACES, "metal": 5}},
+    "must have exactly .* got {'efficient': 1}": {FORWARD: {"efficient": 1}},
+    "flash must be a whole number above 0, got 0": {FORWARD: {**PLACES, "flash": 0}},
+    "flash must be a whole number above 0, got 'first'": {FORWARD: {**PLACES, "flash": "first"}},
+    "has no case 'single-d33'": {"single-d33": PLACES},
+}
+
+
+@pytest.mark.parametrize("told", BAD_ORDERS)
+def test_a_damaged_order_is_refused_with_the_name_of_its_file(told: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"gpu": GPU, ORDERED: BAD_ORDERS[told]}))
+    with pytest.raises(ValueError, match=f"{path}: .*{told}"):
+        _configs.read(path, GPU)
+    path.write_text(json.dumps({"gpu": GPU, ORDERED: {FORWARD: PLACES}}))
+    with pytest.raises(ValueError, match=f"{path}: .*another|{path}: .*this is the table of"):
+        _configs.read(path, "NVIDIA Other")
+    assert _configs.read(path, GPU) == {ORDERED: {FORWARD: PLACES}}
+
+
+def test_every_order_that_ships_names_each_backend_once() -> None:
+    """The places 1 to 4; and every case of a GPU has a scenario by which it is tuned."""
+    op = dispatch.registered("spatial_attention")
+    assert set(tune.cases_of(ORDERED)) == {case for case in _configs.cases(ORDERED) if not case.startswith("cpu")}
+    for case, tables in _configs.shipped(ORDERED).items():
+        for places in tables:
+            assert sorted(places.values()) == list(range(1, len(places) + 1))
+            assert set(places) <= {"triton", "reference", *op.backends}
+            assert case.startswith("cpu") or set(places) == set(PLACES)
+        if not case.startswith("cpu"):
+            for scenario, dtype in tune.representatives(ORDERED, case):
+                assert dtype == (torch.bfloat16 if case.startswith("half") else torch.float32)
+                assert scenario.options["gradient"] == case.endswith("gradient") and not scenario.cpu
+
+
+def test_an_op_s_name_stands_for_its_order_too() -> None:
+    assert tune._tables(["spatial_attention"])[-1] == ORDERED == tune._tables([ORDERED])[0]
+    assert tune._tables(None) == list(tune.tunable())
+
+
 # ---------------------------------------------------------------- the real cases, and the real kernel
 
 
@@ -296,7 +453,7 @@ def test_every_case_has_candidates_and_scenarios_that_are_of_it(real: Any) -> No
 
 
 def test_an_op_without_configurations_is_not_tunable(real: Any) -> None:
-    assert tune.tunable() == (OP,)
+    assert tune.tunable() == (OP, ORDERED)
 
 
 def test_the_kernel_in_the_interpreter_runs_as_its_candidate_says(real: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +500,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     ("arguments", "word"),
     [
         ((), "no CUDA device"),
-        (("--op", "group_norm"), "op must be one of temporal_conv, got 'group_norm'"),
+        (("--op", "group_norm"), "op must be one of temporal_conv, spatial_attention_order, got 'group_norm'"),
         (("--case", "huge"), "got 'huge'"),
         (("--budget", "0"), "--budget"),
         (("--out", ""), "--out"),

@@ -19,9 +19,6 @@ constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
 constexpr int64_t kLineBytes = kDepth * sizeof(float);
 static_assert(kRows <= kMostRows && kPanelWidth <= kMostWidth && kDepth % kLanes == 0, "what the plan has room for");
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // --- memory ----------------------------------------------------------------------------------------------------------
 
 // Elements (r, c), each `row` and `column` elements from the last, of `rows` x `columns`; and the same as dense rows of
@@ -138,20 +135,6 @@ struct Call {
   Ahead ahead;
 };
 
-// Calls at(m, v) for each sum. Unrolled: only what is known when compiled can tell one register from another.
-#if defined(__clang__)
-#define LF_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define LF_UNROLL _Pragma("GCC unroll 16")
-#else
-#define LF_UNROLL
-#endif
-template <int M, int V, class At> inline void for_sums(const At& at) {
-  LF_UNROLL for (int m = 0; m < M; ++m) {
-    LF_UNROLL for (int v = 0; v < V; ++v) at(m, v);
-  }
-}
-
 template <int M, int V> inline void begin(Lanes (&sums)[M][V], const float* at) {
   if (at) for_sums<M, V>([&](int m, int v) { sums[m][v] = Lanes::load(at + (m * V + v) * kLanes); });
   else for_sums<M, V>([&](int m, int v) { sums[m][v] = Lanes::fill(0.0f); });
@@ -227,7 +210,6 @@ template <int M, int V> void run_steps(const Call& call) noexcept {
     }
   }
 }
-#undef LF_UNROLL
 
 using RunSteps = void (*)(const Call&) noexcept;
 template <int V, int... M> inline RunSteps kernel_of(int64_t rows, std::integer_sequence<int, M...>) {

@@ -1,5 +1,5 @@
-// What convolutions over time ask of packs of floats besides common/pack.h. Everything has internal linkage: see
-// common/scalar.h.
+// What convolutions and attention over time ask of packs of floats besides common/pack.h. Everything has internal
+// linkage: see common/scalar.h.
 #ifndef LF_COMMON_CONV_LANES_H
 #define LF_COMMON_CONV_LANES_H
 
@@ -12,6 +12,24 @@ namespace {
 
 constexpr int kLanes = kPackWidth<float>;
 using Lanes = Pack<float, kLanes>;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Calls at(m, v) for each sum. Unrolled: only what is known when compiled can tell one register from another.
+#if defined(__clang__)
+#define LF_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define LF_UNROLL _Pragma("GCC unroll 16")
+#else
+#define LF_UNROLL
+#endif
+template <int M, int V, class At> inline void for_sums(const At& at) {
+  LF_UNROLL for (int m = 0; m < M; ++m) {
+    LF_UNROLL for (int v = 0; v < V; ++v) at(m, v);
+  }
+}
+#undef LF_UNROLL
 
 // The first n of a pack, the others 0; and the first n to memory.
 template <class T> inline Lanes load(const T* p, int64_t n) {

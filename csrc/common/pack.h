@@ -51,29 +51,32 @@ template <class A> inline Pack<A, 1> multiply_add(Pack<A, 1> a, Pack<A, 1> b, Pa
 #endif
 }
 
+// The larger, b where either is a NaN.
+template <class A> inline Pack<A, 1> maximum(Pack<A, 1> a, Pack<A, 1> b) { return {a.v > b.v ? a.v : b.v}; }
+
 // What 2^x is made of: 2^whole times 2^fraction, with a fraction from 0 to 1. Where x is so large or small that 2^x is
-// infinite or next to nothing, and of a NaN, the parts may be those of some other such number.
+// infinite or next to nothing the parts may be those of some other such number. Of a NaN the fraction is one.
 template <class P> struct Split {
   P whole, fraction;
 };
 
 template <class A> struct Exponents;
 template <> struct Exponents<float> {
-  static constexpr float least = -126, most = 128, rounder = 0x1.8p23f;
+  static constexpr float least = -126.5f, most = 128, rounder = 0x1.8p23f;
 };
 template <> struct Exponents<double> {
-  static constexpr double least = -1022, most = 1024, rounder = 0x1.8p52;
+  static constexpr double least = -1022.5, most = 1024, rounder = 0x1.8p52;
 };
 
 // Adding and taking away the rounder leaves a whole number.
 template <class A> inline Split<Pack<A, 1>> split(Pack<A, 1> x) {
   using E = Exponents<A>;
-  const A raised = x.v > E::least ? x.v : E::least, bounded = raised < E::most ? raised : E::most;
+  const A raised = E::least > x.v ? E::least : x.v, bounded = E::most < raised ? E::most : raised;
   const A whole = bounded - static_cast<A>(0.5) + E::rounder - E::rounder;
   return {{whole}, {bounded - whole}};
 }
 
-// p * 2^whole, infinite where whole is Exponents::most.
+// p * 2^whole, infinite where whole is Exponents::most and 0 where it is that of Exponents::least.
 inline Pack<float, 1> times_power(Pack<float, 1> p, Pack<float, 1> whole) {
   return {p.v * float_of((bits_of(whole.v + Exponents<float>::rounder) + 127u) << 23)};
 }
@@ -122,6 +125,7 @@ template <> struct Pack<float, 16> {
 inline Pack<float, 16> multiply_add(Pack<float, 16> a, Pack<float, 16> b, Pack<float, 16> c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
+inline Pack<float, 16> maximum(Pack<float, 16> a, Pack<float, 16> b) { return {_mm512_max_ps(a.v, b.v)}; }
 // The instruction takes what is whole in its exponent, and infinity too.
 inline Split<Pack<float, 16>> split(Pack<float, 16> x) { return {x, {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF)}}; }
 inline Pack<float, 16> times_power(Pack<float, 16> p, Pack<float, 16> whole) {
@@ -178,9 +182,11 @@ template <> struct Pack<float, 8> {
 inline Pack<float, 8> multiply_add(Pack<float, 8> a, Pack<float, 8> b, Pack<float, 8> c) {
   return {_mm256_fmadd_ps(a.v, b.v, c.v)};
 }
+inline Pack<float, 8> maximum(Pack<float, 8> a, Pack<float, 8> b) { return {_mm256_max_ps(a.v, b.v)}; }
+// Of a NaN and a number the instructions give the second operand.
 inline Split<Pack<float, 8>> split(Pack<float, 8> x) {
-  const __m256 raised = _mm256_max_ps(x.v, _mm256_set1_ps(Exponents<float>::least));
-  const __m256 bounded = _mm256_min_ps(raised, _mm256_set1_ps(Exponents<float>::most));
+  const __m256 raised = _mm256_max_ps(_mm256_set1_ps(Exponents<float>::least), x.v);
+  const __m256 bounded = _mm256_min_ps(_mm256_set1_ps(Exponents<float>::most), raised);
   const __m256 whole = _mm256_floor_ps(bounded);
   return {{whole}, {bounded - whole}};
 }
@@ -201,8 +207,8 @@ inline Pack<double, 4> multiply_add(Pack<double, 4> a, Pack<double, 4> b, Pack<d
   return {_mm256_fmadd_pd(a.v, b.v, c.v)};
 }
 inline Split<Pack<double, 4>> split(Pack<double, 4> x) {
-  const __m256d raised = _mm256_max_pd(x.v, _mm256_set1_pd(Exponents<double>::least));
-  const __m256d bounded = _mm256_min_pd(raised, _mm256_set1_pd(Exponents<double>::most));
+  const __m256d raised = _mm256_max_pd(_mm256_set1_pd(Exponents<double>::least), x.v);
+  const __m256d bounded = _mm256_min_pd(_mm256_set1_pd(Exponents<double>::most), raised);
   const __m256d whole = _mm256_floor_pd(bounded);
   return {{whole}, {bounded - whole}};
 }
@@ -252,10 +258,11 @@ template <class A, int N> struct Pack {
 template <class A, int N> inline Pack<A, N> multiply_add(Pack<A, N> a, Pack<A, N> b, Pack<A, N> c) {
   return a * b + c;
 }
+template <class A, int N> inline Pack<A, N> maximum(Pack<A, N> a, Pack<A, N> b) { return {a.v > b.v ? a.v : b.v}; }
 template <class A, int N> inline Split<Pack<A, N>> split(Pack<A, N> x) {
   using E = Exponents<A>;
   const Pack<A, N> least = Pack<A, N>::fill(E::least), most = Pack<A, N>::fill(E::most);
-  const Pack<A, N> raised{x.v > least.v ? x.v : least.v}, bounded{raised.v < most.v ? raised.v : most.v};
+  const Pack<A, N> raised{least.v > x.v ? least.v : x.v}, bounded{most.v < raised.v ? most.v : raised.v};
   const Pack<A, N> whole{bounded.v - static_cast<A>(0.5) + E::rounder - E::rounder};
   return {whole, bounded - whole};
 }

@@ -237,6 +237,42 @@ LF_API lf_status lf_temporal_conv_cpu(const lf_temporal_conv* arguments, int32_t
  * neither AVX-512 nor AVX2 (or may not use them), which is no faster than a plain loop. */
 LF_API int32_t lf_temporal_conv_lanes(void) LF_NOEXCEPT;
 
+/* temporal_attention: at each pixel and head by itself, over the frames s that are not left out,
+ *
+ *   y[t] = sum_s softmax_s(scale * r_t(q[t]) . r_s(k[s]) + bias[head, t - s + T - 1]) v[s]
+ *
+ * where r_t turns each pair of channels by an angle of the frame's, (cos, sin) = rotary[t, i]:
+ * x[2i], x[2i + 1] -> x[2i] cos - x[2i + 1] sin, x[2i] sin + x[2i + 1] cos; without `rotary` it is the identity. A row
+ * that is left with no frame, where the bias is -inf, gives 0. Arithmetic is in fp32, what is written is rounded once.
+ * Results do not depend on the number of threads. */
+typedef struct lf_heads { /* (B, T, H, W, heads, D) */
+  void* data;
+  int64_t strides[6]; /* in elements, of any sign; fastest where the D of a head lie behind one another, next heads */
+} lf_heads;
+
+typedef struct lf_temporal_attention {
+  lf_dtype dtype; /* of q, k, v, y and their gradients: LF_FLOAT32, LF_FLOAT16 or LF_BFLOAT16 */
+  int64_t batch, frames, height, width, heads, channels; /* channels is D; nothing may be 0 but the batch */
+  lf_heads q, k, v, y;     /* what is written may not share memory with another: as for blend_windows' out */
+  const void* bias;        /* (heads, 2T - 1), or null */
+  lf_dtype bias_dtype;
+  int64_t bias_strides[2];
+  const float* rotary;     /* (T, D / 2, 2), behind one another, D even; or null */
+  int32_t causal;          /* any but 0: frames s > t are left out */
+  int64_t window;          /* those with |t - s| > window too; -1 for none */
+  double scale;            /* finite */
+  lf_heads gq, gk, gv;     /* of the backward alone: the gradients, each null where it is not wanted */
+  float* gbias;            /* (heads, 2T - 1), behind one another */
+} lf_temporal_attention;
+
+/* With at most `num_threads` >= 1 threads, the caller's among them; little work takes only that one. */
+LF_API lf_status lf_temporal_attention_cpu(const lf_temporal_attention* arguments, int32_t num_threads) LF_NOEXCEPT;
+
+/* Backward: y is the gradient of the result, which is read, and may lie anyhow. The scores are computed again: nothing
+ * is needed of the forward. */
+LF_API lf_status lf_temporal_attention_backward_cpu(const lf_temporal_attention* arguments,
+                                                    int32_t num_threads) LF_NOEXCEPT;
+
 /* space_time_downsample and space_time_upsample: a clip divided, or multiplied, by factor = (t, h, w).
  *
  * Fixed taps are separable. With y[i] = sum_j tap(i, j) x[j] along an axis of factor f:

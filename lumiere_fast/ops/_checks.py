@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -59,13 +60,15 @@ def check_same_dtype(op: str, name: str, tensor: Tensor, other: str, beside: Ten
         raise ValueError(f"{op}: {name} must be {beside.dtype} like {other}, got {tensor.dtype}")
 
 
-def check_parameter(op: str, name: str, tensor: Tensor | None, x: Tensor, *shapes: Sequence[int]) -> None:
-    """As `check_tensor`, and in the dtype of `x` or, kept more precisely, in that of the arithmetic."""
+def check_parameter(
+    op: str, name: str, tensor: Tensor | None, x: Tensor, *shapes: Sequence[int], other: str = "x"
+) -> None:
+    """As `check_tensor`, and in the dtype of `x` (the argument `other`) or, kept more precisely, of the arithmetic."""
     check_tensor(op, name, tensor, x, *shapes)
     precise = accumulation_dtype(x.dtype)
     if tensor is not None and tensor.dtype not in (x.dtype, precise):
         also = "" if precise == x.dtype else f" or {precise}"
-        raise ValueError(f"{op}: {name} must be {x.dtype} like x{also}, got {tensor.dtype}; cast one of them")
+        raise ValueError(f"{op}: {name} must be {x.dtype} like {other}{also}, got {tensor.dtype}; cast one of them")
 
 
 def under_autocast(x: Tensor, *tensors: Tensor | None) -> Sequence[Tensor | None]:
@@ -91,6 +94,16 @@ _CHOICES = (str, int, np.bool_, type(None))  # made once: a call is a few micros
 def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) -> None:
     if not isinstance(value, _CHOICES) or value not in accepted:  # of an array's comparison there is no truth value
         raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, accepted))}, got {value!r}")
+
+
+def check_scale(op: str, scale: Any) -> float | None:
+    """What scores are multiplied by: a finite number, numpy's too, or None."""
+    if scale is None:
+        return None
+    number = isinstance(scale, float | int | np.floating | np.integer | torch.SymFloat) and not isinstance(scale, bool)
+    if not number or not -math.inf < scale < math.inf:
+        raise ValueError(f"{op}: scale must be None or a finite number, got {scale!r}")
+    return float(scale)
 
 
 def check_groups(op: str, name: str, groups: int, channels: int) -> None:

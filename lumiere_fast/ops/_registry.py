@@ -62,15 +62,16 @@ class RegisteredOp:
     def __call__(self, arguments: tuple[Any, ...], backend: str | None, out: Tensor | None = None) -> Any:
         """Run on the backend that dispatch selects; `arguments` are the reference's, checked.
 
-        A call of a custom operator costs about 20 us, a raw call 1 us. So the reference is called as plain torch,
-        with torch's own autograd (and torch.compile sees through it), and a kernel is called straight unless a graph
-        is being captured, a gradient is needed or a dispatch mode is watching: only these want the operator.
+        A call of a custom operator costs about 20 us, a raw call 1 us. So what is composed of torch's operators is
+        called as plain torch, with torch's own autograd (and torch.compile sees through it), and a kernel is called
+        straight unless a graph is being captured, a gradient is needed or a dispatch mode is watching: only these want
+        the operator.
         """
         chosen = dispatch.select(self.op, backend, arguments)
         if out is not None:
             self._check_out(out, arguments)
-        if chosen == "reference":
-            return _store(self.definition(*arguments), out)
+        if chosen in dispatch.COMPOSED:
+            return _store(self.composed(chosen, arguments), out)
         if traced() or dispatch.needs_gradient(arguments):
             return _store(self._captured(chosen, arguments), out)
         results = self.launch(chosen, arguments, self.allocate(arguments, out))
@@ -79,12 +80,21 @@ class RegisteredOp:
         return results
 
     def definition(self, *arguments: Any) -> Any:
-        """The reference, in its own precision: autocast would take its fp32 arithmetic down again."""
-        device = _first(arguments).device.type
+        return self.composed("reference", arguments)
+
+    def composed(self, chosen: str, arguments: Sequence[Any]) -> Any:
+        """A backend of torch's operators, in its own precision: autocast would take fp32 arithmetic down again.
+
+        Torch's fused kernels are not all fit for an empty tensor, which the reference is.
+        """
+        first = _first(arguments)
+        plain = chosen == "reference" or first.numel() == 0
+        function = self.reference if plain else self.op.backends[chosen].load()
+        device = first.device.type
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return self.reference(*arguments)
+            return function(*arguments)
         with torch.autocast(device, enabled=False):
-            return self.reference(*arguments)
+            return function(*arguments)
 
     def _captured(self, chosen: str, arguments: tuple[Any, ...]) -> Any:
         """The call as an operator: one that shows its kernels to torch.compile where they are Triton's."""
@@ -93,7 +103,12 @@ class RegisteredOp:
         return getattr(torch.ops.lumiere_fast, _triton_operator(self.op.name))(*arguments)
 
     def launch(self, chosen: str, arguments: tuple[Any, ...], results: Any) -> Any:
-        """Run a kernel, which sees to the tensors' device itself; it writes `results`, which `allocate` made."""
+        """Run a kernel, which sees to the tensors' device itself; it writes `results`, which `allocate` made.
+
+        What is composed of torch's operators returns results of its own, which are copied.
+        """
+        if chosen in dispatch.COMPOSED:
+            return _store(self.composed(chosen, arguments), results)
         first = results if isinstance(results, Tensor) else results[0]
         if first.numel() > 0:
             self.op.backends[chosen].load()(*arguments, out=results)
@@ -114,8 +129,8 @@ class RegisteredOp:
 
         def run(*arguments: Any) -> Any:
             *inputs, backend = arguments
-            if backend == "reference":
-                return _without_aliases(self.definition(*inputs), inputs)
+            if backend in dispatch.COMPOSED:
+                return _without_aliases(self.composed(backend, inputs), inputs)
             return self.launch(backend, tuple(inputs), self.allocate(inputs))
 
         return run
@@ -144,13 +159,13 @@ class RegisteredOp:
         return self._gradients(ctx, "triton", gradients)
 
     def _gradients(self, ctx: Any, backend: str, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        """By the backend's own backward where it has one, else by running the reference again with a graph.
+        """By the backend's own backward where it has one, else by running again what torch can differentiate.
 
         Where the gradients are to be differentiated in their turn (`create_graph`), the reference is run on the tensors
         as they came, with what they were made from: a kernel's backward has no derivative.
         """
         if torch.is_grad_enabled():
-            return _reference_gradients(self.definition, _saved_arguments(ctx, _as_it_came), gradients, again=True)
+            return _gradients_again(self.definition, _saved_arguments(ctx, _as_it_came), gradients, again=True)
         return self.gradients(backend, _saved_arguments(ctx, _leaf), gradients)
 
     def gradients(self, backend: str, arguments: Sequence[Any], gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -162,8 +177,15 @@ class RegisteredOp:
             chosen = dispatch.select(self.op, backend, arguments) if backend == dispatch.AUTO else backend
             own = self.op.backends[chosen].load_backward() if chosen in self.op.backends else None
             if own is None:
-                return _reference_gradients(self.definition, arguments, gradients)
+                return _gradients_again(self._differentiable(chosen, arguments), arguments, gradients)
             return tuple(own(gradients, *arguments))
+
+    def _differentiable(self, chosen: str, arguments: Sequence[Any]) -> Callable[..., Any]:
+        """What stands for a call of `chosen` where torch is to differentiate it: the fastest that torch can."""
+        if chosen not in dispatch.COMPOSED:
+            with torch.enable_grad():
+                chosen = dispatch.first_composed(self.op, arguments)
+        return lambda *arguments: self.composed(chosen, arguments)
 
     def _check_out(self, out: Tensor, arguments: tuple[Any, ...]) -> None:
         name = self.op.name
@@ -191,6 +213,7 @@ def register(
     flatten: Callable[..., tuple[Any, ...]],
     describe: Callable[..., Result | tuple[Result, ...]],
     backends: Sequence[dispatch.Backend] = (),
+    case: Callable[..., str] | None = None,
 ) -> RegisteredOp:
     """Register an op under the name of its public function.
 
@@ -203,6 +226,7 @@ def register(
             does not accept, and returns the arguments of `reference` in order.
         describe: takes the arguments of `reference` and tells its result, or each of them.
         backends: the kernels there are.
+        case: as of `dispatch.Op`, where the order of the backends is measured.
     """
     name = public.__name__
     op = dispatch.Op(
@@ -212,6 +236,7 @@ def register(
         signature=inspect.signature(public),
         backends={backend.name: backend for backend in backends},
         check=lambda backend, device: _selfcheck.failures(_REGISTERED[name], public, backend, device),
+        case=case,
     )
     dispatch.register(op)
     _REGISTERED[name] = RegisteredOp(op, reference, describe)
@@ -300,12 +325,12 @@ def _saved_arguments(ctx: Any, made: Callable[[Tensor, bool], Tensor]) -> list[A
     return arguments
 
 
-def _reference_gradients(
-    definition: Callable[..., Any], arguments: Sequence[Any], gradients: Sequence[Tensor | None], again: bool = False
+def _gradients_again(
+    composed: Callable[..., Any], arguments: Sequence[Any], gradients: Sequence[Tensor | None], again: bool = False
 ) -> tuple[Any, ...]:
-    """The reference is run again, with a graph, and differentiated by torch; `again`: so that it can be again."""
+    """A call is made again, with a graph, and differentiated by torch; `again`: so that it can be again."""
     with torch.enable_grad():
-        results = definition(*arguments)
+        results = composed(*arguments)
     results = (results,) if isinstance(results, Tensor) else results
     pairs = [(y, g) for y, g in zip(results, gradients, strict=True) if g is not None and y.requires_grad]
     leaves = [tensor for value in arguments for tensor in dispatch.tensors_in(value) if tensor.requires_grad]

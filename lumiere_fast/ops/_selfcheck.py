@@ -51,7 +51,8 @@ def failures(op: RegisteredOp, public: Callable[..., Any], backend: str, device:
                     found += [f"{where}: {wrong}" for wrong in _wrong(op, backend, arguments, floor)]
         for scenario, dtype in product(_checks(spec, device), GRADIENT_DTYPES):
             floor = FLOORS[dtype] * (ROUNDINGS if spec.rounds_operands else 1)
-            leaves = _mapped(_leaf, op.op.bind(**example(public, scenario, device, dtype)))
+            drawn = op.op.bind(**example(public, scenario, device, dtype))
+            leaves = _leaves(drawn, [name not in spec.constants for name in op.op.parameters])
             if not dispatch.reasons_against(op.op, backend, leaves):
                 where = f"gradient at {scenario.name} in {dtype}"
                 found += [f"{where}: {wrong}" for wrong in _wrong_gradients(op, backend, leaves, floor)]
@@ -76,6 +77,10 @@ def _double(tensor: Tensor) -> Tensor:
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def _leaves(arguments: tuple[Any, ...], wanted: Sequence[bool]) -> tuple[Any, ...]:
+    return tuple(_mapped(_leaf, value) if wants else value for value, wants in zip(arguments, wanted, strict=True))
 
 
 def example(
@@ -137,18 +142,18 @@ def _kernel_errors() -> tuple[type[Exception], ...]:
 
 
 def _wrong_gradients(op: RegisteredOp, backend: str, leaves: tuple[Any, ...], floor: float) -> Iterator[str]:
-    """What is wrong with the backend's own backward, if it has one, where all floating tensors want a gradient."""
-    exact_leaves = _mapped(_leaf, _mapped(_double, leaves))
+    """What is wrong with the gradients, where all floating tensors want one, unless they are the reference's."""
+    wanted = [bool(_wanting(value)) for value in leaves]
+    exact_leaves = _leaves(_mapped(_double, leaves), wanted)
     with torch.enable_grad():
         results, exact_results = (_tuple(op.definition(*each)) for each in (leaves, exact_leaves))
     generator = torch.Generator().manual_seed(SEED)
     seeds = [torch.randn(each.shape, generator=generator).to(each) for each in results]
     theirs, exact = _gradients(results, leaves, seeds), _gradients(exact_results, exact_leaves, seeds)
     try:
-        backward = op.op.backends[backend].load_backward()
-        if backward is None:
+        if backend not in dispatch.COMPOSED and op.op.backends[backend].load_backward() is None:
             return
-        found = backward(tuple(seed if seed.numel() else None for seed in seeds), *leaves)
+        found = op.gradients(backend, leaves, tuple(seed if seed.numel() else None for seed in seeds))
         ours = [each for value, of_value in zip(leaves, found, strict=True) for each in _beside(value, of_value)]
     except Exception as raised:  # whatever it is, it speaks against the kernel
         yield f"{type(raised).__name__}: {' '.join(str(raised).split())}"

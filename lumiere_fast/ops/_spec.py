@@ -52,6 +52,7 @@ class OpSpec:
         gpu_checks: larger ones that it makes on a GPU alone.
         rounds_operands: whether kernels may round what they computed to the dtype of the activations before they
             multiply it, as tensor cores need it; results of a wider dtype then carry those roundings.
+        constants: tensors, by their names in the reference, that no gradient is taken of.
     """
 
     name: str
@@ -62,6 +63,7 @@ class OpSpec:
     checks: tuple[Scenario, ...] = ()
     gpu_checks: tuple[Scenario, ...] = ()
     rounds_operands: bool = False
+    constants: tuple[str, ...] = ()
 
 
 def _level(name: str, C: int, T: int, H: int, *, B: int = 1, cpu: bool = False) -> tuple[str, dict[str, int], bool]:

@@ -5,17 +5,21 @@ The self- and cross-attention of the text-to-image model that Lumiere inflates, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lumiere_fast.ops import _layout
+from lumiere_fast import dispatch
+from lumiere_fast.ops import _layout, _sdpa
 from lumiere_fast.ops._checks import (
     check_device,
     check_heads,
     check_is_tensor,
     check_like,
     check_same_dtype,
+    check_scale,
     check_tensor,
 )
 from lumiere_fast.ops._registry import Result, register
@@ -95,7 +99,7 @@ def _flatten(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: fl
                 f"got {key_mask.dtype} {tuple(key_mask.shape)} beside k {tuple(k.shape)}"
             )
         check_device(op, "key_mask", key_mask, q)
-    return q, k, v, key_mask, scale
+    return q, k, v, key_mask, check_scale(op, scale)
 
 
 def _check_keys(op: str, q: Tensor, k: Tensor) -> None:
@@ -110,17 +114,91 @@ def _describe(q: Tensor, *_: object) -> Result:
     return Result(tuple(q.shape), q.dtype, q.device)
 
 
-_SPATIAL_ATTENTION = register(spatial_attention, spatial_attention_reference, _flatten, _describe)
+def _case(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float | None) -> str:
+    """What the fastest backend depends on, by which the table of their order is kept.
+
+    On a CPU the reference comes to torch's flash kernel too, in fp32; with a mask it goes over the result once more.
+    """
+    half = q.dtype.itemsize == 2
+    if q.device.type == "cpu":
+        return "cpu" if key_mask is None or half else "cpu-masked"
+    D = q.shape[-1]
+    width = "half" if half else "single"
+    heads = "d32" if D <= 32 else "d64" if D <= 64 else "d128"
+    if k.dim() == 6:
+        keys = q.shape[2] * q.shape[3]
+        kind = "self-few" if keys <= 256 else "self-some" if keys <= 1024 else "self-many"
+    else:
+        kind = "text" if key_mask is None else "text-masked"
+    return f"{width}-{heads}-{kind}-{'gradient' if dispatch.needs_gradient((q, k, v)) else 'forward'}"
 
 
-PAPER_ATTENTION = tuple(level for level in LEVELS if level[0] in ("base1", "base2", "base3", "ssr3"))
-DEMO_ATTENTION = tuple(level for level in LEVELS if level[0] in ("demo1", "demo2"))
-SCENARIOS = (
-    *at_levels({"text": False}, PAPER_ATTENTION, D=64),
-    *at_levels({"text": False}, DEMO_ATTENTION, D=32),
-    *at_levels({"text": True}, PAPER_ATTENTION, suffix="_text", D=64, L=128),
-    *at_levels({"text": True}, DEMO_ATTENTION, suffix="_text", D=32, L=32),
+_SPATIAL_ATTENTION = register(
+    spatial_attention, spatial_attention_reference, _flatten, _describe, backends=_sdpa.BACKENDS, case=_case
 )
+
+
+_PAPER = tuple(level for level in LEVELS if level[0] in ("base1", "base2", "base3", "ssr3"))
+_DEMO = tuple(level for level in LEVELS if level[0] in ("demo1", "demo2"))
+
+
+def _video(
+    name: str,
+    T: int,
+    H: int,
+    W: int,
+    heads: int,
+    D: int,
+    *,
+    B: int = 1,
+    L: int | None = None,
+    cpu: bool = False,
+    **options: Any,
+) -> Scenario:
+    """Attention of each frame to itself, or with L to so many words."""
+    sizes = {"B": B, "C": heads * D, "T": T, "H": H, "W": W, "D": D, **({} if L is None else {"L": L})}
+    return Scenario(name, sizes, {"text": L is not None, **options}, cpu)
+
+
+SCENARIOS = (
+    *at_levels({"text": False}, _PAPER, D=64),
+    *at_levels({"text": True}, _PAPER, suffix="_text", D=64, L=128),
+    # AnimateDiff's levels (512x512), the text-to-image model's heads of 40 and 80 channels; Stable Video Diffusion's.
+    _video("animatediff0", 16, 64, 64, 8, 40),
+    _video("animatediff0_text", 16, 64, 64, 8, 40, L=77),
+    _video("animatediff1", 16, 32, 32, 8, 80),
+    _video("svd0", 14, 72, 128, 5, 64),
+    _video("svd1", 14, 36, 64, 10, 64),
+    _video("heads_of_128", 16, 64, 64, 8, 128),
+    *at_levels({"text": False}, _DEMO, D=32),
+    *at_levels({"text": True}, _DEMO, suffix="_text", D=32, L=32),
+    _video("host", 4, 32, 32, 4, 32, cpu=True),
+    _video("host_text", 4, 32, 32, 4, 32, L=77, cpu=True),
+)
+
+
+def _check(name: str, H: int, W: int, D: int = 32, *, L: int | None = None, **options: Any) -> Scenario:
+    """Two clips of two frames, three heads."""
+    return _video(name, 2, H, W, 3, D, B=2, L=L, **options)
+
+
+CHECKS = (
+    _check("one_pixel", 1, 1, 64),
+    _check("prime_pixels", 1, 17, 40),
+    _check("beyond_a_tile", 1, 129, 80),
+    _check("heads_of_96", 9, 7, 96, scale=0.3),
+    _check("heads_of_128", 10, 10, 128),
+    _check("odd_heads", 3, 3, 5),
+    _check("one_word", 3, 5, 64, L=1),
+    _check("words", 3, 5, 40, L=77),
+    _check("words_without_a_mask", 3, 5, 64, L=77, masked=False),
+    _check("words_beyond_a_tile", 8, 8, 64, L=257),
+    _check("clip_without_words", 3, 5, 32, L=20, empty=True),
+    _check("layouts_of_their_own", 5, 5, 64, strided=True),
+)
+
+# Frames times heads past what a grid's second axis counts to.
+GPU_CHECKS = (_video("many_sequences", 8200, 4, 4, 8, 16),)
 
 
 def _keys(scenario: Scenario) -> int:
@@ -139,16 +217,29 @@ def _bytes(scenario: Scenario, dtype: torch.dtype) -> int:
 def _make_inputs(
     scenario: Scenario, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, object]:
-    """Views of one fused projection; before text, half of each prompt's keys are padding."""
+    """Views of one fused projection; before text, half of each prompt's keys are padding.
+
+    Options, of checks alone: "scale"; "masked", False for keys without a mask; "empty", where all keys of the first
+    prompt are padding; "strided", of layouts that are unlike.
+    """
+    options = scenario.options
     draw = Draw(device, dtype, generator)
     heads, D = scenario.sizes["C"] // scenario.sizes["D"], scenario.sizes["D"]
-    if not scenario.options["text"]:
+    call: dict[str, object] = {"scale": options["scale"]} if "scale" in options else {}
+    if not options["text"]:
         q, k, v = draw(*scenario.shape("BTHW"), 3, heads, D).unbind(4)
-        return {"q": q, "k": k, "v": v}
+        if options.get("strided"):
+            k, v = k.transpose(2, 3).contiguous().transpose(2, 3), v.transpose(1, 4).contiguous().transpose(1, 4)
+        return {**call, "q": q, "k": k, "v": v}
     B, L = scenario.shape("BL")
     k, v = draw(B, L, 2, heads, D).unbind(2)
-    mask = (torch.arange(L, device=device) < L // 2).expand(B, L)
-    return {"q": draw(*scenario.shape("BTHW"), heads, D), "k": k, "v": v, "key_mask": mask}
+    call |= {"q": draw(*scenario.shape("BTHW"), heads, D), "k": k, "v": v}
+    if not options.get("masked", True):
+        return call
+    mask = (torch.arange(L, device=device) < (L + 1) // 2).repeat(B, 1)
+    if options.get("empty"):
+        mask[0] = False
+    return {**call, "key_mask": mask}
 
 
-SPEC = OpSpec("spatial_attention", SCENARIOS, _flops, _bytes, _make_inputs)
+SPEC = OpSpec("spatial_attention", SCENARIOS, _flops, _bytes, _make_inputs, CHECKS, GPU_CHECKS, rounds_operands=True)

@@ -7,12 +7,25 @@ a rotation by the frame's position (RoFormer, arXiv 2104.09864, section 3.2) are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lumiere_fast import native
+from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout
-from lumiere_fast.ops._checks import check_choice, check_heads, check_integer, check_like, check_tensor
-from lumiere_fast.ops._registry import Result, register
+from lumiere_fast.ops._checks import (
+    check_choice,
+    check_heads,
+    check_integer,
+    check_like,
+    check_parameter,
+    check_scale,
+    check_tensor,
+)
+from lumiere_fast.ops._registry import Result, register, traced
 from lumiere_fast.ops._spec import LEVELS, Draw, OpSpec, Scenario, at_levels
 
 
@@ -41,7 +54,8 @@ def temporal_attention(
     Args:
         q, k, v: (B, T, H, W, heads, D), floating, of one dtype. Views of a fused projection are welcome: any strides,
             and kernels want D dense. B may be 0.
-        bias: (heads, 2T - 1), indexed by the lag t - s + T - 1: column T - 1 is a frame's own.
+        bias: (heads, 2T - 1), indexed by the lag t - s + T - 1: column T - 1 is a frame's own. In the dtype of q, or in
+            fp32 (fp64 for fp64).
         rotary: (T, D / 2, 2), fp32 (fp64 for fp64), D even. A constant: no gradient is taken of it.
         causal: a frame sees itself and the past.
         window: a frame sees those at most so many frames away; >= 0, None for all.
@@ -127,12 +141,14 @@ def _flatten(
     check_heads(op, q)
     check_like(op, "k", k, "q", q)
     check_like(op, "v", v, "q", q)
-    check_tensor(op, "bias", bias, q, (q.shape[4], 2 * q.shape[1] - 1))
+    check_parameter(op, "bias", bias, q, (q.shape[4], 2 * q.shape[1] - 1), other="q")
     _check_rotary(op, q, rotary)
     check_choice(op, "causal", causal, (True, False))
-    if window is not None and check_integer(op, "window", window) < 0:
+    window = None if window is None else check_integer(op, "window", window)
+    if window is not None and window < 0:
         raise ValueError(f"{op}: window must be None or >= 0 frames, got {window}")
-    return q, k, v, bias, None if rotary is None else rotary.detach(), causal, window, scale
+    rotary = None if rotary is None else rotary.detach()
+    return q, k, v, bias, rotary, bool(causal), window, check_scale(op, scale)
 
 
 def _check_rotary(op: str, q: Tensor, rotary: Tensor | None) -> None:
@@ -149,24 +165,164 @@ def _describe(q: Tensor, *_: object) -> Result:
     return Result(tuple(q.shape), q.dtype, q.device)
 
 
-_TEMPORAL_ATTENTION = register(temporal_attention, temporal_attention_reference, _flatten, _describe)
+def temporal_attention_backward_cpu(
+    gradients: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rotary: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> tuple[Any, ...]:
+    """By the native core, which computes the scores again."""
+    tensors = (q, k, v, bias)
+    wanted = [each is not None and each.requires_grad for each in tensors]
+    arguments = (
+        gradients[0],
+        *(None if each is None else each.detach() for each in tensors),
+        rotary,
+        causal,
+        window,
+        scale,
+        wanted,
+    )
+    *found, of_bias = (_NATIVE_BACKWARD if traced() else _native_backward)(*arguments)
+    if bias is not None:
+        found.append(of_bias.to(bias.dtype))
+    results = [each if is_wanted else None for each, is_wanted in zip(found, wanted, strict=False)]
+    return (*results, *[None] * (8 - len(results)))
 
 
-PAPER_ATTENTION = tuple(level for level in LEVELS if level[0] in ("base3", "ssr3"))
-DEMO_ATTENTION = tuple(level for level in LEVELS if level[0] == "demo2")
-LONG = (
-    ("long_t80", {"B": 1, "C": 256, "T": 80, "H": 32, "W": 32}, False),
-    ("cpu_t16", {"B": 2, "C": 128, "T": 16, "H": 8, "W": 8}, True),
-    ("cpu_t80", {"B": 1, "C": 64, "T": 80, "H": 8, "W": 8}, True),
+def _native_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rotary: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v and bias, each empty where it is not `wanted`."""
+    found = _backward_results(gradient, q, k, v, bias, rotary, causal, window, scale, wanted)
+    out = tuple(each if is_wanted else None for each, is_wanted in zip(found, wanted, strict=True))
+    native.temporal_attention_backward(gradient, q, k, v, bias, rotary, causal, window, scale, out=out)
+    return found
+
+
+def _backward_results(gradient: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted, lags = rest[-1], (q.shape[4], 2 * q.shape[1] - 1)
+    of_q, of_k, of_v = (q.new_empty(q.shape if is_wanted else 0) for is_wanted in wanted[:3])
+    return of_q, of_k, of_v, q.new_empty(lags if wanted[3] else 0, dtype=torch.float32)
+
+
+# Only traces, which cannot see a call into the native core, take this way round.
+_NATIVE_BACKWARD = torch.library.custom_op(
+    "lumiere_fast::temporal_attention_backward_cpu",
+    _native_backward,
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? rotary, bool causal, int? window, "
+    "float? scale, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+_NATIVE_BACKWARD.register_fake(_backward_results)
+
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_CPU = Needs(devices=("cpu",), dtypes={"q": _NARROW}, gradient=True, native="cpu")
+
+_TEMPORAL_ATTENTION = register(
+    temporal_attention,
+    temporal_attention_reference,
+    _flatten,
+    _describe,
+    backends=(
+        Backend(
+            "cpu",
+            "lumiere_fast.native:temporal_attention",
+            _CPU,
+            backward=f"{__name__}:temporal_attention_backward_cpu",
+        ),
+    ),
+)
+
+
+_PAPER = tuple(level for level in LEVELS if level[0] in ("base3", "ssr3"))
+_DEMO = tuple(level for level in LEVELS if level[0] == "demo2")
+
+
+def _video(
+    name: str, T: int, H: int, W: int, heads: int, D: int, *, B: int = 1, cpu: bool = False, **options: Any
+) -> Scenario:
+    return Scenario(name, {"B": B, "C": heads * D, "T": T, "H": H, "W": W, "D": D}, options, cpu)
+
+
+# The temporal attention of diffusers' Stable Video Diffusion (576x1024, both releases) and AnimateDiff's motion modules
+# (512x512), with guidance. AnimateDiff's coarsest levels have heads of 160 channels, which no fused kernel takes.
+_SVD = ((5, 72, 128), (10, 36, 64), (20, 18, 32), (20, 9, 16))
+SVD = tuple(
+    _video(f"{name}{i}", T, H, W, heads, 64, B=2)
+    for name, T in (("svd", 14), ("svd_xt", 25))
+    for i, (heads, H, W) in enumerate(_SVD)
+)
+ANIMATEDIFF = (
+    _video("animatediff0", 16, 64, 64, 8, 40, B=2),
+    _video("animatediff1", 16, 32, 32, 8, 80, B=2),
+)
+LONG = (80, 64, 64, 4, 64)  # T, H, W, heads, D
+HOST = (16, 32, 32, 4, 32)
+
 SCENARIOS = (
-    *at_levels({}, PAPER_ATTENTION, D=64),
-    *at_levels({}, DEMO_ATTENTION, D=32),
-    *at_levels({}, LONG, D=64),
+    *at_levels({}, _PAPER, D=64),
+    *at_levels({"bias": True}, _PAPER, suffix="_bias", D=64),
+    *at_levels({"rotary": True}, _PAPER, suffix="_rotary", D=64),
+    _video("ssr_window", 8, 128, 128, 16, 64),
+    *SVD,
+    *ANIMATEDIFF,
+    _video("heads_of_128", 16, 64, 64, 8, 128),
+    _video("long", *LONG),
+    _video("long_bias", *LONG, bias=True),
+    _video("long_rotary", *LONG, rotary=True),
+    _video("long_causal", *LONG, causal=True),
+    _video("long_window", *LONG, window=8),
+    *at_levels({}, _DEMO, D=32),
+    _video("host_t14", 14, 32, 32, 4, 32, cpu=True),
+    _video("host_t16", *HOST, cpu=True),
+    _video("host_t16_bias", *HOST, cpu=True, bias=True),
+    _video("host_t16_rotary", *HOST, cpu=True, rotary=True),
+    _video("host_t16_causal", *HOST, cpu=True, causal=True),
+    _video("host_t80", 80, 8, 8, 4, 64, cpu=True),
+    _video("host_t80_bias", 80, 8, 8, 4, 64, cpu=True, bias=True),
 )
+
+
+def _check(name: str, T: int, D: int = 32, *, H: int = 1, W: int = 7, **options: Any) -> Scenario:
+    """Two clips, three heads, and a prime number of pixels unless told otherwise."""
+    return _video(name, T, H, W, 3, D, B=2, **options)
+
+
+CHECKS = (
+    _check("one_frame", 1, bias=True),
+    _check("two_frames", 2, 40, causal=True),
+    _check("prime_frames", 17, 80, bias=True, rotary=True),
+    _check("many_frames", 100, 40, bias=True, window=20),
+    _check("beyond_a_tile", 129, 16, rotary=True, causal=True),
+    _check("heads_of_96", 5, 96, window=1, scale=0.3),
+    _check("heads_of_128", 65, 128, bias=True, causal=True, window=70),
+    _check("odd_heads", 6, 5, bias=True),
+    _check("rows_that_see_nothing", 9, bias=True, empty=True, causal=True),
+    _check("layouts_of_their_own", 10, H=3, bias=True, rotary=True, strided=True),
+)
+
+# What a grid's second axis does not count to.
+GPU_CHECKS = (_video("many_sequences", 3, 257, 257, 2, 16, bias=True),)
 
 
 def _flops(scenario: Scenario) -> int:
+    """Of every pair of frames, also of those that a mask leaves out."""
     return 2 * 2 * scenario.count("BTTHWC")
 
 
@@ -177,12 +333,44 @@ def _bytes(scenario: Scenario, dtype: torch.dtype) -> int:
 def _make_inputs(
     scenario: Scenario, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, object]:
-    """q, k, v are views of one fused projection, with a relative bias, as the model has them."""
+    """q, k, v are views of one fused projection, as the model has them.
+
+    Options: "bias" and "rotary" for these tensors, and the arguments that are none by their names. Of checks alone:
+    "empty", whose first head's bias leaves its first frames nothing to see, and "strided", of unlike layouts.
+    """
+    options = scenario.options
     draw = Draw(device, dtype, generator)
-    heads = scenario.sizes["C"] // scenario.sizes["D"]
-    fused = draw(*scenario.shape("BTHW"), 3, heads, scenario.sizes["D"])
-    q, k, v = fused.unbind(4)
-    return {"q": q, "k": k, "v": v, "bias": draw(heads, 2 * scenario.sizes["T"] - 1)}
+    T, D = scenario.shape("TD")
+    heads = scenario.sizes["C"] // D
+    q, k, v = draw(*scenario.shape("BTHW"), 3, heads, D).unbind(4)
+    if options.get("strided"):
+        k, v = k.transpose(1, 3).contiguous().transpose(1, 3), v.transpose(0, 4).contiguous().transpose(0, 4)
+    call: dict[str, object] = {"q": q, "k": k, "v": v}
+    if options.get("bias"):
+        bias = draw(heads, 2 * T - 1)
+        if options.get("empty"):
+            bias[0, T // 2 :] = float("-inf")
+        call["bias"] = bias
+    if options.get("rotary"):
+        call["rotary"] = _angles(T, D, device, _layout.accumulation_dtype(dtype))
+    return {**call, **{name: options[name] for name in ("causal", "window", "scale") if name in options}}
 
 
-SPEC = OpSpec("temporal_attention", SCENARIOS, _flops, _bytes, _make_inputs)
+def _angles(T: int, D: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """RoFormer's: pair i turns by 10000 ** (-2i / D) a frame."""
+    pairs = torch.arange(0, D, 2, device=device, dtype=torch.float64)
+    angles = torch.arange(T, device=device)[:, None] * 10000.0 ** (-pairs / D)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).to(dtype)
+
+
+SPEC = OpSpec(
+    "temporal_attention",
+    SCENARIOS,
+    _flops,
+    _bytes,
+    _make_inputs,
+    CHECKS,
+    GPU_CHECKS,
+    rounds_operands=True,
+    constants=("rotary",),
+)

@@ -127,6 +127,24 @@ def test_the_guided_base_clip_has_its_own_goal() -> None:
     assert "missed" not in reached(row("denoise_step", times_as_fast=ratio)).values()
 
 
+def test_temporal_attention_is_held_against_the_best_kernel_of_torch() -> None:
+    ratios = {"rearrange + SDPA": 9.0, "rearrange + SDPA efficient": 3.9, "rearrange + matmul": 1.0}
+    measured = row("temporal_attention", times_as_fast=ratios)
+    assert list(reached(measured).values()) == ["missed"]
+    slower = row("temporal_attention", times_as_fast={**ratios, "rearrange + SDPA efficient": 4.0})
+    assert list(reached(slower).values()) == ["met"]
+    gradients = row("temporal_attention", options={"backward": True}, times_as_fast=ratios, temporaries=1 << 30)
+    assert not reached(gradients)
+
+
+def test_auto_is_held_against_our_own_kernel_too() -> None:
+    ratios = {"SDPA cuDNN of views": 1.0, "triton": 0.96}
+    measured = row("spatial_attention", options={"text": True}, backend="cudnn", times_as_fast=ratios)
+    assert sorted(reached(measured).values()) == ["met", "missed"]
+    forced = row("spatial_attention", options={"text": True}, requested="cudnn", times_as_fast=ratios)
+    assert list(reached(forced).values()) == ["met"]
+
+
 @pytest.mark.parametrize("change", [{"backend": "reference"}, {"dtype": "float16"}])
 def test_no_goal_for_the_reference_and_other_dtypes(change: dict[str, str]) -> None:
     assert verdicts(row("group_norm", times_as_fast={"layers": 1.0}))

@@ -244,19 +244,23 @@ def test_the_worker_tunes_every_case_on_a_gpu_alone() -> None:
     described = worker.describe("cpu")
     assert (described["tuning"], described["configs"]) == ([], None)
     units = list(worker._cases())
-    assert [unit["scenario"] for unit in units] == list(_configs.cases("temporal_conv"))
+    configured = [unit["scenario"] for unit in units if unit["table"] == "temporal_conv"]
+    assert configured == list(_configs.cases("temporal_conv"))
+    ordered = {unit["scenario"] for unit in units if unit["table"] == "spatial_attention_order"}
+    assert ordered == {case for case in _configs.cases("spatial_attention_order") if not case.startswith("cpu")}
+    assert {unit["op"] for unit in units} == {"temporal_conv", "spatial_attention"}
     assert len({tuple(unit[name] for name in record.KEY) for unit in units}) == len(units)
     assert all(unit["source"] for unit in units)
 
 
 @pytest.mark.parametrize(("status", "verdict"), [("tuned", "met"), ("left", "skipped"), ("failed", "failed")])
 def test_the_worker_s_row_of_a_case(monkeypatch: pytest.MonkeyPatch, status: Any, verdict: str) -> None:
-    default, wrong = {"block_m": 64}, tune.Outcome({"block_m": 8}, why_not="off by nan")
+    default, wrong = tune.default("temporal_conv", CASE), tune.Outcome({"block_m": 8}, why_not="off by nan")
     found = tune.Tuned("temporal_conv", CASE, status)
     if status == "tuned":
         found = replace(found, config={"block_m": 128}, times_as_fast=1.5, candidates=(tune.Outcome(default), wrong))
     monkeypatch.setattr(tune.Tuner, "tune", lambda self, op, case: found)
-    unit = {"stage": "tuning", "op": "temporal_conv", "scenario": CASE, "budget": 1.0}
+    unit = {"stage": "tuning", "table": "temporal_conv", "scenario": CASE, "budget": 1.0}
     (row,) = worker.perform(unit, "cpu")
     assert (row["verdict"], row["left"]) == (verdict, status == "left")
     if status == "tuned":
@@ -334,7 +338,7 @@ def test_the_worker_skips_what_lacks_an_optional_package(
 def test_the_worker_s_smoke_has_a_row_for_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # as the lab starts it
     rows = {row["backend"]: row for row in worker.smoke("blend_windows", "cpu")}
-    assert set(rows) == {*dispatch.BACKENDS} - {"reference"}
+    assert set(rows) == {*dispatch.BACKENDS} - {*dispatch.COMPOSED}
     assert all(row["verdict"] in ("met", "skipped") for row in rows.values())
     assert all((row["source"] is None) == (row["verdict"] == "skipped") for row in rows.values())
 

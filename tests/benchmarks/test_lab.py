@@ -92,7 +92,7 @@ class Played(Lab):
         ]
 
     def tuned_one(self, each: Any) -> Any:
-        numbers = {"config": {"block": self.winners[each["scenario"]]}, "default": {"block": 1}}
+        numbers = {"op": each["op"], "config": {"block": self.winners[each["scenario"]]}, "default": {"block": 1}}
         return [{"verdict": "met", "measured": "2.00x the default", "numbers": numbers}]
 
     def timed(self, each: Any) -> Any:

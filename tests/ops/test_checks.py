@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from lumiere_fast import native
-from lumiere_fast.ops import group_norm, space_time_downsample, space_time_upsample
+from lumiere_fast.ops import (
+    group_norm,
+    space_time_downsample,
+    space_time_upsample,
+    spatial_attention,
+    temporal_attention,
+)
 
 RESIZES = (space_time_downsample, space_time_upsample)
 BACKENDS = ("reference", *(["cpu"] if not native.why_not("cpu") else []), None)
@@ -86,3 +92,17 @@ def test_a_truth_value_may_be_numpy_s() -> None:
         wanted = group_norm(X, 2, None, None, per_frame=bool(value))
         for backend in BACKENDS:
             torch.testing.assert_close(group_norm(X, 2, None, None, per_frame=value, backend=backend), wanted)
+
+
+@pytest.mark.parametrize("op", [spatial_attention, temporal_attention])
+def test_a_scale_is_a_finite_number(op: Callable[..., Tensor]) -> None:
+    q = torch.ones(1, 2, 1, 3, 1, 4)
+    for scale in (float("nan"), float("inf"), "1", True, 1j, [1.0], np.ones(1), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=f"^{op.__name__}: scale must be None or a finite number, got "):
+            op(q, q, q, scale=scale)
+    for number in (2, np.float32(2), np.float64(2), np.int64(2)):
+        assert torch.equal(op(q, q, q, scale=number), op(q, q, q, scale=2.0))
+    torch.compiler.reset()  # of what earlier tests compiled of the same function
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for scale in (0.25, 0.5, 2.0):  # from the second on, torch may trace it as a symbol
+        torch.testing.assert_close(compiled(q, q, q, scale=scale), op(q, q, q, scale=scale))
