@@ -22,8 +22,10 @@ namespace {
 
 constexpr int kHeadAxes = 6;
 constexpr double kMostElements = 1ll << 55;  // that are counted: no memory holds as many
-// Of a block, packed: in the second cache, beside the rows that it comes from.
-constexpr int64_t kBlockFloats = 24 << 10;
+// Of a block, packed: in the second cache. The more pixels, the longer the runs that are read from each frame, and a
+// core follows long ones at several times the rate.
+constexpr int64_t kBlockFloats = 96 << 10;
+constexpr int64_t kBlocksInAClip = 16;        // at least, for each thread: scratch memory stays small beside tensors
 constexpr int64_t kMostPieces = 64;           // so that sums over pixels have few parts, whatever the threads
 constexpr int64_t kStreamedFloats = 1 << 19;  // from where y is written past the caches
 constexpr int64_t kSumsWorthAnElement = 16;   // multiply-adds that cost as much as an element of an op bound by memory
@@ -172,9 +174,14 @@ struct Table {
 int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 int64_t whole_lines(int64_t floats) { return parts_of(floats, kChunk) * kChunk; }
 
-void choose_blocks(AttentionPlan& plan, int64_t operands) {
+int64_t elements_of(const lf_temporal_attention& a) {
+  return a.batch * a.frames * a.height * a.width * a.heads * a.channels;
+}
+
+void choose_blocks(AttentionPlan& plan, int64_t operands, int64_t threads) {
   const lf_temporal_attention& a = plan.task;
-  const int64_t units = std::max<int64_t>(1, kBlockFloats / (operands * plan.unit_size));
+  const int64_t floats = std::min(kBlockFloats, elements_of(a) / (kBlocksInAClip * threads));
+  const int64_t units = std::max<int64_t>(1, floats / (operands * plan.unit_size));
   plan.head_blocks = parts_of(a.heads, std::min(units, a.heads));
   plan.heads = parts_of(a.heads, plan.head_blocks);
   plan.pixel_blocks = parts_of(plan.clip_pixels, std::clamp<int64_t>(units / a.heads, 1, plan.clip_pixels));
@@ -207,15 +214,13 @@ void lay_out_scratch(AttentionPlan& plan, int64_t operands, bool backward) {
 bool can_stream(const lf_temporal_attention& a) {
   bool whole = a.channels % kChunk == 0 && reinterpret_cast<uintptr_t>(a.y.data) % kLine == 0;
   for (int axis = 0; axis < kHeadAxes - 1; ++axis) whole = whole && a.y.strides[axis] % kChunk == 0;
-  const int64_t floats = a.batch * a.frames * a.height * a.width * a.heads * a.channels;
-  return whole && a.dtype == LF_FLOAT32 && a.y.strides[kHeadAxes - 1] == 1 && floats >= kStreamedFloats;
+  return whole && a.dtype == LF_FLOAT32 && a.y.strides[kHeadAxes - 1] == 1 && elements_of(a) >= kStreamedFloats;
 }
 
-AttentionPlan plan_attention(const lf_temporal_attention& a, const Table& table, bool backward) {
+AttentionPlan plan_attention(const lf_temporal_attention& a, const Table& table) {
   AttentionPlan plan{};
   plan.task = a;
   plan.kernels = kernels_of(a.dtype);
-  plan.stream = !backward && can_stream(a);
   plan.scale = static_cast<float>(a.scale);
   plan.table = table.lags.empty() ? nullptr : table.lags.data();
   plan.table_step = table.step;
@@ -223,22 +228,18 @@ AttentionPlan plan_attention(const lf_temporal_attention& a, const Table& table,
   plan.clip_pixels = a.height * a.width;
   plan.chunks = parts_of(a.channels, kChunk);
   plan.unit_size = plan.chunks * a.frames * kChunk;
-  const int64_t operands = backward ? 6 : 3;
-  choose_blocks(plan, operands);
-  lay_out_scratch(plan, operands, backward);
   return plan;
 }
 
 int64_t threads_worth(const lf_temporal_attention& a, int64_t num_threads) {
-  const double elements = static_cast<double>(a.batch * a.height * a.width * a.heads * a.frames * a.channels);
-  const double worth = elements * (4 + 2 * static_cast<double>(a.frames) / kSumsWorthAnElement);
-  return static_cast<int64_t>(
-      std::clamp(worth / static_cast<double>(elements_worth_a_thread()), 1.0, static_cast<double>(num_threads)));
+  const double sums = 2 * static_cast<double>(a.frames) / kSumsWorthAnElement;
+  const double worth = static_cast<double>(elements_of(a)) * (4 + sums) / static_cast<double>(elements_worth_a_thread());
+  return static_cast<int64_t>(std::clamp(worth, 1.0, static_cast<double>(num_threads)));
 }
 
-void run_pieces(const AttentionPlan& plan, int64_t num_threads,
+void run_pieces(const AttentionPlan& plan, int64_t threads,
                 void (*piece)(const AttentionPlan&, int64_t, float*) noexcept) {
-  const int64_t threads = std::min(threads_worth(plan.task, num_threads), plan.pieces);
+  threads = std::min(threads, plan.pieces);
   const Buffer<float> scratch(threads * plan.scratch_size);
   for_each_piece(plan.pieces, threads, [&](int64_t worker, int64_t i) {
     piece(plan, i, scratch.get() + worker * plan.scratch_size);
@@ -247,17 +248,24 @@ void run_pieces(const AttentionPlan& plan, int64_t num_threads,
 
 void run(const lf_temporal_attention& a, int64_t num_threads) {
   const Table table(a);
-  const AttentionPlan plan = plan_attention(a, table, false);
-  run_pieces(plan, num_threads, plan.kernels.forward);
+  AttentionPlan plan = plan_attention(a, table);
+  const int64_t threads = threads_worth(a, num_threads), operands = 3;
+  plan.stream = can_stream(a);
+  choose_blocks(plan, operands, threads);
+  lay_out_scratch(plan, operands, false);
+  run_pieces(plan, threads, plan.kernels.forward);
 }
 
+// Blocks as for one thread: by them the gradient of the bias is summed.
 void run_back(const lf_temporal_attention& a, int64_t num_threads) {
   const Table table(a);
-  AttentionPlan plan = plan_attention(a, table, true);
-  const int64_t lags = a.gbias ? a.heads * (2 * a.frames - 1) : 0;
+  AttentionPlan plan = plan_attention(a, table);
+  const int64_t lags = a.gbias ? a.heads * (2 * a.frames - 1) : 0, operands = 6;
+  choose_blocks(plan, operands, 1);
+  lay_out_scratch(plan, operands, true);
   std::vector<double> sums(lags * plan.pieces);
   plan.lag_sums = a.gbias ? sums.data() : nullptr;
-  run_pieces(plan, num_threads, plan.kernels.backward);
+  run_pieces(plan, threads_worth(a, num_threads), plan.kernels.backward);
   for (int64_t i = 0; i < lags; ++i) {
     double sum = 0;
     for (int64_t piece = 0; piece < plan.pieces; ++piece) sum += sums[piece * lags + i];

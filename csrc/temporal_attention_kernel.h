@@ -7,6 +7,7 @@
 #ifndef LF_TEMPORAL_ATTENTION_KERNEL_H
 #define LF_TEMPORAL_ATTENTION_KERNEL_H
 
+#include <initializer_list>
 #include <limits>
 #include <utility>
 
@@ -150,11 +151,12 @@ template <class T> class Piece {
 
   void forward() {
     for_blocks([this] {
-      read_queries_and_keys();
-      read(kValue, task_.v);
+      read({{kQuery, &task_.q}, {kKey, &task_.k}, {kValue, &task_.v}});
       for (int64_t unit = 0; unit < units_; ++unit) attend(unit);
       const float* const factors = scratch_ + plan_.factors_at;
-      write(task_.y, kQuery, plan_.stream, [this, factors](int64_t unit, int64_t t) { return factors[unit * frames_ + t]; });
+      write({{kQuery, &task_.y}}, plan_.stream, [this, factors](Operand, int64_t unit, int64_t t) {
+        return factors[unit * frames_ + t];
+      });
     });
     end_streams();
   }
@@ -162,9 +164,7 @@ template <class T> class Piece {
   void backward() {
     clear(scratch_ + plan_.slopes_at - kMostLanes, kMostLanes + frames_ * kPitch);
     for_blocks([this] {
-      read_queries_and_keys();
-      read(kValue, task_.v);
-      read(kGradient, task_.y);
+      read({{kQuery, &task_.q}, {kKey, &task_.k}, {kValue, &task_.v}, {kGradient, &task_.y}});
       clear(row(kOfKey, 0, 0), 2 * plan_.operands * plan_.unit_size);
       clear(scratch_ + plan_.lags_at, plan_.heads * plan_.lags_size);
       for (int64_t unit = 0; unit < units_; ++unit) differentiate(unit);
@@ -185,48 +185,64 @@ template <class T> class Piece {
     for (int64_t i = 0; i < count; ++i) at[i] = 0;
   }
 
+  // Pixels of a clip by heads.
+  struct Block {
+    int64_t clip, first_pixel, pixels, first_head, heads;
+  };
+
+  Block block_at(int64_t index) const {
+    const int64_t of_pixels = index / plan_.head_blocks, i = of_pixels % plan_.pixel_blocks;
+    const int64_t first_pixel = i * plan_.clip_pixels / plan_.pixel_blocks;
+    const int64_t j = index % plan_.head_blocks, first_head = j * task_.heads / plan_.head_blocks;
+    return {of_pixels / plan_.pixel_blocks, first_pixel, (i + 1) * plan_.clip_pixels / plan_.pixel_blocks - first_pixel,
+            first_head, (j + 1) * task_.heads / plan_.head_blocks - first_head};
+  }
+
   template <class Work> void for_blocks(const Work& work) {
     const int64_t end = (index_ + 1) * plan_.blocks / plan_.pieces;
     for (int64_t block = index_ * plan_.blocks / plan_.pieces; block < end; ++block) {
-      const int64_t of_pixels = block / plan_.head_blocks, of_heads = block % plan_.head_blocks;
-      const int64_t of_clip = of_pixels % plan_.pixel_blocks;
-      clip_ = of_pixels / plan_.pixel_blocks;
-      first_pixel_ = of_clip * plan_.clip_pixels / plan_.pixel_blocks;
-      pixels_ = (of_clip + 1) * plan_.clip_pixels / plan_.pixel_blocks - first_pixel_;
-      first_head_ = of_heads * task_.heads / plan_.head_blocks;
-      heads_ = (of_heads + 1) * task_.heads / plan_.head_blocks - first_head_;
-      units_ = pixels_ * heads_;
+      block_ = block_at(block);
+      units_ = block_.pixels * block_.heads;
       work();
     }
   }
+
+  int64_t head_of(int64_t unit) const { return block_.first_head + unit % block_.heads; }
 
   float* row(int operand, int64_t unit, int64_t frame) const {
     return scratch_ + (operand * plan_.operands + unit) * plan_.unit_size + frame * kChunk;
   }
 
-  // Calls at(unit, t, row) for each row of the block in a tensor, in the order in which they mostly lie.
-  template <class At> void for_rows(const lf_heads& heads, const At& at) const {
-    const int64_t* s = heads.strides;
-    T* const clip = static_cast<T*>(heads.data) + clip_ * s[0] + first_head_ * s[4];
+  // An operand, or a result, and where it lies.
+  struct Rows {
+    Operand operand;
+    const lf_heads* heads;
+  };
+  using Several = std::initializer_list<Rows>;
+
+  // Calls at(rows, unit, t, row) for each row of the block. What lies together is gone through together: the operands
+  // of neighbouring pixels may be parts of one projection, frame by frame.
+  template <class At> void for_rows(const Several& several, const At& at) const {
     for (int64_t t = 0; t < frames_; ++t) {
-      for (int64_t i = 0; i < pixels_; ++i) {
-        const int64_t pixel = first_pixel_ + i;
-        T* from = clip + t * s[1] + pixel / task_.width * s[2] + pixel % task_.width * s[3];
-        for (int64_t head = 0; head < heads_; ++head, from += s[4]) at(i * heads_ + head, t, from);
+      for (int64_t i = 0; i < block_.pixels; ++i) {
+        const int64_t pixel = block_.first_pixel + i, h = pixel / task_.width, w = pixel % task_.width;
+        for (const Rows& rows : several) {
+          const int64_t* s = rows.heads->strides;
+          T* row = static_cast<T*>(rows.heads->data) + block_.clip * s[0] + t * s[1] + h * s[2] + w * s[3] +
+                   block_.first_head * s[4];
+          for (int64_t head = 0; head < block_.heads; ++head, row += s[4]) at(rows, i * block_.heads + head, t, row);
+        }
       }
     }
   }
 
-  void read(Operand operand, const lf_heads& from) const {
-    const int64_t stride = channels_ == 1 ? 1 : from.strides[5];
-    for_rows(from, [&](int64_t unit, int64_t t, const T* at) {
-      read_row(row(operand, unit, t), frames_, at, channels_, stride);
-    });
-  }
+  // The step from channel to channel, which there may be but one of.
+  int64_t step_of(const lf_heads& heads) const { return channels_ == 1 ? 1 : heads.strides[5]; }
 
-  void read_queries_and_keys() const {
-    read(kQuery, task_.q);
-    read(kKey, task_.k);
+  void read(const Several& several) const {
+    for_rows(several, [this](const Rows& from, int64_t unit, int64_t t, const T* at) {
+      read_row(row(from.operand, unit, t), frames_, at, channels_, step_of(*from.heads));
+    });
     if (task_.rotary) rotate(kQuery, 1), rotate(kKey, 1);
   }
 
@@ -238,11 +254,11 @@ template <class T> class Piece {
     }
   }
 
-  template <class Factor>
-  void write(const lf_heads& to, Operand operand, bool streamed, const Factor& factor) const {
-    const int64_t stride = channels_ == 1 ? 1 : to.strides[5];
-    for_rows(to, [&](int64_t unit, int64_t t, T* at) {
-      write_row(at, stride, row(operand, unit, t), frames_, channels_, factor(unit, t), streamed);
+  // factor(operand, unit, t): of a row.
+  template <class Factor> void write(const Several& several, bool streamed, const Factor& factor) const {
+    for_rows(several, [&](const Rows& to, int64_t unit, int64_t t, T* at) {
+      const float* const from = row(to.operand, unit, t);
+      write_row(at, step_of(*to.heads), from, frames_, channels_, factor(to.operand, unit, t), streamed);
     });
   }
 
@@ -313,7 +329,7 @@ template <class T> class Piece {
   void weigh(int64_t unit, const Tile& tile, float* turned, float* scores, float* reciprocals) const {
     turn(kQuery, unit, tile, plan_.scale * static_cast<float>(-kSiluScale), turned);
     score(kKey, unit, tile, turned, scores);
-    const int64_t head = first_head_ + unit % heads_;
+    const int64_t head = head_of(unit);
     if (tile.vectors() == 1) soften<1>(head, tile, scores, reciprocals);
     else soften<kVectors>(head, tile, scores, reciprocals);
   }
@@ -351,7 +367,7 @@ template <class T> class Piece {
 
   // 0 whatever the values are.
   void clear_empty(Operand operand, int64_t unit, int64_t first, int64_t count) const {
-    const bool* const empty = plan_.empty + (first_head_ + unit % heads_) * frames_;
+    const bool* const empty = plan_.empty + head_of(unit) * frames_;
     for (int64_t t = first; t < first + count; ++t) {
       for (int64_t c = 0; empty[t] && c < plan_.chunks; ++c) {
         clear(row(operand, unit, t) + c * frames_ * kChunk, kChunk);
@@ -398,7 +414,7 @@ template <class T> class Piece {
       spread<OverQueries>(scores, tile.count, row(kGradient, unit, first), keys(kOfValue), tile.keys());
       spread<OverQueries>(slopes, tile.count, row(kQuery, unit, first), keys(kOfKey), tile.keys());
       spread<OverKeys>(slopes, tile.keys(), keys(kKey), row(kQuery, unit, first), tile.count);
-      if (plan_.lag_sums) sum_lags(unit % heads_, tile, slopes);
+      if (plan_.lag_sums) sum_lags(unit % block_.heads, tile, slopes);
     }
     if (plan_.empty) clear_empty(kQuery, unit, 0, frames_);
   }
@@ -420,26 +436,27 @@ template <class T> class Piece {
 
   void add_lags() const {
     const int64_t lags = 2 * frames_ - 1;
-    for (int64_t head = 0; head < heads_; ++head) {
+    for (int64_t head = 0; head < block_.heads; ++head) {
       const float* const sums = scratch_ + plan_.lags_at + head * plan_.lags_size;
-      double* const to = plan_.lag_sums + (index_ * task_.heads + first_head_ + head) * lags;
+      double* const to = plan_.lag_sums + (index_ * task_.heads + block_.first_head + head) * lags;
       for (int64_t lag = 0; lag < lags; ++lag) to[lag] += sums[lag];
     }
   }
 
   void write_gradients() const {
     if (task_.rotary) rotate(kQuery, -1), rotate(kOfKey, -1);
-    const auto scaled = [this](int64_t, int64_t) { return plan_.scale; };
-    if (task_.gq.data) write(task_.gq, kQuery, false, scaled);
-    if (task_.gk.data) write(task_.gk, kOfKey, false, scaled);
-    if (task_.gv.data) write(task_.gv, kOfValue, false, [](int64_t, int64_t) { return 1.0f; });
+    const auto factor = [this](Operand operand, int64_t, int64_t) { return operand == kOfValue ? 1 : plan_.scale; };
+    if (task_.gq.data) write({{kQuery, &task_.gq}}, false, factor);
+    if (task_.gk.data) write({{kOfKey, &task_.gk}}, false, factor);
+    if (task_.gv.data) write({{kOfValue, &task_.gv}}, false, factor);
   }
 
   const AttentionPlan& plan_;
   const lf_temporal_attention& task_;
   const int64_t index_, frames_, channels_, vectors_;
   float* const scratch_;
-  int64_t clip_ = 0, first_pixel_ = 0, pixels_ = 0, first_head_ = 0, heads_ = 0, units_ = 0;  // of the block at hand
+  Block block_{};  // at hand, and of how many units
+  int64_t units_ = 0;
 };
 
 template <class T> void run_forward(const AttentionPlan& plan, int64_t piece, float* scratch) noexcept {

@@ -761,7 +761,7 @@ def temporal_attention_backward(
     window: int | None,
     scale: float | None,
     *,
-    out: tuple[Any, Any, Any, Any],
+    out: tuple[Any, ...],
 ) -> None:
     """The gradients of `temporal_attention` from that of its result, on the CPU.
 

@@ -566,6 +566,107 @@ class TestSpaceTime:
         assert native.wgmma_reasons(lies.shape, far, 2, (2, 1, 1)) == [apart.format(0, 1 << 40)]
 
 
+@needs_core
+class TestTemporalAttention:
+    """What it computes is tested with the op, and in C."""
+
+    def call(self, draw: Draw) -> tuple[dict[str, Any], Tensor]:
+        """Arguments, and the reference's result."""
+        q, k, v = draw(2, 5, 2, 3, 3, 2, 6).float().unbind(4)
+        bias, rotary = draw(2, 9).float(), draw(5, 3, 2).float()
+        arguments = {"q": q, "k": k, "v": v, "bias": bias, "rotary": rotary, "causal": True, "window": 3, "scale": 0.5}
+        return arguments, ops.temporal_attention(**arguments, backend="reference")
+
+    def test_takes_numpy_without_torch_s_tensors(self, draw: Draw) -> None:
+        arguments, wanted = self.call(draw)
+        arrays = {n: v.numpy() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+        arrays["k"] = np.asfortranarray(arrays["k"])
+        out = np.full((*wanted.shape[:-1], 2 * wanted.shape[-1]), np.nan, dtype=np.float32)[..., ::-2]
+        native.temporal_attention(**arrays, out=out)
+        np.testing.assert_allclose(out, wanted.numpy(), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_takes_whatever_has_dlpack(self, dtype: torch.dtype, draw: Draw) -> None:
+        arguments, _ = self.call(draw)
+        tensors = {n: v.to(dtype) if n in "qkv" else v for n, v in arguments.items()}
+        wanted = ops.temporal_attention(**tensors, backend="reference")
+        out = torch.full_like(wanted, torch.nan)
+        foreign = {n: Foreign(v) if isinstance(v, Tensor) else v for n, v in tensors.items()}
+        native.temporal_attention(**foreign, out=Foreign(out))
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(out.float(), wanted.float(), rtol=2 * eps, atol=8 * torch.finfo(torch.float32).eps)
+
+    @pytest.mark.parametrize(
+        "wanted", [(True, True, True, True), (False, True, False, False), (True, False, True, False)]
+    )
+    def test_gradients_are_autograd_s(self, wanted: tuple[bool, ...], draw: Draw) -> None:
+        """Into any strides; those that are not wanted are left alone. The result's may be expanded."""
+        arguments, y = self.call(draw)
+        leaves = {n: arguments[n].double().requires_grad_() for n in ("q", "k", "v", "bias")}
+        precise = {**arguments, **leaves, "rotary": arguments["rotary"].double()}
+        seed = draw(1, 5, 1, 1, 2, 6).float().expand_as(y)
+        expected = torch.autograd.grad(
+            ops.temporal_attention(**precise, backend="reference"), tuple(leaves.values()), seed.double()
+        )
+        out = [torch.full(x.shape[::-1], torch.nan).permute(*reversed(range(6))) for x in expected[:3]]
+        out.append(torch.full(expected[3].shape, torch.nan))
+        given = tuple(x if is_wanted else None for x, is_wanted in zip(out, wanted, strict=True))
+        native.temporal_attention_backward(seed, **arguments, out=given)
+        for found, right, is_wanted in zip(out, expected, wanted, strict=True):
+            if is_wanted:
+                torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
+            else:
+                assert found.isnan().all()
+
+    def test_an_empty_batch_has_a_gradient_of_the_bias(self, draw: Draw) -> None:
+        arguments, y = self.call(draw)
+        empty = {n: v[:0] if n in "qkv" else v for n, v in arguments.items()}
+        of_bias = torch.full((2, 9), torch.nan)
+        native.temporal_attention(**empty, out=y[:0])
+        native.temporal_attention_backward(y[:0], **empty, out=(None, None, None, of_bias))
+        assert (of_bias == 0).all()
+
+    def test_errors_name_the_argument_and_nothing_is_written(self, draw: Draw) -> None:
+        arguments, wanted = self.call(draw)
+        out = torch.full_like(wanted, 7.0)
+
+        def refused(match: str, **changes: Any) -> None:
+            with pytest.raises(ValueError, match=f"^temporal_attention: {match}"):
+                native.temporal_attention(**{**arguments, "out": out, **changes})
+            assert (out == 7).all()
+
+        q, bias, rotary = (arguments[name] for name in ("q", "bias", "rotary"))
+        refused(r"q must be \(B, T, H, W, heads, D\) with all but B >= 1, got \(5, 2, 3, 2, 6\)", q=q[0])
+        refused(r"q must be \(B, T, H, W, heads, D\)", q=q[:, :0])
+        refused("q must be float32, float16 or bfloat16, got float64", q=q.double())
+        refused(r"k must be float32 \(2, 5, 2, 3, 2, 6\), got float16", k=q.half())
+        refused("v must be float32 .*, got float32", v=q[:, :4])
+        refused(r"bias must have shape \(2, 9\), got \(2, 8\)", bias=bias[:, :8])
+        refused(r"rotary must be float32 \(5, 3, 2\), got float64", rotary=rotary.double())
+        refused("rotary turns pairs of channels, so D must be even, got 5", **{n: q[..., :5] for n in "qkv"})
+        strided = np.asfortranarray(rotary.numpy())
+        refused("rotary must be contiguous", rotary=strided)
+        refused("window must be None or >= 0 frames, got -1", window=-1)
+        refused("scale must be finite, got inf", scale=float("inf"))
+        refused("out must be float32 .*, got float32", out=out[..., :1])
+        refused("invalid strides: elements of the output may lie", out=out[:1].expand(2, -1, -1, -1, -1, -1))
+        whole = torch.full((2 * q.numel(),), 7.0)
+        inside = whole[q.numel() - 1 : -1].view(q.shape)
+        refused(f"out: {SHARED_MEMORY}", q=inside, out=whole[: q.numel()].view(q.shape))
+        for changes in ({"gradient": wanted[..., :1]}, {"out": (q[:1], None, None, None)}):
+            with pytest.raises(ValueError, match=r"^temporal_attention_backward: (gradient|gq) must be float32"):
+                native.temporal_attention_backward(**{"gradient": wanted, **arguments, "out": (None,) * 4, **changes})
+        with pytest.raises(ValueError, match=r"^temporal_attention_backward: gbias must be contiguous"):
+            native.temporal_attention_backward(wanted, **arguments, out=(None, None, None, torch.empty(9, 2).T))
+
+    def test_rotary_of_any_strides(self, draw: Draw) -> None:
+        arguments, wanted = self.call(draw)
+        arguments["rotary"] = arguments["rotary"].mT.contiguous().mT
+        out = torch.full_like(wanted, torch.nan)
+        native.temporal_attention(**arguments, out=out)
+        torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+
+
 class Foreign:
     """An array of a library that is neither torch nor numpy."""
 

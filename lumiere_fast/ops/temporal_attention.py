@@ -231,6 +231,7 @@ _NATIVE_BACKWARD = torch.library.custom_op(
 _NATIVE_BACKWARD.register_fake(_backward_results)
 
 
+_BACKWARD_CPU = f"{__name__}:temporal_attention_backward_cpu"
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _CPU = Needs(devices=("cpu",), dtypes={"q": _NARROW}, gradient=True, native="cpu")
 
@@ -239,14 +240,7 @@ _TEMPORAL_ATTENTION = register(
     temporal_attention_reference,
     _flatten,
     _describe,
-    backends=(
-        Backend(
-            "cpu",
-            "lumiere_fast.native:temporal_attention",
-            _CPU,
-            backward=f"{__name__}:temporal_attention_backward_cpu",
-        ),
-    ),
+    backends=(Backend("cpu", "lumiere_fast.native:temporal_attention", _CPU, backward=_BACKWARD_CPU),),
 )
 
 
