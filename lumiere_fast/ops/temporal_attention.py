@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout
 from lumiere_fast.ops._checks import check_choice, check_heads, check_integer, check_like, check_tensor
 from lumiere_fast.ops._registry import Result, register
@@ -149,7 +150,32 @@ def _describe(q: Tensor, *_: object) -> Result:
     return Result(tuple(q.shape), q.dtype, q.device)
 
 
-_TEMPORAL_ATTENTION = register(temporal_attention, temporal_attention_reference, _flatten, _describe)
+MOST_HEAD_DIM = 128  # of the Triton kernels
+
+
+def triton_limits(q: Tensor, *_: object) -> list[str]:
+    """Why the Triton kernels cannot serve a call."""
+    D = q.shape[5]
+    return [f"D must be at most {MOST_HEAD_DIM}, got {D}"] if D > MOST_HEAD_DIM else []
+
+
+_KERNELS = "lumiere_fast.kernels.temporal_attention"
+_TRITON = Needs(
+    devices=("cuda",),
+    dtypes={"q": (torch.float16, torch.bfloat16, torch.float32)},
+    capability=(8, 0),
+    gradient=True,
+    modules=("triton",),
+    limits=triton_limits,
+)
+
+_TEMPORAL_ATTENTION = register(
+    temporal_attention,
+    temporal_attention_reference,
+    _flatten,
+    _describe,
+    backends=(Backend("triton", f"{_KERNELS}:temporal_attention", _TRITON),),
+)
 
 
 PAPER_ATTENTION = tuple(level for level in LEVELS if level[0] in ("base3", "ssr3"))
