@@ -312,7 +312,7 @@ PACKED = {
 STREAMED = {
     (2, False): {32: Form(128, 32, 8, 2), 64: Form(128, 32, 8, 2), 128: Form(128, 32, 8, 1)},
     (2, True): {32: Form(128, 32, 8, 1), 64: Form(64, 32, 8, 2), 128: Form(64, 32, 8, 2)},
-    (4, False): {32: Form(64, 32, 8, 2), 64: Form(64, 32, 8, 1), 128: Form(64, 32, 8, 2)},
+    (4, False): {32: Form(64, 32, 8, 1), 64: Form(64, 32, 8, 1), 128: Form(64, 32, 8, 2)},
     (4, True): {32: Form(64, 32, 8, 1), 64: Form(64, 32, 8, 2), 128: Form(64, 32, 8, 2)},
 }
 STRIDED = Form(16, 16, 4)  # any strides, element by element: tiles are small, since each has its address in registers
@@ -408,7 +408,8 @@ def _variant(dtype: str, form: Form, block_d: int, vector: int, rotated: bool) -
         "_tile_kernel" if form.keys is None else "_stream_kernel",
         signature,
         {**constants, **absent},
-        **form.options,
+        num_warps=form.num_warps,
+        num_stages=form.num_stages,
         wide_loads=(3 if form.keys is None else 1) * loads,
     )
 
