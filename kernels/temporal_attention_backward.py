@@ -1,0 +1,654 @@
+"""The gradients of temporal_attention, in the tiles of its forward.
+
+With `P = softmax(S)`, of the scores S that are computed again, and `g_y` the gradient of the result,
+
+    g_v = P^T g_y,   g_P = g_y v^T,   g_S = P * (g_P - rowsum(P * g_P)),   g_q = scale * g_S k,   g_k = scale * g_S^T q
+
+where q and k are those turned by `rotary`, and their gradients are turned back. The gradient of a bias is the sum of
+g_S over pixels and along diagonals.
+
+Nothing is kept of the forward. The usual formula takes the row's sum from the result and its normaliser from a
+log-sum-exp; but a tile that has all frames of its pixels has both at hand. So q, k, v and g_y are read and three
+gradients written, seven tensors moved, where keeping those two would move eight and more.
+
+A program adds up what its tiles give to the bias in registers and leaves one partial; partials are few, never larger
+than the result, and summed in a fixed order: nothing is added atomically, results are the same from run to run.
+
+Where a pixel's frames are more than a tile has rows, one pass takes queries in tiles, leaves normalisers and sums of
+rows in fp32, and gives g_q; another takes keys in tiles and gives g_k and g_v. A third gives the partials of the bias:
+pairs of tiles as many tiles apart have the same lags, so that their number grows with the frames and not their square.
+
+A weight of zero does not undo a number that is not finite. A pixel that has one, of q, k, v or g_y, gets gradients of
+NaN throughout, as it might by the formula, and those that share its tile are computed without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Variant, aligned, launch, traced
+from .temporal_attention import (
+    LOG2E,
+    VECTOR_BYTES,
+    _angles,
+    _bias_of,
+    _cdiv,
+    _exist,
+    _finite,
+    _head_of,
+    _rows,
+    _settled,
+    _table,
+    _tile_at,
+    _turned,
+)
+
+Gradients = tuple[Tensor | None, ...]
+Integers = tuple[int, ...]
+
+MOST_ROWS = {2: 128, 4: 64}  # of a tile of whole pixels, by the bytes of an element
+STREAM_ROWS = {2: 64, 4: 32}  # of a tile of one pixel's frames
+PARTIAL_BYTES = 8 << 20  # of all partials, about
+LAG_OPTIONS = {"BLOCK": 512, "num_warps": 4, "num_stages": 1}
+
+
+@torch.no_grad()
+def temporal_attention_backward(
+    gradients: Sequence[Tensor | None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rotary: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Gradients:
+    """The gradient of each argument of `temporal_attention_reference`, None for those that want none.
+
+    Args:
+        gradients: one, of the result; any strides, but one that cannot be read in 16-byte vectors is copied.
+        others: as for `temporal_attention_reference`, fp16, bf16 or fp32, any strides, D up to 128. Of q, k, v and
+            bias, those whose gradient is wanted have `requires_grad`.
+
+    Returns:
+        8 gradients, contiguous, each in the shape and dtype of its argument; the same bits in every run.
+
+    Raises:
+        ValueError: a result that a grid cannot hold (2^31 tiles).
+    """
+    (g_y,) = gradients
+    arguments = (q, k, v, bias)
+    wanted = [each is not None and each.requires_grad for each in arguments]
+    if g_y is None or q.numel() == 0 or not any(wanted):
+        pairs = zip(arguments, wanted, strict=True)
+        return (*(torch.zeros_like(each) if want and each is not None else None for each, want in pairs), *[None] * 4)
+    if not _planned([g_y]).wide:  # one that autograd expanded, say
+        g_y = g_y.contiguous()
+    plan = _planned([q, k, v, g_y])
+    T, D = plan.scalars[0], plan.scalars[4]
+    window = T if window is None else min(int(window), T)
+    inputs = (q, k, v, g_y, _table(bias, q), None if rotary is None else rotary.contiguous())
+    scalars = (*plan.scalars, int(causal), window, float(D**-0.5 if scale is None else scale), int(bias is not None))
+    nothing = q.new_empty(0)
+    results = [torch.empty(q.shape, dtype=q.dtype, device=q.device) if want else nothing for want in wanted[:3]]
+    run = _packed if plan.packed else _streamed
+    partials = run(plan, inputs, scalars, results, wanted)
+    g_bias = None if partials is None or bias is None else _along_lags(partials, T, bias)
+    return (*(found if want else None for found, want in zip(results, wanted, strict=False)), g_bias, *[None] * 4)
+
+
+def _packed(
+    plan: Plan, inputs: Sequence[Any], scalars: Sequence[float], results: Sequence[Tensor], wanted: Sequence[bool]
+) -> Tensor | None:
+    """One launch. Returns the partials of the bias, if wanted."""
+    heads, partials, slots = plan.scalars[3], None, plan.tiles
+    if wanted[3]:
+        partials = _partials(plan, plan.tiles, diagonals=1, device=results[0].device)
+        slots = partials.shape[0]
+    arguments = (*inputs, *results, partials, *scalars, plan.tiles, *map(int, wanted[:3]))
+    launch(_tile_kernel, slots * heads, results[0], *arguments, **plan.options)
+    return partials
+
+
+def _streamed(
+    plan: Plan, inputs: Sequence[Any], scalars: Sequence[float], results: Sequence[Tensor], wanted: Sequence[bool]
+) -> Tensor | None:
+    """A launch for queries and, as wanted, one for keys and one for the bias, whose partials it returns."""
+    T, heads, tiles = plan.scalars[0], plan.scalars[3], plan.tiles
+    want_q, want_k, want_v, want_bias = map(int, wanted)
+    sums = torch.empty((2, plan.pixels * heads, T), dtype=torch.float32, device=results[0].device)
+    shared = (*scalars, plan.pixels, tiles)
+    programs = plan.pixels * heads * tiles
+    launch(_query_kernel, programs, sums, *inputs, sums, results[0], *shared, want_q, **plan.options)
+    if want_k or want_v:
+        launch(_key_kernel, programs, sums, *inputs, sums, *results[1:], *shared, want_k, want_v, **plan.options)
+    if not want_bias:
+        return None
+    partials = _partials(plan, plan.pixels, diagonals=2 * tiles - 1, device=sums.device)
+    programs = partials.shape[:3].numel()
+    launch(_diagonal_kernel, programs, partials, *inputs, sums, partials, *shared, **plan.options)
+    return partials
+
+
+def _partials(plan: Plan, most: int, diagonals: int, device: torch.device) -> Tensor:
+    """Room for at most so many for each head and diagonal: enough to fill a card, and no more than a result takes.
+
+    Their number is the same on every card, and so are results.
+    """
+    heads, rows = plan.scalars[3], plan.options["ROWS"]
+    slots = min(PARTIAL_BYTES, plan.nbytes) // (4 * heads * diagonals * rows * rows)
+    return torch.empty((max(1, min(most, slots)), heads, diagonals, rows, rows), dtype=torch.float32, device=device)
+
+
+def _along_lags(partials: Tensor, T: int, bias: Tensor) -> Tensor:
+    """The gradient of the bias."""
+    slots, heads, diagonals, rows, _ = map(int, partials.shape)
+    g_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    arguments = (partials, g_bias, slots, heads, diagonals, T)
+    launch(_lag_kernel, heads * (2 * T - 1), g_bias, *arguments, ROWS=rows, **LAG_OPTIONS)
+    return g_bias
+
+
+# The device's part. A head of a pixel is `at` (clip, row, column, head), all int64; `steps` are a tensor's strides.
+
+
+# fmt: off
+@triton.jit
+def _loaded(  # type: ignore[no-untyped-def]
+    x, steps, at, frame, pixel, exists, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr
+):
+    """The rows of these frames and of pixels so far from `at`; 0 where there are none."""
+    b, h, w, n = at
+    step_b, step_t, step_h, step_w, step_n, step_d = steps
+    first = _head_of(x, b, h, w, n, step_b, step_h, step_w, step_n, VECTOR)
+    return tl.load(_tile_at(first, frame, pixel, step_t, step_w, step_d, BLOCK_D, VECTOR), mask=exists, other=0.0)
+
+
+@triton.jit
+def _store(  # type: ignore[no-untyped-def]
+    x, sizes, at, frame, pixel, exists, values, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Write such rows into a contiguous (B, T, H, W, heads, D)."""
+    b, h, w, n = at
+    num_frames, height, width, heads, head_dim = sizes
+    step_w = tl.cast(heads, tl.int64) * head_dim
+    step_t = step_w * width * height
+    first = _head_of(x, b, h, w, n, step_t * num_frames, step_w * width, step_w, head_dim, VECTOR)
+    place = _tile_at(first, frame, pixel, step_t, step_w, 1, BLOCK_D, VECTOR)
+    tl.store(place, values.to(x.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _store_turned(  # type: ignore[no-untyped-def]
+    x, sizes, at, frame, pixel, exists, values, rotary, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr
+):
+    """The same, of the gradients of turned rows, turned back."""
+    if rotary is not None:
+        values = _turned(values, _angles(rotary, frame, sizes[4], exists, BLOCK_D, VECTOR), BACK=True)
+    _store(x, sizes, at, frame, pixel, exists, values, BLOCK_D, VECTOR)
+# fmt: on
+
+
+@triton.jit
+def _spoilt(q, k, v, g_y, same):  # type: ignore[no-untyped-def]
+    """Of each row: NaN where its pixel has a number that is not finite, else 0."""
+    # A number times zero is 0 if it is finite, else NaN.
+    row = tl.sum(((q * 0.0 + k * 0.0) + (v * 0.0 + g_y * 0.0)).to(tl.float32), 1)
+    return tl.sum(tl.where(same, row[None, :], 0.0), 1)
+
+
+@triton.jit
+def _kept(x, spoilt):  # type: ignore[no-untyped-def]
+    """The rows of pixels that are not spoilt, 0 for the others."""
+    return tl.where((spoilt == 0.0)[:, None], x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def _scores(q, k, scale, table):  # type: ignore[no-untyped-def]
+    """Of rows with rows, in the exponent of 2. What the table leaves out is -inf whatever is in q and k."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + table
+    return tl.where(table == float("-inf"), float("-inf"), scores)
+
+
+@triton.jit
+def _product(a, b):  # type: ignore[no-untyped-def]
+    """`a @ b` in fp32, a taken in the dtype of b."""
+    return tl.dot(a.to(b.dtype), b, input_precision="ieee")
+
+
+STRIDES = tuple(f"{name}_{axis}" for name in ("q", "k", "v", "g") for axis in "bthwnd")
+INPUTS = ("q", "k", "v", "g_y", "bias", "rotary")
+SCALARS = (
+    *("num_frames", "height", "width", "heads", "head_dim", *STRIDES),
+    *("causal", "window", "scale", "has_bias"),
+)
+TILE_TENSORS = (*INPUTS, "g_q", "g_k", "g_v", "partials")
+TILE_SCALARS = (*SCALARS, "tiles", "want_q", "want_k", "want_v")
+
+
+# fmt: off
+@triton.jit(do_not_specialize=[*TILE_TENSORS, *TILE_SCALARS])
+def _tile_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, g_y,
+    bias,  # (heads, 2 * num_frames - 1), or anything without has_bias
+    rotary,  # (num_frames, head_dim), or None
+    g_q, g_k, g_v,  # contiguous, or anything where it is not wanted
+    partials,  # (slots, heads, 1, ROWS, ROWS), or None
+    num_frames,
+    height, width,  # of the images; all pixels are one row where they can
+    heads, head_dim,
+    q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d,
+    v_b, v_t, v_h, v_w, v_n, v_d, g_b, g_t, g_h, g_w, g_n, g_d,
+    causal, window, scale, has_bias,
+    tiles,
+    want_q, want_k, want_v,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+):
+    """One head of every so many-th tile of whole pixels. Programs side by side have the heads of the same pixels."""
+    program = tl.program_id(0)
+    slot, slots = program // heads, tl.num_programs(0) // heads
+    n = (program % heads).to(tl.int64)
+    sizes = (num_frames, height, width, heads, head_dim)
+    within, frame = _rows(num_frames, ROWS)
+    pixels = ROWS // num_frames  # of a tile
+    pixel = within.to(tl.int64)
+    same = within[:, None] == within[None, :]
+    lag = frame[:, None] - frame[None, :]
+    table = _bias_of(bias, n, num_frames, causal, window, has_bias, lag, same & (within < pixels)[:, None])
+    empty = tl.max(table, 1) == float("-inf")
+    if partials is not None:
+        g_table = tl.zeros((ROWS, ROWS), tl.float32)
+    of_row = tl.cdiv(width, pixels)
+    for tile in range(slot, tiles, slots):
+        row = tile // of_row
+        w = (tile % of_row).to(tl.int64) * pixels
+        at = ((row // height).to(tl.int64), (row % height).to(tl.int64), w, n)
+        exists = _exist((within < pixels) & (within < width - w), head_dim, BLOCK_D, VECTOR)
+        queries = _loaded(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, frame, pixel, exists, BLOCK_D, VECTOR)
+        keys = _loaded(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, frame, pixel, exists, BLOCK_D, VECTOR)
+        values = _loaded(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, frame, pixel, exists, BLOCK_D, VECTOR)
+        gradient = _loaded(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, frame, pixel, exists, BLOCK_D, VECTOR)
+        spoilt = tl.zeros((ROWS,), tl.float32)
+        if ROWS <= 64:  # else a tile is one pixel
+            spoilt = _spoilt(queries, keys, values, gradient, same)
+            queries, keys = _kept(queries, spoilt), _kept(keys, spoilt)
+            values, gradient = _kept(values, spoilt), _kept(gradient, spoilt)
+        if rotary is not None:
+            angles = _angles(rotary, frame, head_dim, exists, BLOCK_D, VECTOR)
+            queries, keys = _turned(queries, angles), _turned(keys, angles)
+
+        scores = _scores(queries, keys, scale, table)
+        weights = tl.exp2(scores - _finite(tl.max(scores, 1))[:, None])
+        weights = weights / tl.where(empty, 1.0, tl.sum(weights, 1))[:, None]
+        if want_v != 0:
+            found = _product(tl.trans(weights.to(gradient.dtype)), gradient) + spoilt[:, None]
+            _store(g_v, sizes, at, frame, pixel, exists, found, BLOCK_D, VECTOR)
+        g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
+        apart = g_weights - tl.sum(weights * g_weights, 1)[:, None]
+        g_scores = tl.where(table == float("-inf"), 0.0, weights * apart)
+        if partials is not None:
+            g_table += g_scores + spoilt[:, None]
+        g_scores = g_scores.to(queries.dtype)
+        if want_q != 0:
+            found = _product(g_scores, keys) * scale + spoilt[:, None]
+            _store_turned(g_q, sizes, at, frame, pixel, exists, found, rotary, BLOCK_D, VECTOR)
+        if want_k != 0:
+            found = _product(tl.trans(g_scores), queries) * scale + spoilt[:, None]
+            _store_turned(g_k, sizes, at, frame, pixel, exists, found, rotary, BLOCK_D, VECTOR)
+    if partials is not None:
+        line = tl.arange(0, ROWS)
+        target = partials + program.to(tl.int64) * (ROWS * ROWS)
+        tl.store(target + (line[:, None] * ROWS + line[None, :]).to(tl.int64), g_table)
+
+
+LAG_TENSORS = ("partials", "g_bias")
+LAG_SCALARS = ("slots", "heads", "diagonals", "num_frames")
+
+
+@triton.jit(do_not_specialize=[*LAG_TENSORS, *LAG_SCALARS])
+def _lag_kernel(  # type: ignore[no-untyped-def]
+    partials,  # (slots, heads, diagonals, ROWS, ROWS)
+    g_bias,  # (heads, 2 * num_frames - 1)
+    slots, heads, diagonals, num_frames,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """The sum over one lag of one head. A diagonal of tiles has the lags around a multiple of ROWS: two have this one."""
+    program = tl.program_id(0)
+    lags = 2 * num_frames - 1
+    n = program // lags
+    lag = program % lags - (num_frames - 1) + diagonals // 2 * ROWS  # from the first diagonal of tiles
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, slots * (2 * ROWS), BLOCK):
+        item = start + tl.arange(0, BLOCK)
+        slot, item = item // (2 * ROWS), item % (2 * ROWS)
+        query = item % ROWS
+        diagonal = (lag + ROWS) // ROWS - 1 + item // ROWS
+        key = query - (lag - diagonal * ROWS)
+        there = (slot < slots) & (diagonal >= 0) & (diagonal < diagonals) & (key >= 0) & (key < ROWS)
+        there &= query // num_frames == key // num_frames  # of one pixel
+        tile = (slot.to(tl.int64) * heads + n) * diagonals + diagonal
+        total += tl.load(partials + (tile * (ROWS * ROWS) + query * ROWS + key), mask=there, other=0.0)
+    tl.store(g_bias + program.to(tl.int64), tl.sum(total, 0).to(g_bias.dtype.element_ty))
+# fmt: on
+
+
+# More frames than rows: tiles of one pixel's frames.
+
+
+STREAM_SCALARS = (*SCALARS, "pixels", "tiles")
+QUERY_TENSORS, QUERY_SCALARS = (*INPUTS, "sums", "g_q"), (*STREAM_SCALARS, "want_q")
+KEY_TENSORS, KEY_SCALARS = (*INPUTS, "sums", "g_k", "g_v"), (*STREAM_SCALARS, "want_k", "want_v")
+DIAGONAL_TENSORS, DIAGONAL_SCALARS = (*INPUTS, "sums", "partials"), STREAM_SCALARS
+
+
+@triton.jit
+def _pixel(index, n, height, width):  # type: ignore[no-untyped-def]
+    """`at` of a head of a pixel, of all counted."""
+    row = index // width
+    at = ((row // height).to(tl.int64), (row % height).to(tl.int64), (index % width).to(tl.int64), n)
+    return at
+
+
+# fmt: off
+@triton.jit
+def _frames(  # type: ignore[no-untyped-def]
+    x, steps, at, frame, num_frames, head_dim, rotary, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr
+):
+    """The rows of these frames of one pixel, turned if there is `rotary`; 0 where there are none."""
+    exists = _exist(frame < num_frames, head_dim, BLOCK_D, VECTOR)
+    rows = _loaded(x, steps, at, frame, 0, exists, BLOCK_D, VECTOR)
+    if rotary is not None:
+        rows = _turned(rows, _angles(rotary, frame, head_dim, exists, BLOCK_D, VECTOR))
+    return rows
+
+
+@triton.jit
+def _pair_table(bias, n, num_frames, causal, window, has_bias, query, key):  # type: ignore[no-untyped-def]
+    """What is added to the scores of these frames."""
+    seen = (query < num_frames)[:, None] & (key < num_frames)[None, :]
+    return _bias_of(bias, n, num_frames, causal, window, has_bias, query[:, None] - key[None, :], seen)
+
+
+@triton.jit
+def _pair(queries, keys, values, gradient, normaliser, balance, scale, table):  # type: ignore[no-untyped-def]
+    """The weights of a tile of queries and one of keys, and the gradient of their scores."""
+    weights = tl.exp2(_scores(queries, keys, scale, table) - normaliser[:, None])
+    g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
+    return weights, tl.where(table == float("-inf"), 0.0, weights * (g_weights - balance[:, None]))
+
+
+@triton.jit(do_not_specialize=[*QUERY_TENSORS, *QUERY_SCALARS])
+def _query_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, g_y, bias, rotary,
+    sums,  # (2, pixels * heads, num_frames): of each row the exponent of its normaliser, and its sum of P * g_P
+    g_q,
+    num_frames, height, width, heads, head_dim,
+    q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d,
+    v_b, v_t, v_h, v_w, v_n, v_d, g_b, g_t, g_h, g_w, g_n, g_d,
+    causal, window, scale, has_bias,
+    pixels, tiles,  # tiles: of queries or keys that a pixel has
+    want_q,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+):
+    """A tile of queries of one head of one pixel."""
+    program = tl.program_id(0)
+    head = program // tiles  # of a pixel
+    n = (head % heads).to(tl.int64)
+    at = _pixel(head // heads, n, height, width)
+    k_steps, v_steps = (k_b, k_t, k_h, k_w, k_n, k_d), (v_b, v_t, v_h, v_w, v_n, v_d)
+    first = program % tiles * ROWS
+    t = first + tl.arange(0, ROWS)
+    queries = _frames(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
+    gradient = _frames(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, num_frames, head_dim, None, BLOCK_D, VECTOR)
+    begin = tl.maximum(first - window, 0) // ROWS * ROWS
+    end = tl.minimum(first + ROWS + tl.where(causal != 0, 0, window), num_frames)
+
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    allowed = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    balance = tl.zeros((ROWS,), tl.float32)
+    for start in range(begin, end, ROWS):
+        s = start + tl.arange(0, ROWS)
+        keys = _frames(k, k_steps, at, s, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
+        values = _frames(v, v_steps, at, s, num_frames, head_dim, None, BLOCK_D, VECTOR)
+        table = _pair_table(bias, n, num_frames, causal, window, has_bias, t, s)
+        allowed = tl.maximum(allowed, tl.max(table, 1))
+        scores = _scores(queries, keys, scale, table)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        fade = tl.exp2(top - _finite(higher))
+        weights = tl.exp2(scores - _finite(higher)[:, None])
+        g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
+        total = total * fade + tl.sum(weights, 1)
+        balance = balance * fade + tl.sum(weights * g_weights, 1)
+        top = higher
+    total = tl.where(allowed == float("-inf"), 1.0, total)
+    normaliser, balance = _finite(top) + tl.log2(total), balance / total
+    place = sums + (head.to(tl.int64) * num_frames + t)
+    tl.store(place, normaliser, mask=t < num_frames)
+    tl.store(place + tl.cast(pixels, tl.int64) * heads * num_frames, balance, mask=t < num_frames)
+    if want_q == 0:
+        return
+
+    found = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for start in range(begin, end, ROWS):
+        s = start + tl.arange(0, ROWS)
+        keys = _frames(k, k_steps, at, s, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
+        values = _frames(v, v_steps, at, s, num_frames, head_dim, None, BLOCK_D, VECTOR)
+        table = _pair_table(bias, n, num_frames, causal, window, has_bias, t, s)
+        _, g_scores = _pair(queries, keys, values, gradient, normaliser, balance, scale, table)
+        found += _product(g_scores, keys)
+    sizes = (num_frames, height, width, heads, head_dim)
+    exists = _exist(t < num_frames, head_dim, BLOCK_D, VECTOR)
+    _store_turned(g_q, sizes, at, t, 0, exists, found * scale, rotary, BLOCK_D, VECTOR)
+
+
+@triton.jit(do_not_specialize=[*KEY_TENSORS, *KEY_SCALARS])
+def _key_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, g_y, bias, rotary, sums, g_k, g_v,
+    num_frames, height, width, heads, head_dim,
+    q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d,
+    v_b, v_t, v_h, v_w, v_n, v_d, g_b, g_t, g_h, g_w, g_n, g_d,
+    causal, window, scale, has_bias,
+    pixels, tiles, want_k, want_v,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+):
+    """A tile of keys of one head of one pixel."""
+    program = tl.program_id(0)
+    head = program // tiles
+    n = (head % heads).to(tl.int64)
+    at = _pixel(head // heads, n, height, width)
+    q_steps, g_steps = (q_b, q_t, q_h, q_w, q_n, q_d), (g_b, g_t, g_h, g_w, g_n, g_d)
+    first = program % tiles * ROWS
+    s = first + tl.arange(0, ROWS)
+    keys = _frames(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, s, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
+    values = _frames(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, s, num_frames, head_dim, None, BLOCK_D, VECTOR)
+    begin = tl.maximum(first - tl.where(causal != 0, 0, window), 0) // ROWS * ROWS
+    end = tl.minimum(first + ROWS + window, num_frames)
+    of_keys = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    of_values = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for start in range(begin, end, ROWS):
+        t = start + tl.arange(0, ROWS)
+        queries = _frames(q, q_steps, at, t, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
+        gradient = _frames(g_y, g_steps, at, t, num_frames, head_dim, None, BLOCK_D, VECTOR)
+        place = sums + (head.to(tl.int64) * num_frames + t)
+        normaliser = tl.load(place, mask=t < num_frames, other=0.0)
+        balance = tl.load(place + tl.cast(pixels, tl.int64) * heads * num_frames, mask=t < num_frames, other=0.0)
+        table = _pair_table(bias, n, num_frames, causal, window, has_bias, t, s)
+        weights, g_scores = _pair(queries, keys, values, gradient, normaliser, balance, scale, table)
+        of_values += _product(tl.trans(weights.to(gradient.dtype)), gradient)
+        of_keys += _product(tl.trans(g_scores.to(queries.dtype)), queries)
+    sizes = (num_frames, height, width, heads, head_dim)
+    exists = _exist(s < num_frames, head_dim, BLOCK_D, VECTOR)
+    if want_k != 0:
+        _store_turned(g_k, sizes, at, s, 0, exists, of_keys * scale, rotary, BLOCK_D, VECTOR)
+    if want_v != 0:
+        _store(g_v, sizes, at, s, 0, exists, of_values, BLOCK_D, VECTOR)
+
+
+@triton.jit(do_not_specialize=[*DIAGONAL_TENSORS, *DIAGONAL_SCALARS])
+def _diagonal_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, g_y, bias, rotary, sums,
+    partials,  # (slots, heads, 2 * tiles - 1, ROWS, ROWS)
+    num_frames, height, width, heads, head_dim,
+    q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d,
+    v_b, v_t, v_h, v_w, v_n, v_d, g_b, g_t, g_h, g_w, g_n, g_d,
+    causal, window, scale, has_bias,
+    pixels, tiles,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+):
+    """Of one head of every so many-th pixel, all tiles of queries with the tiles of keys that lie so far from them."""
+    program = tl.program_id(0)
+    diagonals = 2 * tiles - 1
+    far = program % diagonals - (tiles - 1)
+    slot = program // diagonals // heads
+    slots = tl.num_programs(0) // diagonals // heads
+    n = (program // diagonals % heads).to(tl.int64)
+    count = tiles - tl.abs(far)  # of tiles on the diagonal
+    lane = tl.arange(0, ROWS)
+    g_table = tl.zeros((ROWS, ROWS), tl.float32)
+    for pixel in range(slot, pixels, slots):
+        at = _pixel(pixel, n, height, width)
+        head = tl.cast(pixel, tl.int64) * heads + n
+        for tile in range(count):
+            t = (tl.maximum(far, 0) + tile) * ROWS + lane
+            s = t - far * ROWS
+            queries = _frames(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
+            keys = _frames(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, s, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
+            values = _frames(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, s, num_frames, head_dim, None, BLOCK_D, VECTOR)
+            gradient = _frames(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, num_frames, head_dim, None, BLOCK_D, VECTOR)
+            place = sums + (head * num_frames + t)
+            normaliser = tl.load(place, mask=t < num_frames, other=0.0)
+            balance = tl.load(place + tl.cast(pixels, tl.int64) * heads * num_frames, mask=t < num_frames, other=0.0)
+            table = _pair_table(bias, n, num_frames, causal, window, has_bias, t, s)
+            g_table += _pair(queries, keys, values, gradient, normaliser, balance, scale, table)[1]
+    target = partials + program.to(tl.int64) * (ROWS * ROWS)
+    tl.store(target + (lane[:, None] * ROWS + lane[None, :]).to(tl.int64), g_table)
+# fmt: on
+
+
+# The host's part: which form serves which tensors, and the integers it is given. It is cached by geometry.
+
+
+class Geometry(NamedTuple):
+    """All that decides the launches.
+
+    Args:
+        vectors: whether every tensor begins at a multiple of 16 bytes.
+    """
+
+    shape: Integers
+    strides: tuple[Integers, ...]
+    itemsize: int
+    vectors: bool
+
+
+class Plan(NamedTuple):
+    """How the gradients are computed.
+
+    Args:
+        wide: whether everything is read in 16-byte vectors.
+        packed: whether tiles hold all frames of their pixels.
+        pixels: of the batch.
+        tiles: of the batch where they are packed, else of a pixel.
+        nbytes: of a result.
+        scalars: from num_frames on, up to the strides.
+        options: of launches.
+    """
+
+    wide: bool
+    packed: bool
+    pixels: int
+    tiles: int
+    nbytes: int
+    scalars: Integers
+    options: dict[str, int]
+
+
+def _planned(tensors: Sequence[Tensor]) -> Plan:
+    recording = traced(tensors[0])
+    geometry = Geometry(
+        tensors[0].shape,
+        tuple([tensor.stride() for tensor in tensors]),
+        tensors[0].element_size(),
+        all([aligned(tensor, VECTOR_BYTES, recording) for tensor in tensors]),
+    )
+    return _plan(geometry) if recording else _cached_plan(geometry)
+
+
+def _plan(geometry: Geometry) -> Plan:
+    B, T, H, W, heads, D = shape = tuple(map(int, geometry.shape))
+    strides = [_settled(shape, each) for each in geometry.strides]
+    if all(H == 1 or W == 1 or h == W * w for _, _, h, w, _, _ in strides):
+        strides = [(b, t, 0, h if W == 1 else w, n, d) for b, t, h, w, n, d in strides]
+        H, W = 1, H * W
+    vector = VECTOR_BYTES // geometry.itemsize
+    wide = geometry.vectors and all(d == 1 and all(n % vector == 0 for n in (D, *rest)) for *rest, d in strides)
+    packed = wide and T <= MOST_ROWS[geometry.itemsize]
+    options = _options(geometry.itemsize, packed, 64 if T <= 64 else 128, D, vector if wide else 1)
+    tiles = B * H * _cdiv(W, options["ROWS"] // T) if packed else _cdiv(T, options["ROWS"])
+    scalars = (T, H, W, heads, D, *(step for each in strides for step in each))
+    return Plan(wide, packed, B * H * W, tiles, math.prod(shape) * geometry.itemsize, scalars, options)
+
+
+_cached_plan = functools.lru_cache(maxsize=1024)(_plan)
+
+
+def _options(itemsize: int, packed: bool, rows: int, D: int, vector: int) -> dict[str, int]:
+    """Of a launch: of tiles of so many rows if they are packed."""
+    block_d = next(size for size in (32, 64, 128) if size >= D)
+    if packed:
+        return {"ROWS": rows, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": rows // 16, "num_stages": 1}
+    block_d = max(block_d, 64) if vector > 1 else 128
+    rows = STREAM_ROWS[itemsize]
+    return {"ROWS": rows, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": 4, "num_stages": 1}
+
+
+# What ships: every compiled form that a launch can ask for.
+
+DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
+STREAMED = {
+    "queries": ("_query_kernel", QUERY_TENSORS, QUERY_SCALARS),
+    "keys": ("_key_kernel", KEY_TENSORS, KEY_SCALARS),
+    "diagonals": ("_diagonal_kernel", DIAGONAL_TENSORS, DIAGONAL_SCALARS),
+}
+
+
+def _variant(
+    form: str, kernel: str, names: Sequence[str], scalars: Sequence[str], dtype: str, options: dict[str, int], **absent: None
+) -> Variant:
+    """A kernel of that name with the tensors and scalars of these names, without those that are `absent`."""
+    constants = {name: value for name, value in options.items() if name.isupper()} | absent
+    kinds = {name: f"*{dtype if name in IN_DTYPE else 'fp32'}" for name in names}
+    signature = kinds | dict.fromkeys(scalars, "i32") | dict.fromkeys(constants, "constexpr")
+    if "scale" in signature:
+        signature["scale"] = "fp32"
+    return Variant(f"{dtype} {form}", kernel, signature, constants, options["num_warps"], options["num_stages"])
+
+
+IN_DTYPE = {"q", "k", "v", "g_y", "g_q", "g_k", "g_v", "g_bias"}
+
+
+def _tile_variants(dtype: str) -> list[Variant]:
+    itemsize = DTYPES[dtype]
+    found = []
+    for rows, D, rotary, bias in product((64, 128), (32, 64, 128), (False, True), (False, True)):
+        if rows <= MOST_ROWS[itemsize]:
+            options = _options(itemsize, True, rows, D, VECTOR_BYTES // itemsize)
+            absent = {} if rotary else {"rotary": None}
+            absent |= {} if bias else {"partials": None}
+            form = f"tile {rows}x{D}{', rotary' * rotary}{', bias' * bias}"
+            found.append(_variant(form, "_tile_kernel", TILE_TENSORS, TILE_SCALARS, dtype, options, **absent))
+    return found
+
+
+VARIANTS = tuple(v for dtype in DTYPES for v in _tile_variants(dtype))
