@@ -174,7 +174,14 @@ _TEMPORAL_ATTENTION = register(
     temporal_attention_reference,
     _flatten,
     _describe,
-    backends=(Backend("triton", f"{_KERNELS}:temporal_attention", _TRITON),),
+    backends=(
+        Backend(
+            "triton",
+            f"{_KERNELS}:temporal_attention",
+            _TRITON,
+            backward=f"{_KERNELS}_backward:temporal_attention_backward",
+        ),
+    ),
 )
 
 
