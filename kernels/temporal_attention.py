@@ -1,36 +1,36 @@
 """temporal_attention on the views it is given: the few frames of several pixels are one tile.
 
 A tile has ROWS rows: whole pixels side by side, all frames of each, so that scores are one product of rows with rows
-in which those between pixels are left out. What is left out, and the bias, is a table that all tiles of a head share:
-a program makes it once and walks over pixels. The op reads and writes far more than it computes, so products that are
-thrown away cost nothing as long as every byte is moved once.
+in which those between pixels are left out. The op moves far more than it computes, so products that are thrown away
+cost nothing as long as every byte is moved once.
 
-Where a pixel's frames are more than a tile has rows, programs take some of its rows each and walk over its frames with
-a running softmax. That form also serves tensors that cannot be read in 16-byte vectors.
+Where frames are more than a tile's rows, a program takes as many rows of one pixel, and walks over the pixel's frames
+with a running softmax: up to 128 frames, every byte is still moved once. That form also serves tensors that cannot be
+read in 16-byte vectors.
 
-A weight of zero does not undo a value that is not finite, so where a sum turns out NaN it is made again without those
-of other pixels: a pixel is spoiled by none but its own numbers.
+A weight of zero does not undo a value that is not finite: 0 * NaN is NaN. So before pixels share a product, rows of
+values that are not finite are set to zero, and NaN is put into the scores that see them: a pixel is spoiled by none but
+its own numbers.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import product
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import aligned, launch, traced
+from ._launch import Variant, aligned, launch, traced
 
-OP = "temporal_attention"
 VECTOR_BYTES = 16
 MOST_HEAD_DIM = 128
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-MOST_ROWS = {2: 128, 4: 64}  # of a tile, by the bytes of an element
-PROGRAMS = 132 * 8  # from which on a program takes several tiles
+BLOCKS = (32, 64, 128)  # what head_dim is padded to
 
 Integers = tuple[int, ...]
 
@@ -57,10 +57,11 @@ def temporal_attention(
     if out.numel() == 0:
         return
     T, D = int(q.shape[1]), int(q.shape[5])
-    plan = _planned((q, k, v, out), traced(out))
+    recording = traced(out)
+    plan = _planned((q, k, v, out), rotary is not None, recording)
     window = T if window is None else min(int(window), T)
     scalars = (int(causal), window, float(D**-0.5 if scale is None else scale), int(bias is not None))
-    tables = (_table(bias, q), None if rotary is None else rotary.contiguous())
+    tables = (_table(bias, q), None if rotary is None else _in_vectors(rotary, recording))
     kernel = _tile_kernel if plan.packed else _stream_kernel
     launch(kernel, plan.programs, out, q, k, v, *tables, out, *plan.scalars, *scalars, **plan.constants, **plan.options)
 
@@ -68,6 +69,13 @@ def temporal_attention(
 def _table(bias: Tensor | None, q: Tensor) -> Tensor:
     """A bias as kernels take it; of nothing if there is none."""
     return q.new_empty(0, dtype=torch.float32) if bias is None else bias.float().contiguous()
+
+
+def _in_vectors(rotary: Tensor, recording: bool) -> Tensor:
+    """The angles as kernels take them, copied where they do not lie so."""
+    if rotary.is_contiguous() and aligned(rotary, VECTOR_BYTES, recording):
+        return rotary
+    return rotary.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit
@@ -86,10 +94,13 @@ def _head_of(base, b, h, w, n, step_b, step_h, step_w, step_n, VECTOR: tl.conste
 
 @triton.jit
 def _tile_at(first, frame, pixel, step_t, step_w, step_d, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The addresses of a tile, from those of its frames and pixels relative to where a head begins."""
-    row = tl.multiple_of(frame.to(tl.int64) * step_t + pixel * step_w, VECTOR)[:, None]
+    """The addresses of a tile of rows, by frame and pixel after `first`."""
+    row = tl.multiple_of(frame.to(tl.int64) * step_t, VECTOR)
+    row += tl.multiple_of(tl.cast(pixel, tl.int64) * step_w, VECTOR)
     lane = tl.arange(0, BLOCK_D)[None, :]
-    return first + (row + (lane if VECTOR > 1 else lane.to(tl.int64) * step_d))
+    if VECTOR > 1:
+        return first + (row[:, None] + lane)
+    return first + (row[:, None] + lane.to(tl.int64) * step_d)
 
 
 @triton.jit
@@ -101,8 +112,10 @@ def _exist(inside, head_dim, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # ty
 @triton.jit
 def _angles(rotary, frame, head_dim, exists, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of each row its frame's (cos, sin), pair after pair."""
-    row = tl.multiple_of(frame.to(tl.int64) * head_dim, VECTOR)[:, None]
-    return tl.load(rotary + (row + tl.arange(0, BLOCK_D)[None, :]), mask=exists, other=0.0)
+    row = rotary + (frame.to(tl.int64) * head_dim)[:, None]
+    if VECTOR > 1:
+        row = tl.multiple_of(row, (16, 16))
+    return tl.load(row + tl.arange(0, BLOCK_D).to(tl.int64)[None, :], exists, 0.0)
 
 
 @triton.jit
@@ -120,18 +133,15 @@ def _turned(x, angles, BACK: tl.constexpr = False):  # type: ignore[no-untyped-d
 def _bias_of(bias, head, num_frames, causal, window, has_bias, lag, seen):  # type: ignore[no-untyped-def]
     """What is added to scores in the exponent of 2, by lag; -inf for what is left out or not `seen`."""
     seen = seen & (tl.abs(lag) <= window) & ((lag >= 0) | (causal == 0))
-    table = tl.where(seen, 0.0, float("-inf"))
-    if has_bias != 0:
-        row = bias + head.to(tl.int64) * (2 * num_frames - 1).to(tl.int64)
-        table = tl.load(row + (lag + num_frames - 1).to(tl.int64), mask=seen, other=float("-inf")) * LOG2E
-    return table
+    row = bias + (head * (2 * tl.cast(num_frames, tl.int64) - 1) + (num_frames - 1))
+    return tl.load(row + lag.to(tl.int64), seen & (has_bias != 0), tl.where(seen, 0.0, float("-inf"))) * LOG2E
 
 
 @triton.jit
-def _scores(q, k, scale, table):  # type: ignore[no-untyped-def]
-    """Of rows with rows, in the exponent of 2. What the table leaves out is -inf whatever is in q and k."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + table
-    return tl.where(table == float("-inf"), float("-inf"), scores)
+def _scores(q, k, scale, table, spoil):  # type: ignore[no-untyped-def]
+    """Of rows with rows, in the exponent of 2. What the table leaves out is -inf whatever is in q, k and spoil."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + spoil
+    return tl.where(table == float("-inf"), float("-inf"), scores + table)
 
 
 @triton.jit
@@ -141,24 +151,15 @@ def _finite(top):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sums(weights, values, pixel):  # type: ignore[no-untyped-def]
-    """`weights @ values`; weights between rows of different pixels are 0, and stay without effect whatever the values.
-
-    A value that is not finite would spoil the sums of all pixels of the tile.
-    """
-    sums = tl.dot(weights, values, input_precision="ieee")
-    if tl.max(tl.max((sums != sums).to(tl.int32), 1), 0) != 0:
-        finite = tl.abs(values.to(tl.float32)) < float("inf")
-        own = (pixel[:, None] == pixel[None, :]).to(tl.float16)
-        spoiled = tl.dot(own, tl.where(finite, 0.0, 1.0).to(tl.float16)) > 0
-        again = tl.dot(weights, tl.where(finite, values, 0.0).to(values.dtype), input_precision="ieee")
-        sums = tl.where(spoiled, sums, again)
-    return sums
+def _contained(values):  # type: ignore[no-untyped-def]
+    """The rows of values that are finite, the others zero; and of each 0, or NaN if it was not finite."""
+    spoil = tl.sum(values.to(tl.float32) * 0.0, 1)
+    return tl.where((spoil == 0.0)[:, None], values, 0.0).to(values.dtype), spoil
 
 
 TENSORS = ("q", "k", "v", "bias", "rotary", "out")
 SCALARS = (
-    *("num_frames", "height", "width", "heads", "head_dim", "parts", "steps"),
+    *("num_frames", "height", "width", "heads", "head_dim", "parts"),
     *(f"{name}_{axis}" for name in ("q", "k", "v", "out") for axis in "bthwnd"),
     *("causal", "window", "scale", "has_bias"),
 )
@@ -174,57 +175,51 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     num_frames,
     height, width,  # of the images; all pixels are one row where they can
     heads, head_dim,
-    parts, steps,  # programs that a row of pixels is shared out to, tiles of each
+    parts,  # tiles in a row of pixels
     q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d,
     v_b, v_t, v_h, v_w, v_n, v_d, out_b, out_t, out_h, out_w, out_n, out_d,
     causal, window, scale, has_bias,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
 ):
-    """One head of the pixels of some tiles. Programs side by side have the heads of the same pixels."""
+    """One head of a tile of pixels. Programs side by side have the heads of the same pixels."""
     program = tl.program_id(0)
     n = (program % heads).to(tl.int64)
     program = program // heads
     part = (program % parts).to(tl.int64)
     program = program // parts
     h, b = (program % height).to(tl.int64), (program // height).to(tl.int64)
-    q = _head_of(q, b, h, 0, n, q_b, q_h, 0, q_n, VECTOR)
-    k = _head_of(k, b, h, 0, n, k_b, k_h, 0, k_n, VECTOR)
-    v = _head_of(v, b, h, 0, n, v_b, v_h, 0, v_n, VECTOR)
-    out = _head_of(out, b, h, 0, n, out_b, out_h, 0, out_n, VECTOR)
+    w = part * (ROWS // num_frames)  # the tile's first pixel
+    q = _head_of(q, b, h, w, n, q_b, q_h, q_w, q_n, VECTOR)
+    k = _head_of(k, b, h, w, n, k_b, k_h, k_w, k_n, VECTOR)
+    v = _head_of(v, b, h, w, n, v_b, v_h, v_w, v_n, VECTOR)
+    out = _head_of(out, b, h, w, n, out_b, out_h, out_w, out_n, VECTOR)
 
-    within, frame = _rows(num_frames, ROWS)
-    seen = within[:, None] == within[None, :]
+    pixel, frame = _rows(num_frames, ROWS)
+    inside = (pixel < ROWS // num_frames) & (pixel < width - w)
+    exists = _exist(inside, head_dim, BLOCK_D, VECTOR)
+    queries = tl.load(_tile_at(q, frame, pixel, q_t, q_w, q_d, BLOCK_D, VECTOR), exists, 0.0)
+    keys = tl.load(_tile_at(k, frame, pixel, k_t, k_w, k_d, BLOCK_D, VECTOR), exists, 0.0)
+    values = tl.load(_tile_at(v, frame, pixel, v_t, v_w, v_d, BLOCK_D, VECTOR), exists, 0.0)
+    if rotary is not None:
+        angles = _angles(rotary, frame, head_dim, exists, BLOCK_D, VECTOR)
+        queries, keys = _turned(queries, angles), _turned(keys, angles)
+    values, spoil = _contained(values)
+    seen = pixel[:, None] == pixel[None, :]
     table = _bias_of(bias, n, num_frames, causal, window, has_bias, frame[:, None] - frame[None, :], seen)
     empty = tl.max(table, 1) == float("-inf")
-    pixels = ROWS // num_frames  # of a tile
-    first = part * steps * pixels
-    count = tl.minimum(width - first, tl.cast(steps, tl.int64) * pixels).to(tl.int32)
-    for start in tl.range(0, count, pixels, num_stages=STAGES):
-        inside = (within < pixels) & (within < count - start)
-        exists = _exist(inside, head_dim, BLOCK_D, VECTOR)
-        pixel = first + start + within
-        queries = tl.load(_tile_at(q, frame, pixel, q_t, q_w, q_d, BLOCK_D, VECTOR), exists, 0.0)
-        keys = tl.load(_tile_at(k, frame, pixel, k_t, k_w, k_d, BLOCK_D, VECTOR), exists, 0.0)
-        values = tl.load(_tile_at(v, frame, pixel, v_t, v_w, v_d, BLOCK_D, VECTOR), exists, 0.0)
-        if rotary is not None:
-            angles = _angles(rotary, frame, head_dim, exists, BLOCK_D, VECTOR)
-            queries, keys = _turned(queries, angles), _turned(keys, angles)
-        scores = _scores(queries, keys, scale, table)
-        weights = tl.exp2(scores - _finite(tl.max(scores, 1))[:, None])
-        total = tl.where(empty, 1.0, tl.sum(weights, 1))
-        if ROWS > 64:  # more frames than half the rows: a single pixel
-            sums = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        else:
-            sums = _sums(weights.to(values.dtype), values, within)
-        target = _tile_at(out, frame, pixel, out_t, out_w, out_d, BLOCK_D, VECTOR)
-        tl.store(target, (sums / total[:, None]).to(out.dtype.element_ty), exists)
+    scores = _scores(queries, keys, scale, table, spoil[None, :])
+    weights = tl.exp2(scores - _finite(tl.max(scores, 1))[:, None])
+    total = tl.where(empty, 1.0, tl.sum(weights, 1))
+    sums = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    target = _tile_at(out, frame, pixel, out_t, out_w, out_d, BLOCK_D, VECTOR)
+    tl.store(target, (sums / total[:, None]).to(out.dtype.element_ty), exists)
 
 
 @triton.jit(do_not_specialize=[*TENSORS, *SCALARS])
 def _stream_kernel(  # type: ignore[no-untyped-def]
     q, k, v, bias, rotary, out,
     num_frames, height, width, heads, head_dim,
-    parts, steps,  # parts: tiles of queries that a pixel has
+    parts,  # tiles of queries that a pixel has
     q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d,
     v_b, v_t, v_h, v_w, v_n, v_d, out_b, out_t, out_h, out_w, out_n, out_d,
     causal, window, scale, has_bias,
@@ -232,7 +227,7 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
 ):
     """Some frames of one head of one pixel, which see the others tile by tile."""
     program = tl.program_id(0)
-    part = program % parts
+    part = (program % parts).to(tl.int64)
     program = program // parts
     n = (program % heads).to(tl.int64)
     program = program // heads
@@ -254,8 +249,8 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
     allowed = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    begin = tl.maximum(from_t - window, 0) // KEYS * KEYS
-    end = tl.minimum(from_t + ROWS + tl.where(causal != 0, 0, window), num_frames)
+    begin = (tl.maximum(from_t - window, 0) // KEYS * KEYS).to(tl.int32)
+    end = tl.minimum(from_t + ROWS + tl.where(causal != 0, 0, window), num_frames).to(tl.int32)
     for from_s in tl.range(begin, end, KEYS, num_stages=STAGES):
         s = from_s + tl.arange(0, KEYS)
         here = _exist(s < num_frames, head_dim, BLOCK_D, VECTOR)
@@ -266,7 +261,7 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
         seen = (t < num_frames)[:, None] & (s < num_frames)[None, :]
         table = _bias_of(bias, n, num_frames, causal, window, has_bias, t[:, None] - s[None, :], seen)
         allowed = tl.maximum(allowed, tl.max(table, 1))
-        scores = _scores(queries, keys, scale, table)
+        scores = _scores(queries, keys, scale, table, 0.0)
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - _finite(higher)[:, None])
         fade = tl.exp2(top - _finite(higher))
@@ -282,6 +277,47 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
 # The host's part: which form serves which tensors, and the integers it is given. It is cached by geometry.
 
 
+class Form(NamedTuple):
+    """A compiled form's tiles.
+
+    Args:
+        rows: of queries; of whole pixels, where keys is None.
+        keys: frames that are seen at a time.
+    """
+
+    rows: int
+    keys: int | None
+    num_warps: int
+    num_stages: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def constants(self, block_d: int, vector: int) -> dict[str, int]:
+        tile = {"BLOCK_D": block_d, "VECTOR": vector}
+        if self.keys is None:
+            return {"ROWS": self.rows, **tile}
+        return {"ROWS": self.rows, "KEYS": self.keys, **tile, "STAGES": self.num_stages}
+
+
+# Of tensors in whole vectors, by the bytes of an element, whether there is a rotation, and the block of D. A rotation
+# holds both operands and their angles in fp32 registers, and fp32 products run on plain registers too: smaller tiles.
+PACKED = {
+    (2, False): {32: Form(64, None, 4), 64: Form(64, None, 4), 128: Form(64, None, 8)},
+    (2, True): {32: Form(64, None, 8), 64: Form(32, None, 4), 128: Form(32, None, 8)},
+    (4, False): {32: Form(32, None, 4), 64: Form(32, None, 4), 128: Form(32, None, 8)},
+    (4, True): {32: Form(32, None, 4), 64: Form(32, None, 4), 128: Form(32, None, 8)},
+}
+STREAMED = {
+    (2, False): {32: Form(128, 32, 8, 2), 64: Form(128, 32, 8, 2), 128: Form(128, 32, 8, 1)},
+    (2, True): {32: Form(128, 32, 8, 1), 64: Form(64, 32, 8, 2), 128: Form(64, 32, 8, 2)},
+    (4, False): {32: Form(64, 32, 8, 1), 64: Form(64, 32, 8, 1), 128: Form(64, 32, 8, 2)},
+    (4, True): {32: Form(64, 32, 8, 1), 64: Form(64, 32, 8, 2), 128: Form(64, 32, 8, 2)},
+}
+STRIDED = Form(16, 16, 4)  # any strides, element by element: tiles are small, since each has its address in registers
+
+
 class Geometry(NamedTuple):
     """All that decides a launch.
 
@@ -293,6 +329,7 @@ class Geometry(NamedTuple):
     strides: tuple[Integers, ...]
     itemsize: int
     vectors: bool
+    rotated: bool
 
 
 class Plan(NamedTuple):
@@ -306,16 +343,17 @@ class Plan(NamedTuple):
     packed: bool
     programs: int
     scalars: Integers
-    constants: dict[str, Any]
+    constants: dict[str, int]
     options: dict[str, int]
 
 
-def _planned(tensors: Sequence[Tensor], recording: bool) -> Plan:
+def _planned(tensors: Sequence[Tensor], rotated: bool, recording: bool) -> Plan:
     geometry = Geometry(
         tensors[0].shape,
         tuple([tensor.stride() for tensor in tensors]),
         tensors[0].element_size(),
         all([aligned(tensor, VECTOR_BYTES, recording) for tensor in tensors]),
+        rotated,
     )
     return _plan(geometry) if recording else _cached_plan(geometry)
 
@@ -323,28 +361,19 @@ def _planned(tensors: Sequence[Tensor], recording: bool) -> Plan:
 def _plan(geometry: Geometry) -> Plan:
     B, T, H, W, heads, D = shape = tuple(map(int, geometry.shape))
     strides = [_settled(shape, each) for each in geometry.strides]
-    if all(H == 1 or W == 1 or h == W * w for _, _, h, w, _, _ in strides):
+    if all(H == 1 or W == 1 or h == W * w for _, _, h, w, _, _ in strides):  # one row of pixels, to cut it less often
         strides = [(b, t, 0, h if W == 1 else w, n, d) for b, t, h, w, n, d in strides]
         H, W = 1, H * W
     vector = VECTOR_BYTES // geometry.itemsize
-    wide = geometry.vectors and all(d == 1 and all(n % vector == 0 for n in (D, *rest)) for *rest, d in strides)
-    rows = 64 if T <= 64 else 128
-    packed = wide and rows <= MOST_ROWS[geometry.itemsize] and T <= rows
-    block_d = next(size for size in (32, 64, 128) if D <= size)
-    constants = {"BLOCK_D": block_d, "VECTOR": vector if wide else 1}
-    if packed:
-        tiles = _cdiv(W, rows // T)
-        steps = max(1, min(8, B * H * heads * tiles // PROGRAMS))
-        parts = _cdiv(tiles, steps)
-        programs = B * H * heads * parts
-        constants = {"ROWS": rows, **constants, "STAGES": 2}
-    else:
-        rows, keys = 64, 32
-        parts, steps = _cdiv(T, rows), 1
-        programs = B * H * W * heads * parts
-        constants = {"ROWS": rows, "KEYS": keys, **constants, "STAGES": 2}
-    scalars = (T, H, W, heads, D, parts, steps, *(step for each in strides for step in each))
-    return Plan(packed, programs, scalars, constants, {"num_warps": 4, "num_stages": 2})
+    wide = geometry.vectors and all(d == 1 and all(n % vector == 0 for n in (D, *outer)) for *outer, d in strides)
+    kind = (geometry.itemsize, geometry.rotated)
+    block_d = next(block for block in BLOCKS if block >= D) if wide else MOST_HEAD_DIM
+    packed = wide and PACKED[kind][block_d].rows >= T
+    form = PACKED[kind][block_d] if packed else STREAMED[kind][block_d] if wide else STRIDED
+    parts = _cdiv(W, form.rows // T) if packed else _cdiv(T, form.rows)
+    programs = B * H * (1 if packed else W) * heads * parts
+    scalars = (T, H, W, heads, D, parts, *(step for each in strides for step in each))
+    return Plan(packed, programs, scalars, form.constants(block_d, vector if wide else 1), form.options)
 
 
 _cached_plan = functools.lru_cache(maxsize=1024)(_plan)
@@ -358,3 +387,39 @@ def _settled(shape: Integers, strides: Sequence[int]) -> Integers:
 
 def _cdiv(count: int, size: int) -> int:
     return -(-count // size)
+
+
+# What ships: every compiled form that a launch can ask for.
+
+DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
+FP32_TENSORS = ("bias", "rotary")
+
+
+def _variant(dtype: str, form: Form, block_d: int, vector: int, rotated: bool) -> Variant:
+    constants = form.constants(block_d, vector)
+    absent = {} if rotated else {"rotary": None}
+    signature = {name: f"*{'fp32' if name in FP32_TENSORS else dtype}" for name in TENSORS}
+    signature |= dict.fromkeys(SCALARS, "i32") | {"scale": "fp32"}
+    signature |= dict.fromkeys((*constants, *absent), "constexpr")
+    kind = "packed" if form.keys is None else "streamed" if vector > 1 else "strided"
+    loads = form.rows * block_d // (vector * 32 * form.num_warps) if vector > 1 else 0  # of a tensor, by each thread
+    return Variant(
+        f"{dtype} {kind} d{block_d}{' rotary' if rotated else ''}",
+        "_tile_kernel" if form.keys is None else "_stream_kernel",
+        signature,
+        {**constants, **absent},
+        num_warps=form.num_warps,
+        num_stages=form.num_stages,
+        wide_loads=(3 if form.keys is None else 1) * loads,
+    )
+
+
+VARIANTS = (
+    *(
+        _variant(dtype, forms[itemsize, rotated][block_d], block_d, VECTOR_BYTES // itemsize, rotated)
+        for (dtype, itemsize), forms, rotated, block_d in product(
+            DTYPES.items(), (PACKED, STREAMED), (False, True), BLOCKS
+        )
+    ),
+    *(_variant(dtype, STRIDED, MOST_HEAD_DIM, 1, rotated) for dtype, rotated in product(DTYPES, (False, True))),
+)

@@ -231,8 +231,26 @@ _NATIVE_BACKWARD = torch.library.custom_op(
 _NATIVE_BACKWARD.register_fake(_backward_results)
 
 
-_BACKWARD_CPU = f"{__name__}:temporal_attention_backward_cpu"
+MOST_HEAD_DIM = 128  # of the Triton kernels
+
+
+def triton_limits(q: Tensor, *_: object) -> list[str]:
+    """Why the Triton kernels cannot serve a call."""
+    D = q.shape[5]
+    return [f"D must be at most {MOST_HEAD_DIM}, got {D}"] if D > MOST_HEAD_DIM else []
+
+
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_KERNELS = "lumiere_fast.kernels.temporal_attention"
+_TRITON = Needs(
+    devices=("cuda",),
+    dtypes={"q": _NARROW},
+    capability=(8, 0),
+    gradient=True,
+    modules=("triton",),
+    limits=triton_limits,
+)
+_BACKWARD_CPU = f"{__name__}:temporal_attention_backward_cpu"
 _CPU = Needs(devices=("cpu",), dtypes={"q": _NARROW}, gradient=True, native="cpu")
 
 _TEMPORAL_ATTENTION = register(
@@ -240,7 +258,15 @@ _TEMPORAL_ATTENTION = register(
     temporal_attention_reference,
     _flatten,
     _describe,
-    backends=(Backend("cpu", "lumiere_fast.native:temporal_attention", _CPU, backward=_BACKWARD_CPU),),
+    backends=(
+        Backend(
+            "triton",
+            f"{_KERNELS}:temporal_attention",
+            _TRITON,
+            backward=f"{_KERNELS}_backward:temporal_attention_backward",
+        ),
+        Backend("cpu", "lumiere_fast.native:temporal_attention", _CPU, backward=_BACKWARD_CPU),
+    ),
 )
 
 
