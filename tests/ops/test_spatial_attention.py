@@ -455,6 +455,14 @@ REFUSED: dict[str, tuple[tuple[str, ...], Any]] = {
         TORCHS,
         lambda: [*on_a_gpu(PLAIN)[:2], narrow((2, 3, 8, 9, 4, 64))[2]],
     ),
+    "k has strides .* its axes cannot be folded": (
+        TORCHS,
+        lambda: [that_says_so(x[:, 1:]) for x in meta((2, 4, 8, 8, 4, 64))],
+    ),
+    r"q has strides \(.*its axes cannot be folded": (
+        TORCHS,
+        lambda: [that_says_so(x) for x in (meta(PLAIN)[0][:, :, 1:], *meta(PLAIN, 77)[1:])],
+    ),
     "q has strides .* the result would be ordered like it": (TORCHS, lambda: strided(PLAIN, 0, 1, 4, 2, 3, 5)),
     "axis -1 of q has stride 2": (TORCHS, lambda: [that_says_so(x[..., ::2]) for x in meta((2, 3, 8, 8, 4, 128))]),
     "there are 65536 sequences, torch's kernel takes 65535": (TORCHS, lambda: on_a_gpu((512, 32, 2, 2, 4, 8))),
