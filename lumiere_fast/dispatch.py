@@ -420,6 +420,8 @@ def _first_without_reasons(op: Op, arguments: Sequence[Any], among: Sequence[str
     where, tracing = _device_of(arguments), torch.compiler.is_compiling()
     device = where.type
     for name in order(op, where, arguments):
+        if name == "reference":
+            return name
         if name not in among:
             continue
         if not tracing and (op.name, name, device) in _elsewhere:

@@ -8,7 +8,6 @@ the batch, or, before text, into their clip's queries, as views, and results com
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -72,11 +71,13 @@ def _without_masked(q: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tens
     """
     if key_mask is None:
         return None, v
-    length = key_mask.shape[1]
+    B, length = key_mask.shape
     empty = ~key_mask.any(-1, keepdim=True)
-    seen = F.pad(key_mask | empty, (0, -length % 16))
-    bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -math.inf)[:, :length]
-    return bias[:, None, None], v.masked_fill(empty[:, :, None, None], 0.0)
+    seen = key_mask | empty
+    if padding := -length % 16:
+        seen = F.pad(seen, (0, padding))
+    bias = seen.to(q.dtype).log().unsqueeze(1).unsqueeze(1)  # of 1 and 0
+    return bias[..., :length] if padding else bias, v.masked_fill(empty.view(B, 1, 1, 1), 0.0)
 
 
 # ---------------------------------------------------------------- what they do not take

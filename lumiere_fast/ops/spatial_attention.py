@@ -114,14 +114,18 @@ def _describe(q: Tensor, *_: object) -> Result:
     return Result(tuple(q.shape), q.dtype, q.device)
 
 
+MASKED_PAYS_FROM = 1 << 16  # elements of q, on a CPU
+
+
 def _case(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float | None) -> str:
     """What the fastest backend depends on, by which the table of their order is kept.
 
-    On a CPU the reference comes to torch's flash kernel too, in fp32; with a mask it goes over the result once more.
+    On a CPU the reference comes to torch's flash kernel too, in fp32. With a mask it goes over the result again, which
+    costs more than a further call of dispatch does where the result is not small.
     """
     half = q.dtype.itemsize == 2
     if q.device.type == "cpu":
-        return "cpu" if key_mask is None or half else "cpu-masked"
+        return "cpu" if key_mask is None or half or q.numel() < MASKED_PAYS_FROM else "cpu-masked"
     D = q.shape[-1]
     width = "half" if half else "single"
     heads = "d32" if D <= 32 else "d64" if D <= 64 else "d128"

@@ -347,16 +347,19 @@ def test_flash_writes_one_activation(name: str) -> None:
 
 def test_auto_on_a_cpu_takes_flash_where_that_saves_passes() -> None:
     """Without a mask the reference is the same call; in half precision it computes in fp32, which is faster."""
-    inputs, options = CALLS["masked"](Draw(26, torch.float32))
+    draw = Draw(26, torch.float32)
+    inputs, options = masked_text(draw, (2, 4, 32, 32, 2, 8))
     for dtype, backend in ((torch.float32, "flash"), (torch.float64, "flash"), (torch.bfloat16, "reference")):
         with dispatch.record_backends() as used:
             spatial_attention(*(x.to(dtype) for x in inputs), **options)
         assert used == {backend}
     kernel = "_scaled_dot_product_flash_attention_for_cpu"
     assert passes(inputs, options, "reference") == [kernel, "masked_fill", "clone"]  # zero for prompts without keys
-    for dtype in (torch.float32, torch.float16):
+    unmasked = draw_qkv(draw, (2, 4, 32, 32, 2, 8))
+    small, mask = masked_text(draw, (2, 4, 4, 4, 2, 8))
+    for call, masked in ((unmasked, {}), ([x.half() for x in unmasked], {}), (small, mask)):
         with dispatch.record_backends() as used:
-            spatial_attention(*draw_qkv(Draw(27, dtype), (2, 3, 4, 3, 2, 8)))
+            spatial_attention(*call, **masked)
         assert used == {"reference"}
 
 
@@ -451,6 +454,14 @@ REFUSED: dict[str, tuple[tuple[str, ...], Any]] = {
     "v has strides .* its axes cannot be folded": (
         TORCHS,
         lambda: [*on_a_gpu(PLAIN)[:2], narrow((2, 3, 8, 9, 4, 64))[2]],
+    ),
+    "k has strides .* its axes cannot be folded": (
+        TORCHS,
+        lambda: [that_says_so(x[:, 1:]) for x in meta((2, 4, 8, 8, 4, 64))],
+    ),
+    r"q has strides \(.*its axes cannot be folded": (
+        TORCHS,
+        lambda: [that_says_so(x) for x in (meta(PLAIN)[0][:, :, 1:], *meta(PLAIN, 77)[1:])],
     ),
     "q has strides .* the result would be ordered like it": (TORCHS, lambda: strided(PLAIN, 0, 1, 4, 2, 3, 5)),
     "axis -1 of q has stride 2": (TORCHS, lambda: [that_says_so(x[..., ::2]) for x in meta((2, 3, 8, 8, 4, 128))]),
