@@ -12,7 +12,6 @@ HOMES = {"group_norm_stats": "group_norm"}
 # Ops whose kernel is not written yet. An op leaves the list in the change that adds kernels/<op>.py or csrc/<op>.*.
 PENDING_KERNELS: tuple[str, ...] = (
     "temporal_attention",
-    "spatial_attention",
     "denoise_step",
 )
 

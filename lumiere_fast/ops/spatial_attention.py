@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout
 from lumiere_fast.ops._checks import (
     check_device,
@@ -110,7 +111,16 @@ def _describe(q: Tensor, *_: object) -> Result:
     return Result(tuple(q.shape), q.dtype, q.device)
 
 
-_SPATIAL_ATTENTION = register(spatial_attention, spatial_attention_reference, _flatten, _describe)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON = Needs(devices=("cuda",), dtypes={"q": _DTYPES}, capability=(8, 0), modules=("triton",))
+
+_SPATIAL_ATTENTION = register(
+    spatial_attention,
+    spatial_attention_reference,
+    _flatten,
+    _describe,
+    backends=(Backend("triton", "lumiere_fast.kernels.spatial_attention:spatial_attention", _TRITON),),
+)
 
 
 PAPER_ATTENTION = tuple(level for level in LEVELS if level[0] in ("base1", "base2", "base3", "ssr3"))
