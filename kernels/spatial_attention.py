@@ -211,7 +211,7 @@ def _attend(  # type: ignore[no-untyped-def]
     key, key_rest = _blocks(k_from, lane, inside, columns, columns_rest, k_w, BLOCK_D, REST_D, VECTOR)
     s = _scores(q, q_rest, key, key_rest, REST_D)
     if MASKED:
-        s = tl.where(inside[None, :], s, float("-inf"))
+        s = tl.where(inside[None, :], s, float("-inf"))  # type: ignore[index]
     p, risen, held = _weights(s, gain, top)
     fade = tl.exp2(top - held)
     weights = p.to(q.dtype)
