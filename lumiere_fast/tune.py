@@ -36,6 +36,7 @@ CLEARLY = 1.02  # times as fast as the default that a candidate must be: less is
 ROUNDS_BUDGET = 0.5  # seconds of timed rounds a scenario
 BUDGET = 900.0
 LONGEST_REASON = 300
+HEADS = (32, 64, 80, 96, 128)
 
 
 @dataclass(frozen=True)
@@ -313,9 +314,19 @@ def representatives(op: str, case: str) -> list[tuple[Scenario, torch.dtype]]:
 def scenarios(op: str) -> list[Scenario]:
     """Those of the op's spec that are not too large, and parts of its largest frames, narrow ones, with few tiles too.
 
-    The parts are of each width up to 256 channels, whose levels are too large as a whole, and of one tap and of more.
+    The parts are of each width up to 256 channels, whose levels are too large as a whole, and of one tap and of more;
+    of attention, of eight heads of each width, over two frames, whose scores the reference can keep.
     """
     known = _selfcheck.spec_of(getattr(ops, op)).scenarios
+    if "D" in known[0].sizes:
+        return [
+            replace(
+                each, name=f"{each.name}_d{D}_{H}", sizes={**each.sizes, "C": 8 * D, "T": 2, "H": H, "W": H, "D": D}
+            )
+            for each in known
+            if each.name in ("base1", "base1_text")
+            for D, H in product(HEADS, (16, 64))
+        ]
     parts = [
         replace(each, name=f"{each.name}_k{k}_c{C}_{H}", sizes={**each.sizes, "C": C, "H": H, "W": H, "k": k})
         for each in known
@@ -326,7 +337,12 @@ def scenarios(op: str) -> list[Scenario]:
 
 
 def case_of(op: str, scenario: Scenario, dtype: torch.dtype) -> str:
-    """The case that a scenario is of."""
+    """The case that a scenario is of; empty for one that no configuration is for."""
+    if "D" in scenario.sizes:
+        text, count = scenario.options["text"], scenario.count
+        heads = count("C") // count("D")
+        calls = (count("B") * heads, count("THW"), count("L")) if text else (count("BT") * heads, count("HW"), None)
+        return _kernel(op).case_of(count("D"), *calls) if dtype.itemsize == 2 else ""
     C_out = scenario.sizes.get("N", scenario.sizes["C"])
     rows, normed = scenario.count("BTHW"), scenario.options["fused"]
     case: str = _kernel(op).case_of(dtype, C_out, scenario.sizes["k"], rows, normed)
