@@ -42,8 +42,9 @@ BUDGET = 900.0
 LONGEST_REASON = 300
 FACTOR = _selfcheck.FACTOR
 ORDER = "_order"  # a table's name ends so
-HEADS = (32, 64, 128)
+ORDER_HEADS = (32, 64, 128)
 MOST_KEYS = 4096  # of a frame whose scores the reference can keep in fp64
+HEADS = (32, 64, 80, 96, 128)
 
 
 @dataclass(frozen=True)
@@ -436,9 +437,19 @@ def representatives(op: str, case: str) -> list[tuple[Scenario, torch.dtype]]:
 def scenarios(op: str) -> list[Scenario]:
     """Those of the op's spec that are not too large, and parts of its largest frames, narrow ones, with few tiles too.
 
-    The parts are of each width up to 256 channels, whose levels are too large as a whole, and of one tap and of more.
+    The parts are of each width up to 256 channels, whose levels are too large as a whole, and of one tap and of more;
+    of attention, of eight heads of each width, over two frames, whose scores the reference can keep.
     """
     known = _selfcheck.spec_of(getattr(ops, op)).scenarios
+    if "D" in known[0].sizes:
+        return [
+            replace(
+                each, name=f"{each.name}_d{D}_{H}", sizes={**each.sizes, "C": 8 * D, "T": 2, "H": H, "W": H, "D": D}
+            )
+            for each in known
+            if each.name in ("base1", "base1_text")
+            for D, H in product(HEADS, (16, 64))
+        ]
     parts = [
         replace(each, name=f"{each.name}_k{k}_c{C}_{H}", sizes={**each.sizes, "C": C, "H": H, "W": H, "k": k})
         for each in known
@@ -458,7 +469,7 @@ def _order_scenarios(table: str) -> dict[str, list[tuple[Scenario, torch.dtype]]
     public = getattr(ops, op.name)
     known = [each for each in _selfcheck.spec_of(public).scenarios if not each.cpu]
     found: dict[str, list[tuple[Scenario, torch.dtype]]] = {}
-    for each, D, masked, gradient, dtype in product(known, HEADS, (False, True), (False, True), DTYPES):
+    for each, D, masked, gradient, dtype in product(known, ORDER_HEADS, (False, True), (False, True), DTYPES):
         fits = each.count("C") % D == 0 and each.count("HW") <= MOST_KEYS and each.count("BCTHW") <= LARGEST
         if not fits or masked > each.options["text"]:
             continue
@@ -480,7 +491,12 @@ def _order_inputs(
 
 
 def case_of(op: str, scenario: Scenario, dtype: torch.dtype) -> str:
-    """The case that a scenario is of."""
+    """The case that a scenario is of; empty for one that no configuration is for."""
+    if "D" in scenario.sizes:
+        text, count = scenario.options["text"], scenario.count
+        heads = count("C") // count("D")
+        calls = (count("B") * heads, count("THW"), count("L")) if text else (count("BT") * heads, count("HW"), None)
+        return _kernel(op).case_of(count("D"), *calls) if dtype.itemsize == 2 else ""
     C_out = scenario.sizes.get("N", scenario.sizes["C"])
     rows, normed = scenario.count("BTHW"), scenario.options["fused"]
     case: str = _kernel(op).case_of(dtype, C_out, scenario.sizes["k"], rows, normed)

@@ -440,20 +440,21 @@ def real() -> Iterator[Any]:
     yield tune._kernel(OP)
 
 
-def test_every_case_has_candidates_and_scenarios_that_are_of_it(real: Any) -> None:
-    for case in _configs.cases(OP):
-        for scenario, dtype in tune.representatives(OP, case):
-            assert tune.case_of(OP, scenario, dtype) == case
+@pytest.mark.parametrize("op", [OP, "spatial_attention"])
+def test_every_case_has_candidates_and_scenarios_that_are_of_it(op: str, real: Any) -> None:
+    for case in _configs.cases(op):
+        for scenario, dtype in tune.representatives(op, case):
+            assert tune.case_of(op, scenario, dtype) == case
             assert scenario.count("BCTHW") <= tune.LARGEST
-        tried = tune.candidates(OP, case)
-        assert len(tried) > 1 and tried[0] == _configs.shipped(OP)[case][0]
+        tried = tune.candidates(op, case)
+        assert len(tried) > 1 and tried[0] == _configs.shipped(op)[case][0]
         for each in tried:
-            with _configs.override(OP, case, each):
+            with _configs.override(op, case, each):
                 pass
 
 
 def test_an_op_without_configurations_is_not_tunable(real: Any) -> None:
-    assert tune.tunable() == (OP, ORDERED)
+    assert tune.tunable() == (OP, "spatial_attention", ORDERED)
 
 
 def test_the_kernel_in_the_interpreter_runs_as_its_candidate_says(real: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,7 +501,10 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     ("arguments", "word"),
     [
         ((), "no CUDA device"),
-        (("--op", "group_norm"), "op must be one of temporal_conv, spatial_attention_order, got 'group_norm'"),
+        (
+            ("--op", "group_norm"),
+            "op must be one of temporal_conv, spatial_attention, spatial_attention_order, got 'group_norm'",
+        ),
         (("--case", "huge"), "got 'huge'"),
         (("--budget", "0"), "--budget"),
         (("--out", ""), "--out"),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumiere_fast import dispatch
+from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout, _sdpa
 from lumiere_fast.ops._checks import (
     check_device,
@@ -137,8 +138,24 @@ def _case(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
     return f"{width}-{heads}-{kind}-{'gradient' if dispatch.needs_gradient((q, k, v)) else 'forward'}"
 
 
+_TRITON = Needs(
+    devices=("cuda",),
+    dtypes={"q": (torch.float16, torch.bfloat16, torch.float32)},
+    capability=(8, 0),
+    gradient=True,  # by the best of torch's own kernels, run again
+    modules=("triton",),
+)
+
 _SPATIAL_ATTENTION = register(
-    spatial_attention, spatial_attention_reference, _flatten, _describe, backends=_sdpa.BACKENDS, case=_case
+    spatial_attention,
+    spatial_attention_reference,
+    _flatten,
+    _describe,
+    backends=(
+        Backend("triton", "lumiere_fast.kernels.spatial_attention:spatial_attention", _TRITON),
+        *_sdpa.BACKENDS,
+    ),
+    case=_case,
 )
 
 
