@@ -313,7 +313,7 @@ STREAMED = {
     (2, False): {32: Form(128, 32, 8, 2), 64: Form(128, 32, 8, 2), 128: Form(128, 32, 8, 1)},
     (2, True): {32: Form(128, 32, 8, 1), 64: Form(64, 32, 8, 2), 128: Form(64, 32, 8, 2)},
     (4, False): {32: Form(64, 32, 8, 1), 64: Form(64, 32, 8, 1), 128: Form(64, 32, 8, 2)},
-    (4, True): {32: Form(64, 32, 8, 1), 64: Form(64, 32, 8, 2), 128: Form(64, 32, 8, 2)},
+    (4, True): {32: Form(32, 32, 4), 64: Form(32, 16, 4), 128: Form(64, 32, 8, 2)},
 }
 STRIDED = Form(16, 16, 4)  # any strides, element by element: tiles are small, since each has its address in registers
 
