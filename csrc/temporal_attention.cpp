@@ -232,8 +232,9 @@ AttentionPlan plan_attention(const lf_temporal_attention& a, const Table& table)
 }
 
 int64_t threads_worth(const lf_temporal_attention& a, int64_t num_threads) {
-  const double sums = 2 * static_cast<double>(a.frames) / kSumsWorthAnElement;
-  const double worth = static_cast<double>(elements_of(a)) * (4 + sums) / static_cast<double>(elements_worth_a_thread());
+  const double of_element = 4 + 2 * static_cast<double>(a.frames) / kSumsWorthAnElement;
+  const double elements = static_cast<double>(elements_of(a));
+  const double worth = elements * of_element / static_cast<double>(elements_worth_a_thread());
   return static_cast<int64_t>(std::clamp(worth, 1.0, static_cast<double>(num_threads)));
 }
 

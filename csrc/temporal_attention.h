@@ -30,7 +30,7 @@ struct AttentionPlan {
   AttentionKernels kernels;
   bool stream;         // y past the caches
   float scale;
-  const float* table;  // log2(e) times what is added to scores, by lag, -inf where a frame is left out; null for nothing
+  const float* table;  // log2(e) times what is added to scores, by lag: -inf leaves a frame out; null for nothing
   const bool* empty;   // (heads, T): whether a row has no frame left; null where none is
   int64_t table_step;  // from head to head, or 0
 

@@ -813,7 +813,7 @@ def _attention_call(
     added = None if bias is None else _on_cpu(op, "bias", bias, held)
     if added is not None:
         _check_shape(op, "bias", tuple(added[1]), (shape[4], 2 * shape[1] - 1))
-    angles = None
+    angles: Any = None
     if rotary is not None:
         if shape[5] % 2:
             raise ValueError(f"{op}: rotary turns pairs of channels, so D must be even, got {shape[5]}")

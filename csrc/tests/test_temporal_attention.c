@@ -294,7 +294,9 @@ static lf_temporal_attention make(Shape s, lf_dtype dtype, int options, const in
   }
   if (options & ROTARY && n[D] % 2 == 0) {
     float* angles = own(memory(n[T] * n[D], LF_FLOAT32));
-    for (int64_t i = 0; i < n[T] * n[D]; i += 2) angles[i] = (float)cos((double)i), angles[i + 1] = (float)sin((double)i);
+    for (int64_t i = 0; i < n[T] * n[D]; i += 2) {
+      angles[i] = (float)cos((double)i), angles[i + 1] = (float)sin((double)i);
+    }
     a.rotary = angles;
   }
   return a;
@@ -331,7 +333,8 @@ static void backward(Shape s, lf_dtype dtype, int options, const int* order, int
   double* sums = own(memory(lags, LF_FLOAT64));
   for (int64_t i = 0; i < lags; ++i) sums[i] = 0;
   int wrong = for_sequences(&a, compare_backward, sums);
-  for (int64_t i = 0; a.gbias && i < lags; ++i) wrong += !(fabs(a.gbias[i] - sums[i]) <= 1e-4 * sqrt((double)s.size[D]));
+  const double slack = 1e-4 * sqrt((double)s.size[D]);
+  for (int64_t i = 0; a.gbias && i < lags; ++i) wrong += !(fabs(a.gbias[i] - sums[i]) <= slack);
   complain(&a, "backward", options, wrong);
   release();
 }
@@ -457,7 +460,8 @@ static lf_status status_after(void (*change)(lf_temporal_attention*)) {
   const lf_status status = function(&a, 1);
   const lf_heads* const written[] = {&kept.gq, &kept.gk, &kept.gv, &kept.y};
   for (int i = 0; i < 4 && status != LF_OK; ++i) {
-    for (int64_t j = 0; j < count; ++j) CHECK(isnan(((float*)written[i]->data)[j])); /* a call that fails writes nothing */
+    /* A call that fails writes nothing. */
+    for (int64_t j = 0; j < count; ++j) CHECK(isnan(((float*)written[i]->data)[j]));
   }
   for (int i = 0; i < 2 * 5 && status != LF_OK; ++i) CHECK(isnan(kept.gbias[i]));
   release();

@@ -179,7 +179,7 @@ def temporal_attention_backward_cpu(
     """By the native core, which computes the scores again."""
     tensors = (q, k, v, bias)
     wanted = [each is not None and each.requires_grad for each in tensors]
-    arguments = (
+    arguments: tuple[Any, ...] = (
         gradients[0],
         *(None if each is None else each.detach() for each in tensors),
         rotary,
