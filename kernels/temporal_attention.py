@@ -329,8 +329,8 @@ def _plan(geometry: Geometry) -> Plan:
     vector = VECTOR_BYTES // geometry.itemsize
     wide = geometry.vectors and all(d == 1 and all(n % vector == 0 for n in (D, *rest)) for *rest, d in strides)
     rows = 64 if T <= 64 else 128
-    packed = wide and rows <= MOST_ROWS[geometry.itemsize] and T <= rows
-    block_d = next(size for size in (32, 64, 128) if D <= size)
+    packed = wide and rows <= MOST_ROWS[geometry.itemsize] and rows >= T
+    block_d = next(size for size in (32, 64, 128) if size >= D)
     constants = {"BLOCK_D": block_d, "VECTOR": vector if wide else 1}
     if packed:
         tiles = _cdiv(W, rows // T)

@@ -55,7 +55,7 @@ Gradients = tuple[Tensor | None, ...]
 Integers = tuple[int, ...]
 
 PACKED_ROWS = 64  # of a tile of whole pixels
-STREAM_ROWS = {2: 64, 4: 32}  # of a tile of one pixel's frames
+STREAM_ROWS = 32  # of a tile of one pixel's frames
 PARTIAL_BYTES = 8 << 20  # of all partials, about
 LAG_OPTIONS = {"BLOCK": 512, "num_warps": 4, "num_stages": 1}
 
@@ -172,6 +172,7 @@ def _loaded(  # type: ignore[no-untyped-def]
     """The rows of these frames and of pixels so far from `at`; 0 where there are none."""
     b, h, w, n = at
     step_b, step_t, step_h, step_w, step_n, step_d = steps
+    step_t = tl.multiple_of(tl.cast(step_t, tl.int64), VECTOR)  # what is said of a sum is lost where pixel is 0
     first = _head_of(x, b, h, w, n, step_b, step_h, step_w, step_n, VECTOR)
     return tl.load(_tile_at(first, frame, pixel, step_t, step_w, step_d, BLOCK_D, VECTOR), mask=exists, other=0.0)
 
@@ -477,7 +478,7 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     n = (head % heads).to(tl.int64)
     at = _pixel(head // heads, n, height, width)
     k_steps, v_steps = (k_b, k_t, k_h, k_w, k_n, k_d), (v_b, v_t, v_h, v_w, v_n, v_d)
-    first = program % tiles * ROWS
+    first = (program % tiles).to(tl.int64) * ROWS
     t = first + tl.arange(0, ROWS)
     queries = _frames(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
     gradient = _frames(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, num_frames, head_dim, None, BLOCK_D, VECTOR)
@@ -539,7 +540,7 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     n = (head % heads).to(tl.int64)
     at = _pixel(head // heads, n, height, width)
     q_steps, g_steps = (q_b, q_t, q_h, q_w, q_n, q_d), (g_b, g_t, g_h, g_w, g_n, g_d)
-    first = program % tiles * ROWS
+    first = (program % tiles).to(tl.int64) * ROWS
     s = first + tl.arange(0, ROWS)
     keys = _frames(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, s, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
     values = _frames(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, s, num_frames, head_dim, None, BLOCK_D, VECTOR)
@@ -579,7 +580,7 @@ def _diagonal_kernel(  # type: ignore[no-untyped-def]
 ):
     """Of one head of every so many-th pixel, all tiles of queries with the tiles of keys that lie so far from them."""
     program = tl.program_id(0)
-    diagonals = 2 * tiles - 1
+    diagonals = tiles + tiles - 1
     far = program % diagonals - (tiles - 1)
     slot = program // diagonals // heads
     slots = tl.num_programs(0) // diagonals // heads
@@ -591,8 +592,8 @@ def _diagonal_kernel(  # type: ignore[no-untyped-def]
         at = _pixel(pixel, n, height, width)
         head = tl.cast(pixel, tl.int64) * heads + n
         for tile in range(count):
-            t = (tl.maximum(far, 0) + tile) * ROWS + lane
-            s = t - far * ROWS
+            t = tl.cast(tl.maximum(far, 0) + tile, tl.int64) * ROWS + lane
+            s = t - far.to(tl.int64) * ROWS
             queries = _frames(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
             keys = _frames(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, s, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
             values = _frames(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, s, num_frames, head_dim, None, BLOCK_D, VECTOR)
@@ -665,7 +666,7 @@ def _plan(geometry: Geometry) -> Plan:
     vector = VECTOR_BYTES // geometry.itemsize
     wide = geometry.vectors and all(d == 1 and all(n % vector == 0 for n in (D, *rest)) for *rest, d in strides)
     packed = wide and T <= PACKED_ROWS
-    options = _options(geometry.itemsize, packed, D, vector if wide else 1)
+    options = _options(packed, D, vector if wide else 1)
     tiles = B * H * _cdiv(W, options["ROWS"] // T) if packed else _cdiv(T, options["ROWS"])
     scalars = (T, H, W, heads, D, *(step for each in strides for step in each))
     return Plan(wide, packed, B * H * W, tiles, math.prod(shape) * geometry.itemsize, scalars, options)
@@ -674,14 +675,13 @@ def _plan(geometry: Geometry) -> Plan:
 _cached_plan = functools.lru_cache(maxsize=1024)(_plan)
 
 
-def _options(itemsize: int, packed: bool, D: int, vector: int) -> dict[str, int]:
+def _options(packed: bool, D: int, vector: int) -> dict[str, int]:
     """Of a launch."""
     block_d = next(size for size in (32, 64, 128) if size >= D)
     if packed:
-        return {"ROWS": PACKED_ROWS, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": int(__import__("os").environ.get("W", 4 if block_d<128 else 8)), "num_stages": 1}
+        return {"ROWS": PACKED_ROWS, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": 8, "num_stages": 1}
     block_d = max(block_d, 64) if vector > 1 else 128
-    rows = STREAM_ROWS[itemsize]
-    return {"ROWS": rows, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": 4, "num_stages": 1}
+    return {"ROWS": STREAM_ROWS, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": block_d // 16, "num_stages": 1}
 
 
 # What ships: every compiled form that a launch can ask for.
@@ -701,8 +701,10 @@ STREAMED = {
 
 def _variant(form: str, dtype: str, packed: bool, D: int, vector: int, rotary: bool) -> Variant:
     kernel, tensors, scalars = (PACKED if packed else STREAMED)[form]
-    options = _options(DTYPES[dtype], packed, D, vector)
-    constants = {name: value for name, value in options.items() if name.isupper()} | ({} if rotary else {"rotary": None})
+    options = _options(packed, D, vector)
+    constants = {name: value for name, value in options.items() if name.isupper()} | (
+        {} if rotary else {"rotary": None}
+    )
     signature = {name: "*fp32" if name in FP32 else f"*{dtype}" for name in tensors}
     signature |= dict.fromkeys(scalars, "i32") | {"scale": "fp32"} | dict.fromkeys(constants, "constexpr")
     name = f"{dtype} {form} {options['BLOCK_D']}{', rotary' * rotary}{', strided' * (vector == 1)}"
@@ -724,8 +726,10 @@ VARIANTS = (
     ),
     *(
         _variant(form, dtype, False, D, vector, rotary)
-        for dtype, form, (D, wide), rotary in product(DTYPES, STREAMED, ((64, True), (128, True), (128, False)), (False, True))
+        for dtype, form, (D, wide), rotary in product(
+            DTYPES, STREAMED, ((64, True), (128, True), (128, False)), (False, True)
+        )
         for vector in (VECTOR_BYTES // DTYPES[dtype] if wide else 1,)
     ),
-    *(_lag_variant(dtype, rows) for dtype, rows in (("fp32", 64), ("fp32", 32), ("fp16", 64), ("bf16", 64))),
+    *(_lag_variant(dtype, rows) for dtype, rows in product(DTYPES, (32, 64))),
 )

@@ -144,7 +144,17 @@ def check(arguments: Sequence[Any], g_y: Tensor | None = None) -> tuple[Tensor |
 
 @pytest.mark.parametrize(
     ("T", "D", "pixels"),
-    [(1, 32, 67), (2, 8, 33), (5, 40, 13), (16, 64, 7), (17, 96, 5), (33, 24, 2), (64, 32, 2), (80, 40, 1), (100, 128, 1)],
+    [
+        (1, 32, 67),
+        (2, 8, 33),
+        (5, 40, 13),
+        (16, 64, 7),
+        (17, 96, 5),
+        (33, 24, 2),
+        (64, 32, 2),
+        (80, 40, 1),
+        (100, 128, 1),
+    ],
 )
 def test_frames_and_head_sizes(T: int, D: int, pixels: int) -> None:
     """Tiles that are full, that one pixel fills, that the last is cut short of, and frames in several."""
@@ -220,7 +230,9 @@ def test_strides(name: str) -> None:
             strided = [x.detach() if isinstance(x, Tensor) else x for x in strided]
             strided[at] = torch.stack((arguments[at].detach(),) * 2, 3).flatten(2, 3)[:, :, ::2].requires_grad_()
         check(strided, g_y)
-    check(arguments, STRIDED[name](g_y) if name != "rows apart" else torch.stack((g_y, g_y), 3).flatten(2, 3)[:, :, ::2])
+    check(
+        arguments, STRIDED[name](g_y) if name != "rows apart" else torch.stack((g_y, g_y), 3).flatten(2, 3)[:, :, ::2]
+    )
 
 
 def test_head_sizes_that_vectors_do_not_divide() -> None:
@@ -271,7 +283,9 @@ def test_partials_are_as_many_as_fit(room: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kernels, "PARTIAL_BYTES", room)
     arguments = draw_arguments((1, 10, 1, 29, 1, 64))
     taken = []
-    monkeypatch.setattr(kernels, "_along_lags", lambda partials, T, bias: taken.append(partials) or ALONG(partials, T, bias))
+    monkeypatch.setattr(
+        kernels, "_along_lags", lambda partials, T, bias: taken.append(partials) or ALONG(partials, T, bias)
+    )
     check(arguments)
     (partials,) = taken
     assert partials.shape[0] == {0: 1, 20 << 10: 1, 1 << 30: 4}[room]
