@@ -394,11 +394,11 @@ def _lag_kernel(  # type: ignore[no-untyped-def]
     slots, heads, diagonals, num_frames,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """The sum over one lag of one head. A diagonal of tiles has the lags around a multiple of ROWS: two have this one."""
-    program = tl.program_id(0)
-    lags = 2 * num_frames - 1
+    """The sum over one lag of one head. A diagonal of tiles has the lags around a multiple of ROWS: two have this."""
+    program = tl.program_id(0).to(tl.int64)
+    lags = num_frames + num_frames - 1
     n = program // lags
-    lag = program % lags - (num_frames - 1) + diagonals // 2 * ROWS  # from the first diagonal of tiles
+    lag = program % lags - (num_frames - 1) + tl.cast(diagonals, tl.int64) // 2 * ROWS  # from the first diagonal of tiles
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, slots * (2 * ROWS), BLOCK):
         item = start + tl.arange(0, BLOCK)
@@ -410,7 +410,7 @@ def _lag_kernel(  # type: ignore[no-untyped-def]
         there &= query // num_frames == key // num_frames  # of one pixel
         tile = (slot.to(tl.int64) * heads + n) * diagonals + diagonal
         total += tl.load(partials + (tile * (ROWS * ROWS) + query * ROWS + key), mask=there, other=0.0)
-    tl.store(g_bias + program.to(tl.int64), tl.sum(total, 0).to(g_bias.dtype.element_ty))
+    tl.store(g_bias + program, tl.sum(total, 0).to(g_bias.dtype.element_ty))
 # fmt: on
 
 

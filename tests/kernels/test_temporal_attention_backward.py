@@ -1,4 +1,4 @@
-"""The backward of temporal_attention against autograd of the reference in fp64: in Triton's interpreter, or on a GPU."""
+"""The backward of temporal_attention against autograd of the reference in fp64: in Triton's interpreter, or a GPU."""
 
 from __future__ import annotations
 
