@@ -11,8 +11,9 @@ Nothing is kept of the forward. The usual formula takes the row's sum from the r
 log-sum-exp; but a tile that has all frames of its pixels has both at hand. So q, k, v and g_y are read and three
 gradients written, seven tensors moved, where keeping those two would move eight and more.
 
-A program adds up what its tiles give to the bias in registers and leaves one partial; partials are few, never larger
-than the result, and summed in a fixed order: nothing is added atomically, results are the same from run to run.
+The bias takes a launch of its own, which reads the four again and writes no more than partials: its programs walk over
+tiles and keep the sum of their g_S in registers, which those of the others are too full for. Partials are few, never
+larger than the result, and summed in a fixed order: nothing is added atomically, results are the same in every run.
 
 Where a pixel's frames are more than a tile has rows, one pass takes queries in tiles, leaves normalisers and sums of
 rows in fp32, and gives g_q; another takes keys in tiles and gives g_k and g_v. A third gives the partials of the bias:
@@ -398,7 +399,7 @@ def _lag_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0).to(tl.int64)
     lags = num_frames + num_frames - 1
     n = program // lags
-    lag = program % lags - (num_frames - 1) + tl.cast(diagonals, tl.int64) // 2 * ROWS  # from the first diagonal of tiles
+    lag = program % lags - (num_frames - 1) + tl.cast(diagonals, tl.int64) // 2 * ROWS  # from the first of them
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, slots * (2 * ROWS), BLOCK):
         item = start + tl.arange(0, BLOCK)
@@ -408,8 +409,8 @@ def _lag_kernel(  # type: ignore[no-untyped-def]
         key = query - (lag - diagonal * ROWS)
         there = (slot < slots) & (diagonal >= 0) & (diagonal < diagonals) & (key >= 0) & (key < ROWS)
         there &= query // num_frames == key // num_frames  # of one pixel
-        tile = (slot.to(tl.int64) * heads + n) * diagonals + diagonal
-        total += tl.load(partials + (tile * (ROWS * ROWS) + query * ROWS + key), mask=there, other=0.0)
+        tile = ((slot.to(tl.int64) * heads) + n) * diagonals + diagonal
+        total += tl.load(partials + (tile * (ROWS * ROWS) + query.to(tl.int64) * ROWS + key), mask=there, other=0.0)
     tl.store(g_bias + program, tl.sum(total, 0).to(g_bias.dtype.element_ty))
 # fmt: on
 
