@@ -11,8 +11,9 @@ Nothing is kept of the forward. The usual formula takes the row's sum from the r
 log-sum-exp; but a tile that has all frames of its pixels has both at hand. So q, k, v and g_y are read and three
 gradients written, seven tensors moved, where keeping those two would move eight and more.
 
-A program adds up what its tiles give to the bias in registers and leaves one partial; partials are few, never larger
-than the result, and summed in a fixed order: nothing is added atomically, results are the same from run to run.
+The bias takes a launch of its own, which reads the four again and writes no more than partials: its programs walk over
+tiles and keep the sum of their g_S in registers, which those of the others are too full for. Partials are few, never
+larger than the result, and summed in a fixed order: nothing is added atomically, results are the same in every run.
 
 Where a pixel's frames are more than a tile has rows, one pass takes queries in tiles, leaves normalisers and sums of
 rows in fp32, and gives g_q; another takes keys in tiles and gives g_k and g_v. A third gives the partials of the bias:
@@ -40,7 +41,6 @@ from .temporal_attention import (
     LOG2E,
     VECTOR_BYTES,
     _angles,
-    _bias_of,
     _cdiv,
     _exist,
     _finite,
@@ -55,8 +55,8 @@ from .temporal_attention import (
 Gradients = tuple[Tensor | None, ...]
 Integers = tuple[int, ...]
 
-MOST_ROWS = {2: 128, 4: 64}  # of a tile of whole pixels, by the bytes of an element
-STREAM_ROWS = {2: 64, 4: 32}  # of a tile of one pixel's frames
+PACKED_ROWS = 64  # of a tile of whole pixels
+STREAM_ROWS = 32  # of a tile of one pixel's frames
 PARTIAL_BYTES = 8 << 20  # of all partials, about
 LAG_OPTIONS = {"BLOCK": 512, "num_warps": 4, "num_stages": 1}
 
@@ -110,13 +110,16 @@ def temporal_attention_backward(
 def _packed(
     plan: Plan, inputs: Sequence[Any], scalars: Sequence[float], results: Sequence[Tensor], wanted: Sequence[bool]
 ) -> Tensor | None:
-    """One launch. Returns the partials of the bias, if wanted."""
-    heads, partials, slots = plan.scalars[3], None, plan.tiles
-    if wanted[3]:
-        partials = _partials(plan, plan.tiles, diagonals=1, device=results[0].device)
-        slots = partials.shape[0]
-    arguments = (*inputs, *results, partials, *scalars, plan.tiles, *map(int, wanted[:3]))
-    launch(_tile_kernel, slots * heads, results[0], *arguments, **plan.options)
+    """A launch for q, k and v, and one for the bias, as wanted. Returns the partials of the bias."""
+    heads = plan.scalars[3]
+    if any(wanted[:3]):
+        counts = map(int, wanted[:3])
+        launch(_tile_kernel, plan.tiles * heads, results[0], *inputs, *results, *scalars, *counts, **plan.options)
+    if not wanted[3]:
+        return None
+    partials = _partials(plan, plan.tiles, diagonals=1, device=results[0].device)
+    programs = partials.shape[:2].numel()
+    launch(_table_kernel, programs, partials, *inputs, partials, *scalars, plan.tiles, **plan.options)
     return partials
 
 
@@ -170,6 +173,7 @@ def _loaded(  # type: ignore[no-untyped-def]
     """The rows of these frames and of pixels so far from `at`; 0 where there are none."""
     b, h, w, n = at
     step_b, step_t, step_h, step_w, step_n, step_d = steps
+    step_t = tl.multiple_of(tl.cast(step_t, tl.int64), VECTOR)  # what is said of a sum is lost where pixel is 0
     first = _head_of(x, b, h, w, n, step_b, step_h, step_w, step_n, VECTOR)
     return tl.load(_tile_at(first, frame, pixel, step_t, step_w, step_d, BLOCK_D, VECTOR), mask=exists, other=0.0)
 
@@ -200,24 +204,32 @@ def _store_turned(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _spoilt(q, k, v, g_y, same):  # type: ignore[no-untyped-def]
-    """Of each row: NaN where its pixel has a number that is not finite, else 0."""
-    # A number times zero is 0 if it is finite, else NaN.
-    row = tl.sum(((q * 0.0 + k * 0.0) + (v * 0.0 + g_y * 0.0)).to(tl.float32), 1)
-    return tl.sum(tl.where(same, row[None, :], 0.0), 1)
+def _spoilt(x):  # type: ignore[no-untyped-def]
+    """Of each row: NaN where it has a number that is not finite, else 0."""
+    return tl.sum(x.to(tl.float32) * 0.0, 1)
 
 
 @triton.jit
-def _kept(x, spoilt):  # type: ignore[no-untyped-def]
-    """The rows of pixels that are not spoilt, 0 for the others."""
-    return tl.where((spoilt == 0.0)[:, None], x, 0.0).to(x.dtype)
+def _of_pixel(spoilt, pixel):  # type: ignore[no-untyped-def]
+    """The same of each row's pixel."""
+    # Within `if`, since almost no tile needs it, and so that its table does not stay in registers.
+    if tl.sum(spoilt, 0) != 0.0:
+        spoilt = tl.sum(tl.where(pixel[:, None] == pixel[None, :], spoilt[None, :], 0.0), 1)
+    return spoilt
 
 
 @triton.jit
 def _scores(q, k, scale, table):  # type: ignore[no-untyped-def]
-    """Of rows with rows, in the exponent of 2. What the table leaves out is -inf whatever is in q and k."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + table
-    return tl.where(table == float("-inf"), float("-inf"), scores)
+    """Of rows with rows, in the exponent of 2."""
+    return tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + table
+
+
+@triton.jit
+def _bias_of(bias, head, num_frames, causal, window, has_bias, lag, seen):  # type: ignore[no-untyped-def]
+    """What is added to scores in the exponent of 2, by lag; -inf for what is left out or not `seen`."""
+    seen = seen & (lag <= window) & (lag >= tl.where(causal != 0, 0, -window))
+    row = bias + (head * (2 * tl.cast(num_frames, tl.int64) - 1) + (num_frames - 1))
+    return tl.load(row + lag.to(tl.int64), seen & (has_bias != 0), tl.where(seen, 0.0, float("-inf"))) * LOG2E
 
 
 @triton.jit
@@ -232,18 +244,109 @@ SCALARS = (
     *("num_frames", "height", "width", "heads", "head_dim", *STRIDES),
     *("causal", "window", "scale", "has_bias"),
 )
-TILE_TENSORS = (*INPUTS, "g_q", "g_k", "g_v", "partials")
-TILE_SCALARS = (*SCALARS, "tiles", "want_q", "want_k", "want_v")
+TILE_TENSORS, TILE_SCALARS = (*INPUTS, "g_q", "g_k", "g_v"), (*SCALARS, "want_q", "want_k", "want_v")
+TABLE_TENSORS, TABLE_SCALARS = (*INPUTS, "partials"), (*SCALARS, "tiles")
 
 
 # fmt: off
+@triton.jit
+def _tile_table(  # type: ignore[no-untyped-def]
+    bias, n, num_frames, causal, window, has_bias, within, frame, ROWS: tl.constexpr
+):
+    """What is added to the scores of a tile of whole pixels, the same for all tiles of a head."""
+    # Rows that are left over are of no pixel.
+    seen = tl.where(within < ROWS // num_frames, within, -1)[:, None] == within[None, :]
+    return _bias_of(bias, n, num_frames, causal, window, has_bias, frame[:, None] - frame[None, :], seen)
+
+
+@triton.jit
+def _tile_at_row(tile, n, num_frames, height, width, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`at` of the first pixel of a tile, of all counted."""
+    pixels = ROWS // num_frames
+    of_row = tl.cdiv(width, pixels)
+    row = tile // of_row
+    at = ((row // height).to(tl.int64), (row % height).to(tl.int64), (tile % of_row).to(tl.int64) * pixels, n)
+    return at
+
+
+@triton.jit
+def _kept(  # type: ignore[no-untyped-def]
+    queries, keys, values, gradient, within
+):
+    """The rows, 0 for those of spoilt pixels; and of each row NaN if its pixel is spoilt, else 0."""
+    spoilt = (_spoilt(queries) + _spoilt(keys)) + (_spoilt(values) + _spoilt(gradient))
+    spoilt = _of_pixel(spoilt, within)
+    whole = (spoilt == 0.0)[:, None]
+    queries, keys = tl.where(whole, queries, 0.0).to(queries.dtype), tl.where(whole, keys, 0.0).to(keys.dtype)
+    values, gradient = tl.where(whole, values, 0.0).to(values.dtype), tl.where(whole, gradient, 0.0).to(gradient.dtype)
+    return queries, keys, values, gradient, spoilt
+
+
+@triton.jit
+def _weights(scores, table):  # type: ignore[no-untyped-def]
+    """The softmax of rows, 0 for those that see nothing."""
+    weights = tl.exp2(scores - _finite(tl.max(scores, 1))[:, None])
+    empty = tl.max(table, 1) == float("-inf")
+    return weights * (1.0 / tl.where(empty, 1.0, tl.sum(weights, 1)))[:, None]
+
+
+@triton.jit
+def _scores_gradient(weights, gradient, values):  # type: ignore[no-untyped-def]
+    """From that of the result."""
+    g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
+    return weights * (g_weights - tl.sum(weights * g_weights, 1)[:, None])
+
+
 @triton.jit(do_not_specialize=[*TILE_TENSORS, *TILE_SCALARS])
 def _tile_kernel(  # type: ignore[no-untyped-def]
     q, k, v, g_y,
     bias,  # (heads, 2 * num_frames - 1), or anything without has_bias
     rotary,  # (num_frames, head_dim), or None
     g_q, g_k, g_v,  # contiguous, or anything where it is not wanted
-    partials,  # (slots, heads, 1, ROWS, ROWS), or None
+    num_frames,
+    height, width,  # of the images; all pixels are one row where they can
+    heads, head_dim,
+    q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d,
+    v_b, v_t, v_h, v_w, v_n, v_d, g_b, g_t, g_h, g_w, g_n, g_d,
+    causal, window, scale, has_bias,
+    want_q, want_k, want_v,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
+):
+    """One head of a tile of whole pixels. Programs side by side have the heads of the same pixels."""
+    program = tl.program_id(0)
+    n = (program % heads).to(tl.int64)
+    at = _tile_at_row(program // heads, n, num_frames, height, width, ROWS)
+    sizes = (num_frames, height, width, heads, head_dim)
+    within, t = _rows(num_frames, ROWS)
+    pixel = within.to(tl.int64)
+    exists = _exist((within < ROWS // num_frames) & (pixel < width - at[2]), head_dim, BLOCK_D, VECTOR)
+    queries = _loaded(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+    keys = _loaded(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+    values = _loaded(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+    gradient = _loaded(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+    queries, keys, values, gradient, spoilt = _kept(queries, keys, values, gradient, within)
+    if rotary is not None:
+        angles = _angles(rotary, t, head_dim, exists, BLOCK_D, VECTOR)
+        queries, keys = _turned(queries, angles), _turned(keys, angles)
+
+    table = _tile_table(bias, n, num_frames, causal, window, has_bias, within, t, ROWS)
+    weights = _weights(_scores(queries, keys, scale, table), table)
+    if want_v != 0:
+        found = _product(tl.trans(weights.to(gradient.dtype)), gradient) + spoilt[:, None]
+        _store(g_v, sizes, at, t, pixel, exists, found, BLOCK_D, VECTOR)
+    g_scores = _scores_gradient(weights, gradient, values).to(queries.dtype)
+    if want_q != 0:
+        found = _product(g_scores, keys) * scale + spoilt[:, None]
+        _store_turned(g_q, sizes, at, t, pixel, exists, found, rotary, BLOCK_D, VECTOR)
+    if want_k != 0:
+        found = _product(tl.trans(g_scores), queries) * scale + spoilt[:, None]
+        _store_turned(g_k, sizes, at, t, pixel, exists, found, rotary, BLOCK_D, VECTOR)
+
+
+@triton.jit(do_not_specialize=[*TABLE_TENSORS, *TABLE_SCALARS])
+def _table_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, g_y, bias, rotary,
+    partials,  # (slots, heads, 1, ROWS, ROWS)
     num_frames,
     height, width,  # of the images; all pixels are one row where they can
     heads, head_dim,
@@ -251,64 +354,34 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     v_b, v_t, v_h, v_w, v_n, v_d, g_b, g_t, g_h, g_w, g_n, g_d,
     causal, window, scale, has_bias,
     tiles,
-    want_q, want_k, want_v,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
 ):
-    """One head of every so many-th tile of whole pixels. Programs side by side have the heads of the same pixels."""
+    """The gradient of the table of one head, from every so many-th tile."""
     program = tl.program_id(0)
     slot, slots = program // heads, tl.num_programs(0) // heads
     n = (program % heads).to(tl.int64)
-    sizes = (num_frames, height, width, heads, head_dim)
     within, frame = _rows(num_frames, ROWS)
-    pixels = ROWS // num_frames  # of a tile
-    pixel = within.to(tl.int64)
-    same = within[:, None] == within[None, :]
-    lag = frame[:, None] - frame[None, :]
-    table = _bias_of(bias, n, num_frames, causal, window, has_bias, lag, same & (within < pixels)[:, None])
-    empty = tl.max(table, 1) == float("-inf")
-    if partials is not None:
-        g_table = tl.zeros((ROWS, ROWS), tl.float32)
-    of_row = tl.cdiv(width, pixels)
+    table = _tile_table(bias, n, num_frames, causal, window, has_bias, within, frame, ROWS)
+    g_table = tl.zeros((ROWS, ROWS), tl.float32)
     for tile in range(slot, tiles, slots):
-        row = tile // of_row
-        w = (tile % of_row).to(tl.int64) * pixels
-        at = ((row // height).to(tl.int64), (row % height).to(tl.int64), w, n)
-        exists = _exist((within < pixels) & (within < width - w), head_dim, BLOCK_D, VECTOR)
-        queries = _loaded(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, frame, pixel, exists, BLOCK_D, VECTOR)
-        keys = _loaded(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, frame, pixel, exists, BLOCK_D, VECTOR)
-        values = _loaded(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, frame, pixel, exists, BLOCK_D, VECTOR)
-        gradient = _loaded(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, frame, pixel, exists, BLOCK_D, VECTOR)
-        spoilt = tl.zeros((ROWS,), tl.float32)
-        if ROWS <= 64:  # else a tile is one pixel
-            spoilt = _spoilt(queries, keys, values, gradient, same)
-            queries, keys = _kept(queries, spoilt), _kept(keys, spoilt)
-            values, gradient = _kept(values, spoilt), _kept(gradient, spoilt)
+        # Zero, which the compiler cannot know: else it keeps the offsets of all rows from tile to tile, and spills.
+        zero = tl.minimum(tile, 0)
+        t, pixel = frame + zero, (within + zero).to(tl.int64)
+        at = _tile_at_row(tile, n, num_frames, height, width, ROWS)
+        exists = _exist((pixel < ROWS // num_frames) & (pixel < width - at[2]), head_dim, BLOCK_D, VECTOR)
+        queries = _loaded(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+        keys = _loaded(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+        values = _loaded(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+        gradient = _loaded(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+        queries, keys, values, gradient, spoilt = _kept(queries, keys, values, gradient, within)
         if rotary is not None:
-            angles = _angles(rotary, frame, head_dim, exists, BLOCK_D, VECTOR)
+            angles = _angles(rotary, t, head_dim, exists, BLOCK_D, VECTOR)
             queries, keys = _turned(queries, angles), _turned(keys, angles)
-
-        scores = _scores(queries, keys, scale, table)
-        weights = tl.exp2(scores - _finite(tl.max(scores, 1))[:, None])
-        weights = weights / tl.where(empty, 1.0, tl.sum(weights, 1))[:, None]
-        if want_v != 0:
-            found = _product(tl.trans(weights.to(gradient.dtype)), gradient) + spoilt[:, None]
-            _store(g_v, sizes, at, frame, pixel, exists, found, BLOCK_D, VECTOR)
-        g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
-        apart = g_weights - tl.sum(weights * g_weights, 1)[:, None]
-        g_scores = tl.where(table == float("-inf"), 0.0, weights * apart)
-        if partials is not None:
-            g_table += g_scores + spoilt[:, None]
-        g_scores = g_scores.to(queries.dtype)
-        if want_q != 0:
-            found = _product(g_scores, keys) * scale + spoilt[:, None]
-            _store_turned(g_q, sizes, at, frame, pixel, exists, found, rotary, BLOCK_D, VECTOR)
-        if want_k != 0:
-            found = _product(tl.trans(g_scores), queries) * scale + spoilt[:, None]
-            _store_turned(g_k, sizes, at, frame, pixel, exists, found, rotary, BLOCK_D, VECTOR)
-    if partials is not None:
-        line = tl.arange(0, ROWS)
-        target = partials + program.to(tl.int64) * (ROWS * ROWS)
-        tl.store(target + (line[:, None] * ROWS + line[None, :]).to(tl.int64), g_table)
+        weights = _weights(_scores(queries, keys, scale, table), table)
+        g_table += _scores_gradient(weights, gradient, values) + spoilt[:, None]
+    line = tl.arange(0, ROWS)
+    target = partials + program.to(tl.int64) * (ROWS * ROWS)
+    tl.store(target + (line[:, None] * ROWS + line[None, :]).to(tl.int64), g_table)
 
 
 LAG_TENSORS = ("partials", "g_bias")
@@ -322,11 +395,11 @@ def _lag_kernel(  # type: ignore[no-untyped-def]
     slots, heads, diagonals, num_frames,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """The sum over one lag of one head. A diagonal of tiles has the lags around a multiple of ROWS: two have this one."""
-    program = tl.program_id(0)
-    lags = 2 * num_frames - 1
+    """The sum over one lag of one head. A diagonal of tiles has the lags around a multiple of ROWS: two have this."""
+    program = tl.program_id(0).to(tl.int64)
+    lags = num_frames + num_frames - 1
     n = program // lags
-    lag = program % lags - (num_frames - 1) + diagonals // 2 * ROWS  # from the first diagonal of tiles
+    lag = program % lags - (num_frames - 1) + tl.cast(diagonals, tl.int64) // 2 * ROWS  # from the first of them
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, slots * (2 * ROWS), BLOCK):
         item = start + tl.arange(0, BLOCK)
@@ -336,9 +409,9 @@ def _lag_kernel(  # type: ignore[no-untyped-def]
         key = query - (lag - diagonal * ROWS)
         there = (slot < slots) & (diagonal >= 0) & (diagonal < diagonals) & (key >= 0) & (key < ROWS)
         there &= query // num_frames == key // num_frames  # of one pixel
-        tile = (slot.to(tl.int64) * heads + n) * diagonals + diagonal
-        total += tl.load(partials + (tile * (ROWS * ROWS) + query * ROWS + key), mask=there, other=0.0)
-    tl.store(g_bias + program.to(tl.int64), tl.sum(total, 0).to(g_bias.dtype.element_ty))
+        tile = ((slot.to(tl.int64) * heads) + n) * diagonals + diagonal
+        total += tl.load(partials + (tile * (ROWS * ROWS) + query.to(tl.int64) * ROWS + key), mask=there, other=0.0)
+    tl.store(g_bias + program, tl.sum(total, 0).to(g_bias.dtype.element_ty))
 # fmt: on
 
 
@@ -406,7 +479,7 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     n = (head % heads).to(tl.int64)
     at = _pixel(head // heads, n, height, width)
     k_steps, v_steps = (k_b, k_t, k_h, k_w, k_n, k_d), (v_b, v_t, v_h, v_w, v_n, v_d)
-    first = program % tiles * ROWS
+    first = (program % tiles).to(tl.int64) * ROWS
     t = first + tl.arange(0, ROWS)
     queries = _frames(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
     gradient = _frames(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, num_frames, head_dim, None, BLOCK_D, VECTOR)
@@ -468,7 +541,7 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     n = (head % heads).to(tl.int64)
     at = _pixel(head // heads, n, height, width)
     q_steps, g_steps = (q_b, q_t, q_h, q_w, q_n, q_d), (g_b, g_t, g_h, g_w, g_n, g_d)
-    first = program % tiles * ROWS
+    first = (program % tiles).to(tl.int64) * ROWS
     s = first + tl.arange(0, ROWS)
     keys = _frames(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, s, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
     values = _frames(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, s, num_frames, head_dim, None, BLOCK_D, VECTOR)
@@ -508,7 +581,7 @@ def _diagonal_kernel(  # type: ignore[no-untyped-def]
 ):
     """Of one head of every so many-th pixel, all tiles of queries with the tiles of keys that lie so far from them."""
     program = tl.program_id(0)
-    diagonals = 2 * tiles - 1
+    diagonals = tiles + tiles - 1
     far = program % diagonals - (tiles - 1)
     slot = program // diagonals // heads
     slots = tl.num_programs(0) // diagonals // heads
@@ -520,8 +593,8 @@ def _diagonal_kernel(  # type: ignore[no-untyped-def]
         at = _pixel(pixel, n, height, width)
         head = tl.cast(pixel, tl.int64) * heads + n
         for tile in range(count):
-            t = (tl.maximum(far, 0) + tile) * ROWS + lane
-            s = t - far * ROWS
+            t = tl.cast(tl.maximum(far, 0) + tile, tl.int64) * ROWS + lane
+            s = t - far.to(tl.int64) * ROWS
             queries = _frames(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
             keys = _frames(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, s, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
             values = _frames(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, s, num_frames, head_dim, None, BLOCK_D, VECTOR)
@@ -593,8 +666,8 @@ def _plan(geometry: Geometry) -> Plan:
         H, W = 1, H * W
     vector = VECTOR_BYTES // geometry.itemsize
     wide = geometry.vectors and all(d == 1 and all(n % vector == 0 for n in (D, *rest)) for *rest, d in strides)
-    packed = wide and T <= MOST_ROWS[geometry.itemsize]
-    options = _options(geometry.itemsize, packed, 64 if T <= 64 else 128, D, vector if wide else 1)
+    packed = wide and T <= PACKED_ROWS
+    options = _options(packed, D, vector if wide else 1)
     tiles = B * H * _cdiv(W, options["ROWS"] // T) if packed else _cdiv(T, options["ROWS"])
     scalars = (T, H, W, heads, D, *(step for each in strides for step in each))
     return Plan(wide, packed, B * H * W, tiles, math.prod(shape) * geometry.itemsize, scalars, options)
@@ -603,58 +676,61 @@ def _plan(geometry: Geometry) -> Plan:
 _cached_plan = functools.lru_cache(maxsize=1024)(_plan)
 
 
-def _options(itemsize: int, packed: bool, rows: int, D: int, vector: int) -> dict[str, int]:
-    """Of a launch: of tiles of so many rows if they are packed."""
+def _options(packed: bool, D: int, vector: int) -> dict[str, int]:
+    """Of a launch."""
     block_d = next(size for size in (32, 64, 128) if size >= D)
     if packed:
-        return {"ROWS": rows, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": rows // 16, "num_stages": 1}
+        return {"ROWS": PACKED_ROWS, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": 8, "num_stages": 1}
     block_d = max(block_d, 64) if vector > 1 else 128
-    rows = STREAM_ROWS[itemsize]
-    return {"ROWS": rows, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": 4, "num_stages": 1}
+    return {"ROWS": STREAM_ROWS, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": block_d // 16, "num_stages": 1}
 
 
 # What ships: every compiled form that a launch can ask for.
 
 DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
+FP32 = {"bias", "rotary", "sums", "partials"}
+PACKED = {
+    "tile": ("_tile_kernel", TILE_TENSORS, TILE_SCALARS),
+    "table": ("_table_kernel", TABLE_TENSORS, TABLE_SCALARS),
+}
 STREAMED = {
     "queries": ("_query_kernel", QUERY_TENSORS, QUERY_SCALARS),
     "keys": ("_key_kernel", KEY_TENSORS, KEY_SCALARS),
-    "diagonals": ("_diagonal_kernel", DIAGONAL_TENSORS, DIAGONAL_SCALARS),
+    "diagonal": ("_diagonal_kernel", DIAGONAL_TENSORS, DIAGONAL_SCALARS),
 }
 
 
-def _variant(
-    form: str,
-    kernel: str,
-    names: Sequence[str],
-    scalars: Sequence[str],
-    dtype: str,
-    options: dict[str, int],
-    **absent: None,
-) -> Variant:
-    """A kernel of that name with the tensors and scalars of these names, without those that are `absent`."""
-    constants = {name: value for name, value in options.items() if name.isupper()} | absent
-    kinds = {name: f"*{dtype if name in IN_DTYPE else 'fp32'}" for name in names}
-    signature = kinds | dict.fromkeys(scalars, "i32") | dict.fromkeys(constants, "constexpr")
-    if "scale" in signature:
-        signature["scale"] = "fp32"
-    return Variant(f"{dtype} {form}", kernel, signature, constants, options["num_warps"], options["num_stages"])
+def _variant(form: str, dtype: str, packed: bool, D: int, vector: int, rotary: bool) -> Variant:
+    kernel, tensors, scalars = (PACKED if packed else STREAMED)[form]
+    options = _options(packed, D, vector)
+    constants = {name: value for name, value in options.items() if name.isupper()} | (
+        {} if rotary else {"rotary": None}
+    )
+    signature = {name: "*fp32" if name in FP32 else f"*{dtype}" for name in tensors}
+    signature |= dict.fromkeys(scalars, "i32") | {"scale": "fp32"} | dict.fromkeys(constants, "constexpr")
+    name = f"{dtype} {form} {options['BLOCK_D']}{', rotary' * rotary}{', strided' * (vector == 1)}"
+    wide = 3 if vector > 1 else 0
+    return Variant(name, kernel, signature, constants, options["num_warps"], options["num_stages"], wide)
 
 
-IN_DTYPE = {"q", "k", "v", "g_y", "g_q", "g_k", "g_v", "g_bias"}
+def _lag_variant(dtype: str, rows: int) -> Variant:
+    constants = {"ROWS": rows, "BLOCK": LAG_OPTIONS["BLOCK"]}
+    signature = {"partials": "*fp32", "g_bias": f"*{dtype}"} | dict.fromkeys(LAG_SCALARS, "i32")
+    signature |= dict.fromkeys(constants, "constexpr")
+    return Variant(f"{dtype} lags of {rows}", "_lag_kernel", signature, constants, LAG_OPTIONS["num_warps"], 1)
 
 
-def _tile_variants(dtype: str) -> list[Variant]:
-    itemsize = DTYPES[dtype]
-    found = []
-    for rows, D, rotary, bias in product((64, 128), (32, 64, 128), (False, True), (False, True)):
-        if rows <= MOST_ROWS[itemsize]:
-            options = _options(itemsize, True, rows, D, VECTOR_BYTES // itemsize)
-            absent = {} if rotary else {"rotary": None}
-            absent |= {} if bias else {"partials": None}
-            form = f"tile {rows}x{D}{', rotary' * rotary}{', bias' * bias}"
-            found.append(_variant(form, "_tile_kernel", TILE_TENSORS, TILE_SCALARS, dtype, options, **absent))
-    return found
-
-
-VARIANTS = tuple(v for dtype in DTYPES for v in _tile_variants(dtype))
+VARIANTS = (
+    *(
+        _variant(form, dtype, True, D, VECTOR_BYTES // DTYPES[dtype], rotary)
+        for dtype, form, D, rotary in product(DTYPES, PACKED, (32, 64, 128), (False, True))
+    ),
+    *(
+        _variant(form, dtype, False, D, vector, rotary)
+        for dtype, form, (D, wide), rotary in product(
+            DTYPES, STREAMED, ((64, True), (128, True), (128, False)), (False, True)
+        )
+        for vector in (VECTOR_BYTES // DTYPES[dtype] if wide else 1,)
+    ),
+    *(_lag_variant(dtype, rows) for dtype, rows in product(DTYPES, (32, 64))),
+)
