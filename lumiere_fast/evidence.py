@@ -28,7 +28,7 @@ from lumiere_fast.kernels._configs import cache_folder as cache_folder
 
 logger = logging.getLogger(__name__)
 
-TORCHS = ("cudnn", "flash", "efficient")
+TORCHS: tuple[str, ...] = ("cudnn", "flash", "efficient")
 """The backends that are torch's own kernels. They are checked as ours are: with them, what is checked is how we call
 them, that this build of torch has them, and torch."""
 

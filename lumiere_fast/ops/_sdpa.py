@@ -186,7 +186,7 @@ def _backend(
     return Backend(function.__name__, function, needs)
 
 
-BACKENDS = (
+BACKENDS: tuple[Backend, ...] = (
     _backend(cudnn, _cudnn_limits, ("cuda",), HALF),
     _backend(flash, _flash_limits, ("cuda", "cpu"), (*HALF, torch.float32, torch.float64)),
     _backend(efficient, _efficient_limits, ("cuda",), (*HALF, torch.float32)),
