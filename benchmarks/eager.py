@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.bench_space_time_downsample import conv1d_then_stride
 from benchmarks.bench_space_time_upsample import duplicate_then_conv1d, interpolate
 from benchmarks.bench_spatial_attention import sdpa
-from benchmarks.bench_temporal_attention import back, by_lag, rearrange
+from benchmarks.bench_temporal_attention import back, lag_table, rearrange, turned
 from benchmarks.bench_temporal_conv import rearrange_conv1d
 from lumiere_fast import ops
 from lumiere_fast.ops._layout import each_frame, over_pixels
@@ -78,9 +78,9 @@ def temporal_conv(
 def temporal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, rotary: Tensor | None = None
 ) -> Tensor:
-    assert rotary is None, "the presets do not turn queries and keys"
-    mask = None if bias is None else by_lag(bias)
-    return back(F.scaled_dot_product_attention(rearrange(q), rearrange(k), rearrange(v), attn_mask=mask), q)
+    mask = None if bias is None else lag_table(q.shape[1], bias, False, None, q)
+    queries, keys, values = map(rearrange, (turned(q, rotary), turned(k, rotary), v))
+    return back(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask), q)
 
 
 def space_time_downsample(x: Tensor, factor: Sequence[int], *, weight: Tensor, bias: Tensor) -> Tensor:

@@ -73,13 +73,14 @@ def spatial_attention_reference(
         queries, keys, values = (a.to(dtype).flatten(2, 3).flatten(0, 1) for a in (q, k, v))
     else:
         queries, keys, values = q.to(dtype).flatten(1, 3), k.to(dtype), v.to(dtype)
-    mask = empty = None
-    if key_mask is not None:
+    mask = None
+    if (
+        key_mask is not None
+    ):  # no softmax is that of -inf alone: a clip without keys sees them all, and its values are 0
         empty = ~key_mask.any(-1)[:, None, None, None]
-        mask = key_mask[:, None, None] | empty  # a row without keys is softmax(-inf): let it see all, then take it away
+        mask, values = key_mask[:, None, None] | empty, values.masked_fill(empty, 0.0)
     queries, keys, values = (a.transpose(1, 2) for a in (queries, keys, values))
     y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    y = y if empty is None else y.masked_fill(empty, 0.0)
     return y.transpose(1, 2).reshape(q.shape).to(q.dtype).contiguous()
 
 
@@ -115,20 +116,15 @@ def _describe(q: Tensor, *_: object) -> Result:
     return Result(tuple(q.shape), q.dtype, q.device)
 
 
-MASKED_PAYS_FROM = 1 << 16  # elements of q, on a CPU
-
-
 def _case(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float | None) -> str:
     """What the fastest backend depends on, by which the table of their order is kept.
 
-    On a CPU the reference comes to torch's flash kernel too, in fp32. With a mask it goes over the result again, which
-    costs more than a further call of dispatch does where the result is not small.
+    On a CPU the reference comes to torch's flash kernel too, in fp32.
     """
-    half = q.dtype.itemsize == 2
     if q.device.type == "cpu":
-        return "cpu" if key_mask is None or half or q.numel() < MASKED_PAYS_FROM else "cpu-masked"
+        return "cpu"
     D = q.shape[-1]
-    width = "half" if half else "single"
+    width = "half" if q.dtype.itemsize == 2 else "single"
     heads = "d32" if D <= 32 else "d64" if D <= 64 else "d128"
     if k.dim() == 6:
         keys = q.shape[2] * q.shape[3]

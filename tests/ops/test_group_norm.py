@@ -305,7 +305,7 @@ BAD_CALLS = {
     "eps must be a number > 0, got None": {"eps": None},
     "per_frame must be True or False, got 'no'": {"per_frame": "no"},
     "per_frame must be True or False, got array": {"per_frame": np.ones(2, bool)},
-    "backend must be one of": {"backend": "cudnn"},
+    "backend must be one of": {"backend": "cublas"},
     "out must be": {"out": torch.zeros(2, 4, 3, 2, 3)},
     "weight must be on cpu": {"weight": torch.zeros(4, device="meta")},
     "weight must be torch.float32 like x, got torch.float16": {"weight": torch.ones(4, dtype=torch.float16)},
