@@ -117,6 +117,8 @@ lf_status check_gradients(const lf_temporal_attention& a) {
 
 // --- small operands --------------------------------------------------------------------------------------------------
 
+constexpr double kMostBias = 2e38;
+
 // What is added to the scores, and which rows it leaves without a frame.
 struct Table {
   std::vector<float> lags;
@@ -134,6 +136,13 @@ struct Table {
   }
 
  private:
+  // Only -inf leaves a frame out: what is finite stays so, also with a score added.
+  static float in_powers_of_two(double bias) {
+    const double most = std::isinf(bias) ? std::numeric_limits<double>::infinity() : kMostBias;
+    const double scaled = -kSiluScale * bias;  // NaN stays NaN
+    return static_cast<float>(scaled > most ? most : scaled < -most ? -most : scaled);
+  }
+
   // Returns whether a frame is left out.
   static bool fill(const lf_temporal_attention& a, int64_t head, float* row) {
     const int64_t size = 2 * a.frames - 1;
@@ -141,7 +150,7 @@ struct Table {
       with_type(a.bias_dtype, [&](auto element) {
         const auto* from = static_cast<const decltype(element)*>(a.bias) + head * a.bias_strides[0];
         for (int64_t i = 0; i < size; ++i) {
-          row[i] = static_cast<float>(-kSiluScale * static_cast<double>(widen(from[i * a.bias_strides[1]])));
+          row[i] = in_powers_of_two(static_cast<double>(widen(from[i * a.bias_strides[1]])));
         }
       });
     }

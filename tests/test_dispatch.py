@@ -211,7 +211,7 @@ def test_auto_logs_each_reason_once(caplog: pytest.LogCaptureFixture) -> None:
     more = [record.getMessage() for record in caplog.records[7:]]
     assert more[0] == "toy does not run on the backend cuda: x is float16, it needs float64"
     assert more[1] == "toy does not run on the backend cpu: x is float16, it needs float32"
-    torchs = "torch has that kernel for attention alone"
+    torchs = "it is a kernel of torch's that only spatial_attention has: give that op backend= instead"
     assert more[2:] == [f"toy does not run on the backend {name}: {torchs}" for name in evidence.TORCHS]
 
 
@@ -457,8 +457,16 @@ def test_a_composed_result_is_put_into_out_and_none_is_asked_of_nothing() -> Non
 
 @pytest.mark.parametrize("name", evidence.TORCHS)
 def test_torch_s_kernels_are_for_attention_alone(name: str) -> None:
-    assert why_not("toy", name, SINGLE) == ["torch has that kernel for attention alone"]
-    with pytest.raises(BackendUnavailable, match="torch has that kernel for attention alone"), use_backend(name):
+    assert why_not("toy", name, SINGLE) == [
+        "it is a kernel of torch's that only spatial_attention has: give that op backend= instead"
+    ]
+    with (
+        pytest.raises(
+            BackendUnavailable,
+            match="it is a kernel of torch's that only spatial_attention has: give that op backend= instead",
+        ),
+        use_backend(name),
+    ):
         toy(SINGLE)
     assert dispatch.kernels("toy") == ("triton", "wgmma", "cuda", "cpu")
     assert dispatch.kernels("spatial_attention") == ("triton", "wgmma", "cuda", "cpu", *evidence.TORCHS)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,7 +101,7 @@ def check_scale(op: str, scale: Any) -> float | None:
     if scale is None:
         return None
     number = isinstance(scale, float | int | np.floating | np.integer | torch.SymFloat) and not isinstance(scale, bool)
-    if not number or not -math.inf < scale < math.inf:
+    if not number or not abs(scale) <= sys.float_info.max:
         raise ValueError(f"{op}: scale must be None or a finite number, got {scale!r}")
     return float(scale)
 

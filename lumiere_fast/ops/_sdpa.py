@@ -29,24 +29,24 @@ CUDNN_VERSION = 91501  # earlier ones could go wrong at lengths that 128 does no
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float | None) -> Tensor:
-    bias, values = _without_masked(q, v, key_mask)
+    bias, k, v = _without_masked(q, k, v, key_mask)
     saved = dispatch.needs_gradient((q, k, v))
-    folded = _folded(q, k, values)
+    folded = _folded(q, k, v)
     return _unfolded(aten._scaled_dot_product_cudnn_attention(*folded, bias, saved, scale=scale)[0], q)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float | None) -> Tensor:
     if q.device.type == "cuda":
         return _unfolded(aten._scaled_dot_product_flash_attention(*_folded(q, k, v), scale=scale)[0], q)
-    bias, values = _without_masked(q, v, key_mask)
-    folded = _folded(q, k, values)
+    bias, k, v = _without_masked(q, k, v, key_mask)
+    folded = _folded(q, k, v)
     return _unfolded(aten._scaled_dot_product_flash_attention_for_cpu(*folded, attn_mask=bias, scale=scale)[0], q)
 
 
 def efficient(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float | None) -> Tensor:
-    bias, values = _without_masked(q, v, key_mask)
+    bias, k, v = _without_masked(q, k, v, key_mask)
     saved = dispatch.needs_gradient((q, k, v))
-    queries, keys, values = _folded(q, k, values)
+    queries, keys, values = _folded(q, k, v)
     bias = None if bias is None else bias.expand(*queries.shape[:3], -1)
     y = aten._scaled_dot_product_efficient_attention(queries, keys, values, bias, saved, scale=scale)[0]
     return _unfolded(y, q)
@@ -63,21 +63,22 @@ def _unfolded(y: Tensor, q: Tensor) -> Tensor:
     return y.transpose(1, 2).reshape(q.shape).contiguous()
 
 
-def _without_masked(q: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """What is added to the scores, (B, 1, 1, L), -inf where a key is left out; and the values.
+def _without_masked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What is added to the scores, (B, 1, 1, L), -inf where a key is left out; keys and values, 0 where they are.
 
     No softmax is that of -inf alone. So a clip without keys sees them all, and its values are 0: a pass over a few
     keys, where the result would take one over all pixels. Kernels read the row 16 elements at a time.
     """
     if key_mask is None:
-        return None, v
-    B, length = key_mask.shape
-    empty = ~key_mask.any(-1, keepdim=True)
-    seen = key_mask | empty
+        return None, k, v
+    length = key_mask.shape[1]
+    left_out = ~key_mask[:, :, None, None]
+    seen = key_mask | ~key_mask.any(-1, keepdim=True)
     if padding := -length % 16:
         seen = F.pad(seen, (0, padding))
     bias = seen.to(q.dtype).log().unsqueeze(1).unsqueeze(1)  # of 1 and 0
-    return bias[..., :length] if padding else bias, v.masked_fill(empty.view(B, 1, 1, 1), 0.0)
+    bias = bias[..., :length] if padding else bias
+    return bias, k.masked_fill(left_out, 0.0), v.masked_fill(left_out, 0.0)
 
 
 # ---------------------------------------------------------------- what they do not take
@@ -92,6 +93,8 @@ def _cudnn_limits(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scal
         yield f"D is {q.shape[-1]}, cuDNN takes 128"
     if key_mask is not None and dispatch.needs_gradient((q, k, v)):
         yield "key_mask is given and a gradient is needed: cuDNN gives NaN at some lengths"
+    if torch.are_deterministic_algorithms_enabled() and dispatch.needs_gradient((q, k, v)):
+        yield "a gradient is needed, and torch.use_deterministic_algorithms is on: cuDNN's is not deterministic"
     if _cudnn_version() < CUDNN_VERSION:
         yield f"torch has cuDNN {_cudnn_version() or '(none)'}, it needs {CUDNN_VERSION}"
 
@@ -121,8 +124,9 @@ def _limits_of_a_gpu(q: Tensor, k: Tensor, v: Tensor) -> Iterator[str]:
     batch, heads, D = q.shape[0] * (q.shape[1] if k.dim() == 6 else 1), *q.shape[4:]
     if batch * heads > MOST_BLOCKS:
         yield f"there are {batch * heads} sequences, torch's kernel takes {MOST_BLOCKS}"
-    if max(size * stride for x in (q, k, v) for size, stride in zip(x.shape, x.stride(), strict=True)) > INT32_MAX:
-        yield "an argument spans 2^31 elements, which torch's kernel counts in 32 bits"
+    spans = [size * stride for x in (q, k, v) for size, stride in zip(x.shape, x.stride(), strict=True)]
+    if max(q.numel(), *spans) > INT32_MAX:
+        yield "the result or an argument spans 2^31 elements, which torch's kernel counts in 32 bits"
     queries = _lengths(q, k)[0] + QUERIES_A_BLOCK  # what the backward keeps is padded
     if dispatch.needs_gradient((q, k, v)) and batch * heads * queries * max(D, 32) > INT32_MAX:
         yield "a gradient of 2^31 elements is needed, which torch's kernel counts in 32 bits"

@@ -40,8 +40,9 @@ def spatial_attention(
     """`y[p] = sum_s softmax_s(scale * q[p] . k[s]) v[s]` for each frame, pixel p and head.
 
     s runs over the H*W pixels of the same frame (self-attention), or over the L keys of the clip (cross-attention),
-    of which those with `key_mask` False are left out; where all are, the result is 0. The arithmetic is fp32 (fp64
-    for fp64), rounded once at the end. Differentiable in q, k, v.
+    of which those with `key_mask` False are left out, whatever is in them; where all are, the result is 0. The
+    arithmetic is fp32 (fp64 for fp64), rounded once at the end. Differentiable in q, k, v, but no second time: torch's
+    fused kernels, which the reference comes to as well, have no second derivative.
 
     Args:
         q: (B, T, H, W, heads, D), floating. Views of a fused projection are welcome: any strides, and kernels want D
@@ -74,11 +75,10 @@ def spatial_attention_reference(
     else:
         queries, keys, values = q.to(dtype).flatten(1, 3), k.to(dtype), v.to(dtype)
     mask = None
-    if (
-        key_mask is not None
-    ):  # no softmax is that of -inf alone: a clip without keys sees them all, and its values are 0
-        empty = ~key_mask.any(-1)[:, None, None, None]
-        mask, values = key_mask[:, None, None] | empty, values.masked_fill(empty, 0.0)
+    if key_mask is not None:
+        left_out = ~key_mask[:, :, None, None]
+        keys, values = keys.masked_fill(left_out, 0.0), values.masked_fill(left_out, 0.0)  # 0 * NaN would be NaN
+        mask = (key_mask | ~key_mask.any(-1, keepdim=True))[:, None, None]  # a clip without keys sees all: values of 0
     queries, keys, values = (a.transpose(1, 2) for a in (queries, keys, values))
     y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     return y.transpose(1, 2).reshape(q.shape).to(q.dtype).contiguous()

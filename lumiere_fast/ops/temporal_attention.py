@@ -48,8 +48,8 @@ def temporal_attention(
     `x[2i], x[2i + 1] -> x[2i] cos - x[2i + 1] sin, x[2i] sin + x[2i + 1] cos`; without `rotary` it is the identity.
 
     A frame s is left out where `causal` and s > t, and where `window` is given and |t - s| > window. A row with no
-    frame left (a bias of -inf) gives 0. The arithmetic is fp32 (fp64 for fp64), rounded once at the end.
-    Differentiable in q, k, v and bias.
+    frame left (a bias of -inf) gives 0. A number that is not finite may spoil all of its pixel, even where it is left
+    out. The arithmetic is fp32 (fp64 for fp64), rounded once at the end. Differentiable in q, k, v and bias.
 
     Args:
         q, k, v: (B, T, H, W, heads, D), floating, of one dtype. Views of a fused projection are welcome: any strides,

@@ -546,11 +546,12 @@ def test_on_a_gpu_a_call_is_one_kernel_between_views(backend: str, length: int |
 
 def test_the_row_that_efficient_attention_reads_is_aligned() -> None:
     """It reads 16 bytes at a time: of 5 keys, 16 places, that no later key is read from."""
-    bias, values = _sdpa._without_masked(torch.ones(2, 1), torch.ones(2, 5, 1, 4), MASK)
+    bias, keys, values = _sdpa._without_masked(*(torch.ones(2, 5, 1, 4) for _ in range(3)), MASK)
     assert bias is not None and bias.shape == (2, 1, 1, 5) and bias.stride(0) == 16 and bias.stride(-1) == 1
     inf = -math.inf
     assert bias[:, 0, 0].tolist() == [[0.0, inf, 0.0, 0.0, inf], [0.0] * 5]
-    assert (values[0] == 1).all() and (values[1] == 0).all()
+    for each in (keys, values):
+        assert torch.equal(each[..., 0, 0], MASK.to(each.dtype))
 
 
 # ---------------------------------------------------------------- which of them
@@ -660,3 +661,16 @@ def test_spec_inputs_are_what_the_op_takes() -> None:
             assert spatial_attention(**inputs).shape == inputs["q"].shape
     base = next(s for s in SPEC.scenarios if s.name == "base3")
     assert SPEC.flops(base) == 4 * 10 * 256 * 256 * 1024
+
+
+@pytest.mark.parametrize("backend", ["reference", "flash"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_key_that_is_left_out_may_hold_anything(bad: float, backend: str) -> None:
+    inputs, options = masked_text(Draw(29, torch.float32), (2, 3, 4, 5, 2, 8))
+    q, k, v = inputs
+    left_out = ~options["key_mask"]
+    expected = spatial_attention(q, k, v, **options, backend=backend)
+    k, v = (x.masked_fill(left_out[:, :, None, None], bad) for x in (k, v))
+    torch.testing.assert_close(spatial_attention(q, k, v, **options, backend=backend), expected, rtol=0, atol=0)
+    none = torch.zeros_like(left_out)
+    assert not spatial_attention(q, k, v, key_mask=none, backend=backend).any()
