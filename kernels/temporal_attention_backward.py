@@ -314,14 +314,18 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     within, t = _rows(num_frames, ROWS)
     pixel = within.to(tl.int64)
     exists = _exist((within < ROWS // num_frames) & (pixel < width - at[2]), head_dim, BLOCK_D, VECTOR)
-    queries, spoilt_q = _contained(_loaded(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, pixel, exists, BLOCK_D, VECTOR))
-    keys, spoilt_k = _contained(_loaded(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, t, pixel, exists, BLOCK_D, VECTOR))
-    values, spoilt_v = _contained(_loaded(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, t, pixel, exists, BLOCK_D, VECTOR))
-    gradient, spoilt_g = _contained(_loaded(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, pixel, exists, BLOCK_D, VECTOR))
-    spoilt = _of_pixel((spoilt_q + spoilt_k) + (spoilt_v + spoilt_g), within)
+    queries = _loaded(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+    keys = _loaded(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+    values = _loaded(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+    gradient = _loaded(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, pixel, exists, BLOCK_D, VECTOR)
     if rotary is not None:
         angles = _angles(rotary, t, head_dim, exists, BLOCK_D, VECTOR)
         queries, keys = _turned(queries, angles), _turned(keys, angles)
+    queries, spoilt_q = _contained(queries)
+    keys, spoilt_k = _contained(keys)
+    values, spoilt_v = _contained(values)
+    gradient, spoilt_g = _contained(gradient)
+    spoilt = _of_pixel((spoilt_q + spoilt_k) + (spoilt_v + spoilt_g), within)
 
     table = _tile_table(bias, n, num_frames, causal, window, has_bias, within, t, ROWS)
     weights = _weights(_scores(queries, keys, scale, table, 0.0), table)
@@ -363,16 +367,18 @@ def _table_kernel(  # type: ignore[no-untyped-def]
         t, pixel = frame + zero, (within + zero).to(tl.int64)
         at = _tile_at_row(tile, n, num_frames, height, width, ROWS)
         exists = _exist((pixel < ROWS // num_frames) & (pixel < width - at[2]), head_dim, BLOCK_D, VECTOR)
-        steps = (q_b, q_t, q_h, q_w, q_n, q_d)
-        queries, spoilt_q = _contained(_loaded(q, steps, at, t, pixel, exists, BLOCK_D, VECTOR))
-        keys, spoilt_k = _contained(_loaded(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, t, pixel, exists, BLOCK_D, VECTOR))
+        queries = _loaded(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+        keys = _loaded(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, t, pixel, exists, BLOCK_D, VECTOR)
         if rotary is not None:
             angles = _angles(rotary, t, head_dim, exists, BLOCK_D, VECTOR)
             queries, keys = _turned(queries, angles), _turned(keys, angles)
+        queries, spoilt_q = _contained(queries)
+        keys, spoilt_k = _contained(keys)
         weights = _weights(_scores(queries, keys, scale, table, 0.0), table)
-        values, spoilt_v = _contained(_loaded(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, t, pixel, exists, BLOCK_D, VECTOR))
-        steps = (g_b, g_t, g_h, g_w, g_n, g_d)
-        gradient, spoilt_g = _contained(_loaded(g_y, steps, at, t, pixel, exists, BLOCK_D, VECTOR))
+        values = _loaded(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+        gradient = _loaded(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+        values, spoilt_v = _contained(values)
+        gradient, spoilt_g = _contained(gradient)
         spoilt = _of_pixel((spoilt_q + spoilt_k) + (spoilt_v + spoilt_g), within)
         g_table += _scores_gradient(weights, gradient, values) + spoilt[:, None]
     line = tl.arange(0, ROWS)
@@ -603,7 +609,7 @@ def _diagonal_kernel(  # type: ignore[no-untyped-def]
     slot = program // diagonals // heads
     slots = tl.num_programs(0) // diagonals // heads
     n = (program // diagonals % heads).to(tl.int64)
-    turns = (rotary, has_rotary)
+    turns, q_steps, k_steps = (rotary, has_rotary), (q_b, q_t, q_h, q_w, q_n, q_d), (k_b, k_t, k_h, k_w, k_n, k_d)
     count = tiles - tl.abs(far)  # of tiles on the diagonal
     lane = tl.arange(0, ROWS)
     g_table = tl.zeros((ROWS, ROWS), tl.float32)
@@ -613,10 +619,10 @@ def _diagonal_kernel(  # type: ignore[no-untyped-def]
         for tile in range(count):
             t = tl.cast(tl.maximum(far, 0) + tile, tl.int64) * ROWS + lane
             s = t - far.to(tl.int64) * ROWS
-            queries = _turned_frames(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, num_frames, head_dim, turns, BLOCK_D, VECTOR)
-            keys = _turned_frames(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, s, num_frames, head_dim, turns, BLOCK_D, VECTOR)
             values = _frames(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, s, num_frames, head_dim, BLOCK_D, VECTOR)
             gradient = _frames(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, num_frames, head_dim, BLOCK_D, VECTOR)
+            queries = _turned_frames(q, q_steps, at, t, num_frames, head_dim, turns, BLOCK_D, VECTOR)
+            keys = _turned_frames(k, k_steps, at, s, num_frames, head_dim, turns, BLOCK_D, VECTOR)
             place = sums + (head * num_frames + t)
             normaliser = tl.load(place, mask=t < num_frames, other=0.0)
             balance = tl.load(place + tl.cast(pixels, tl.int64) * heads * num_frames, mask=t < num_frames, other=0.0)
@@ -677,9 +683,9 @@ def _options(packed: bool, itemsize: int, block_d: int) -> dict[str, int]:
     vector = VECTOR_BYTES // itemsize
     if packed:
         return {"ROWS": PACKED_ROWS, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": 8, "num_stages": 1}
-    block_d = max(block_d, 64)
-    rows = STREAM_ROWS[itemsize]
-    return {"ROWS": rows, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": block_d // 16, "num_stages": 1}
+    rows, block_d = STREAM_ROWS[itemsize], max(block_d, 64)
+    num_warps = 8 if itemsize == 2 and block_d == 128 else 4
+    return {"ROWS": rows, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": num_warps, "num_stages": 1}
 
 
 # What ships: every compiled form that a launch can ask for.
