@@ -160,8 +160,10 @@ def check(arguments: Sequence[Any], g_y: Tensor | None = None) -> tuple[Tensor |
 def test_frames_and_head_sizes(T: int, D: int, pixels: int) -> None:
     """Tiles that are full, that one pixel fills, that the last is cut short of, and frames in several."""
     for dtype in DTYPES:
-        shape = (1, T, 1, min(pixels, 2) if dtype == torch.float32 else pixels, 2, D)  # fp32 takes pixels one by one
-        check(draw_arguments(shape, dtype, rotary=D == 40))
+        if dtype != torch.float32:
+            check(draw_arguments((1, T, 1, pixels, 2, D), dtype, rotary=D == 40))
+        elif T <= 33:  # whose tiles are a quarter as large, and of one pixel
+            check(draw_arguments((1, T, 1, min(pixels, 2), 2, D), dtype, rotary=D == 40))
 
 
 @pytest.mark.parametrize(
@@ -237,12 +239,18 @@ def test_strides(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("T", [3, 70])
 @pytest.mark.parametrize(
-    ("D", "dtype"), [(5, torch.float32), (6, torch.float32), (1, torch.float16), (10, torch.float16)]
+    ("T", "D", "dtype"),
+    [
+        (3, 5, torch.float32),
+        (18, 6, torch.float32),
+        (3, 1, torch.float16),
+        (3, 10, torch.float16),
+        (66, 5, torch.float16),
+    ],
 )
 def test_head_sizes_that_vectors_do_not_divide(T: int, D: int, dtype: torch.dtype) -> None:
-    check(draw_arguments((1, T, 1, 1 if T == 70 else 3, 2, D), dtype, rotary=D % 2 == 0))
+    check(draw_arguments((1, T, 1, 1 if T == 66 else 3, 2, D), dtype, rotary=D % 2 == 0))
 
 
 @pytest.mark.parametrize("T", [3, 70])
@@ -286,7 +294,7 @@ def test_nothing_there() -> None:
 
 @pytest.mark.parametrize("T", [5, 70])
 def test_the_same_bits_in_every_run(T: int) -> None:
-    arguments = draw_arguments((1, T, 1, 40 if T == 5 else 3, 2, 16), torch.float16)
+    arguments = draw_arguments((1, T, 1, 40 if T == 5 else 2, 2, 16), torch.float16)
     g_y = draw_gradient(arguments)
     for first, second in zip(backward(g_y, arguments), backward(g_y, arguments), strict=True):
         assert first is not None and second is not None and torch.equal(first, second)
