@@ -705,7 +705,7 @@ STREAMED = {
 
 def _variant(form: str, dtype: str, options: dict[str, int], rotary: bool) -> Variant:
     kernel, tensors, scalars = (PACKED | STREAMED)[form]
-    constants = {name: value for name, value in options.items() if name.isupper()}
+    constants: dict[str, Any] = {name: value for name, value in options.items() if name.isupper()}
     constants |= {"rotary": None} if form in PACKED and not rotary else {}
     signature = {name: "*fp32" if name in FP32 else f"*{dtype}" for name in tensors}
     signature |= dict.fromkeys(scalars, "i32") | {"scale": "fp32"} | dict.fromkeys(constants, "constexpr")
