@@ -172,6 +172,7 @@ def test_every_pixel_head_and_clip_is_its_own(launches: Launches) -> None:
     check(*f.unbind(4), bias=bias_for(f[:, :, :, :, 0]))
     check(*f[:, :, :, 1:4].unbind(4), bias=bias_for(f[:, :, :, :, 0]))  # rows do not follow one another
     check(*f[1:, 2:8, 1:2].unbind(4))
+    check(*f[:, :, :, 1:2].unbind(4))  # a column
     check(*f[:, ::2, ::2, ::2].unbind(4))
     check(*f.transpose(2, 3).contiguous().transpose(2, 3).unbind(4))
     check(*f.permute(2, 3, 0, 1, 4, 5, 6).contiguous().permute(2, 3, 0, 1, 4, 5, 6).unbind(4))
