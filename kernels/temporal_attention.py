@@ -329,7 +329,19 @@ class Geometry(NamedTuple):
     strides: tuple[Integers, ...]
     itemsize: int
     vectors: bool
-    rotated: bool
+
+
+class Layout(NamedTuple):
+    """A geometry as kernels see it, in plain integers: all pixels are one row where they can.
+
+    Args:
+        shape: (B, T, H, W, heads, D).
+        vector: elements that are read at a time.
+    """
+
+    shape: Integers
+    strides: tuple[Integers, ...]
+    vector: int
 
 
 class Plan(NamedTuple):
@@ -348,17 +360,35 @@ class Plan(NamedTuple):
 
 
 def _planned(tensors: Sequence[Tensor], rotated: bool, recording: bool) -> Plan:
-    geometry = Geometry(
+    geometry = _geometry(tensors, recording)
+    return _plan(geometry, rotated) if recording else _cached_plan(geometry, rotated)
+
+
+def _geometry(tensors: Sequence[Tensor], recording: bool) -> Geometry:
+    return Geometry(
         tensors[0].shape,
         tuple([tensor.stride() for tensor in tensors]),
         tensors[0].element_size(),
         all([aligned(tensor, VECTOR_BYTES, recording) for tensor in tensors]),
-        rotated,
     )
-    return _plan(geometry) if recording else _cached_plan(geometry)
 
 
-def _plan(geometry: Geometry) -> Plan:
+def _plan(geometry: Geometry, rotated: bool) -> Plan:
+    (B, T, H, W, heads, D), strides, vector = _layout(geometry)
+    kind, wide = (geometry.itemsize, rotated), vector > 1
+    block_d = next(block for block in BLOCKS if block >= D) if wide else MOST_HEAD_DIM
+    packed = wide and PACKED[kind][block_d].rows >= T
+    form = PACKED[kind][block_d] if packed else STREAMED[kind][block_d] if wide else STRIDED
+    parts = _cdiv(W, form.rows // T) if packed else _cdiv(T, form.rows)
+    programs = B * H * (1 if packed else W) * heads * parts
+    scalars = (T, H, W, heads, D, parts, *(step for each in strides for step in each))
+    return Plan(packed, programs, scalars, form.constants(block_d, vector), form.options)
+
+
+_cached_plan = functools.lru_cache(maxsize=1024)(_plan)
+
+
+def _layout(geometry: Geometry) -> Layout:
     B, T, H, W, heads, D = shape = tuple(map(int, geometry.shape))
     strides = [_settled(shape, each) for each in geometry.strides]
     if all(H == 1 or W == 1 or h == W * w for _, _, h, w, _, _ in strides):  # one row of pixels, to cut it less often
@@ -366,17 +396,7 @@ def _plan(geometry: Geometry) -> Plan:
         H, W = 1, H * W
     vector = VECTOR_BYTES // geometry.itemsize
     wide = geometry.vectors and all(d == 1 and all(n % vector == 0 for n in (D, *outer)) for *outer, d in strides)
-    kind = (geometry.itemsize, geometry.rotated)
-    block_d = next(block for block in BLOCKS if block >= D) if wide else MOST_HEAD_DIM
-    packed = wide and PACKED[kind][block_d].rows >= T
-    form = PACKED[kind][block_d] if packed else STREAMED[kind][block_d] if wide else STRIDED
-    parts = _cdiv(W, form.rows // T) if packed else _cdiv(T, form.rows)
-    programs = B * H * (1 if packed else W) * heads * parts
-    scalars = (T, H, W, heads, D, parts, *(step for each in strides for step in each))
-    return Plan(packed, programs, scalars, form.constants(block_d, vector if wide else 1), form.options)
-
-
-_cached_plan = functools.lru_cache(maxsize=1024)(_plan)
+    return Layout((B, T, H, W, heads, D), tuple(strides), vector if wide else 1)
 
 
 def _settled(shape: Integers, strides: Sequence[int]) -> Integers:

@@ -19,14 +19,15 @@ Where a pixel's frames are more than a tile has rows, one pass takes queries in 
 rows in fp32, and gives g_q; another takes keys in tiles and gives g_k and g_v. A third gives the partials of the bias:
 pairs of tiles as many tiles apart have the same lags, so that their number grows with the frames and not their square.
 
-A weight of zero does not undo a number that is not finite. A pixel that has one, of q, k, v or g_y, gets gradients of
-NaN throughout, as it might by the formula, and those that share its tile are computed without it.
+A weight of zero does not undo a number that is not finite. Of pixels that share a tile, one that has such a number, of
+q, k, v or g_y, gets gradients of NaN throughout, as it might by the formula, and the others are computed without it.
+
+Kernels read 16-byte vectors. What does not lie in such is copied first, D filled up with zeros, which change nothing.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -35,28 +36,33 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from ._launch import Variant, aligned, launch, traced
+from ._launch import Variant, launch, traced
 from .temporal_attention import (
-    LOG2E,
+    BLOCKS,
     VECTOR_BYTES,
+    Geometry,
+    Integers,
     _angles,
+    _bias_of,
     _cdiv,
+    _contained,
     _exist,
     _finite,
+    _geometry,
     _head_of,
+    _in_vectors,
+    _layout,
     _rows,
-    _settled,
+    _scores,
     _table,
     _tile_at,
     _turned,
 )
 
 Gradients = tuple[Tensor | None, ...]
-Integers = tuple[int, ...]
 
-PACKED_ROWS = 64  # of a tile of whole pixels
-STREAM_ROWS = 32  # of a tile of one pixel's frames
 PARTIAL_BYTES = 8 << 20  # of all partials, about
 LAG_OPTIONS = {"BLOCK": 512, "num_warps": 4, "num_stages": 1}
 
@@ -76,7 +82,7 @@ def temporal_attention_backward(
     """The gradient of each argument of `temporal_attention_reference`, None for those that want none.
 
     Args:
-        gradients: one, of the result; any strides, but one that cannot be read in 16-byte vectors is copied.
+        gradients: one, of the result; any strides.
         others: as for `temporal_attention_reference`, fp16, bf16 or fp32, any strides, D up to 128. Of q, k, v and
             bias, those whose gradient is wanted have `requires_grad`.
 
@@ -92,19 +98,38 @@ def temporal_attention_backward(
     if g_y is None or q.numel() == 0 or not any(wanted):
         pairs = zip(arguments, wanted, strict=True)
         return (*(torch.zeros_like(each) if want and each is not None else None for each, want in pairs), *[None] * 4)
-    if not _planned([g_y]).wide:  # one that autograd expanded, say
-        g_y = g_y.contiguous()
-    plan = _planned([q, k, v, g_y])
-    T, D = plan.scalars[0], plan.scalars[4]
+    recording, D = traced(q), int(q.shape[5])
+    tensors = [_wide(each, recording) for each in (q, k, v, g_y)]
+    plan = _planned(tensors, rotary is not None, recording)
+    T = plan.scalars[0]
     window = T if window is None else min(int(window), T)
-    inputs = (q, k, v, g_y, _table(bias, q), None if rotary is None else rotary.contiguous())
     scalars = (*plan.scalars, int(causal), window, float(D**-0.5 if scale is None else scale), int(bias is not None))
+    inputs = (*tensors, _table(bias, q), _angles_for(rotary, plan, recording))
     nothing = q.new_empty(0)
-    results = [torch.empty(q.shape, dtype=q.dtype, device=q.device) if want else nothing for want in wanted[:3]]
+    results = [
+        torch.empty(tensors[0].shape, dtype=q.dtype, device=q.device) if want else nothing for want in wanted[:3]
+    ]
     run = _packed if plan.packed else _streamed
     partials = run(plan, inputs, scalars, results, wanted)
     g_bias = None if partials is None or bias is None else _along_lags(partials, T, bias)
-    return (*(found if want else None for found, want in zip(results, wanted, strict=False)), g_bias, *[None] * 4)
+    found = (each[..., :D].contiguous() if want else None for each, want in zip(results, wanted, strict=False))
+    return (*found, g_bias, *[None] * 4)
+
+
+def _wide(x: Tensor, recording: bool) -> Tensor:
+    """A tensor that can be read in 16-byte vectors: a copy if this one cannot, D filled up with zeros."""
+    if _layout(_geometry([x], recording)).vector > 1:
+        return x
+    lacking = -int(x.shape[5]) % (VECTOR_BYTES // x.element_size())
+    return F.pad(x, (0, lacking)) if lacking else x.clone(memory_format=torch.contiguous_format)
+
+
+def _angles_for(rotary: Tensor | None, plan: Plan, recording: bool) -> Tensor | None:
+    """The angles as kernels take them, of as many channels."""
+    if rotary is None:
+        return None
+    lacking = plan.scalars[4] // 2 - int(rotary.shape[1])
+    return _in_vectors(F.pad(rotary, (0, 0, 0, lacking)) if lacking else rotary, recording)
 
 
 def _packed(
@@ -130,7 +155,9 @@ def _streamed(
     T, heads, tiles = plan.scalars[0], plan.scalars[3], plan.tiles
     want_q, want_k, want_v, want_bias = map(int, wanted)
     sums = torch.empty((2, plan.pixels * heads, T), dtype=torch.float32, device=results[0].device)
-    shared = (*scalars, plan.pixels, tiles)
+    *tensors, rotary = inputs
+    inputs = (*tensors, sums if rotary is None else rotary)
+    shared = (*scalars, int(rotary is not None), plan.pixels, tiles)
     programs = plan.pixels * heads * tiles
     launch(_query_kernel, programs, sums, *inputs, sums, results[0], *shared, want_q, **plan.options)
     if want_k or want_v:
@@ -204,32 +231,12 @@ def _store_turned(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _spoilt(x):  # type: ignore[no-untyped-def]
-    """Of each row: NaN where it has a number that is not finite, else 0."""
-    return tl.sum(x.to(tl.float32) * 0.0, 1)
-
-
-@triton.jit
 def _of_pixel(spoilt, pixel):  # type: ignore[no-untyped-def]
     """The same of each row's pixel."""
     # Within `if`, since almost no tile needs it, and so that its table does not stay in registers.
     if tl.sum(spoilt, 0) != 0.0:
         spoilt = tl.sum(tl.where(pixel[:, None] == pixel[None, :], spoilt[None, :], 0.0), 1)
     return spoilt
-
-
-@triton.jit
-def _scores(q, k, scale, table):  # type: ignore[no-untyped-def]
-    """Of rows with rows, in the exponent of 2."""
-    return tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + table
-
-
-@triton.jit
-def _bias_of(bias, head, num_frames, causal, window, has_bias, lag, seen):  # type: ignore[no-untyped-def]
-    """What is added to scores in the exponent of 2, by lag; -inf for what is left out or not `seen`."""
-    seen = seen & (lag <= window) & (lag >= tl.where(causal != 0, 0, -window))
-    row = bias + (head * (2 * tl.cast(num_frames, tl.int64) - 1) + (num_frames - 1))
-    return tl.load(row + lag.to(tl.int64), seen & (has_bias != 0), tl.where(seen, 0.0, float("-inf"))) * LOG2E
 
 
 @triton.jit
@@ -267,19 +274,6 @@ def _tile_at_row(tile, n, num_frames, height, width, ROWS: tl.constexpr):  # typ
     row = tile // of_row
     at = ((row // height).to(tl.int64), (row % height).to(tl.int64), (tile % of_row).to(tl.int64) * pixels, n)
     return at
-
-
-@triton.jit
-def _kept(  # type: ignore[no-untyped-def]
-    queries, keys, values, gradient, within
-):
-    """The rows, 0 for those of spoilt pixels; and of each row NaN if its pixel is spoilt, else 0."""
-    spoilt = (_spoilt(queries) + _spoilt(keys)) + (_spoilt(values) + _spoilt(gradient))
-    spoilt = _of_pixel(spoilt, within)
-    whole = (spoilt == 0.0)[:, None]
-    queries, keys = tl.where(whole, queries, 0.0).to(queries.dtype), tl.where(whole, keys, 0.0).to(keys.dtype)
-    values, gradient = tl.where(whole, values, 0.0).to(values.dtype), tl.where(whole, gradient, 0.0).to(gradient.dtype)
-    return queries, keys, values, gradient, spoilt
 
 
 @triton.jit
@@ -324,13 +318,17 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     keys = _loaded(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, t, pixel, exists, BLOCK_D, VECTOR)
     values = _loaded(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, t, pixel, exists, BLOCK_D, VECTOR)
     gradient = _loaded(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, pixel, exists, BLOCK_D, VECTOR)
-    queries, keys, values, gradient, spoilt = _kept(queries, keys, values, gradient, within)
     if rotary is not None:
         angles = _angles(rotary, t, head_dim, exists, BLOCK_D, VECTOR)
         queries, keys = _turned(queries, angles), _turned(keys, angles)
+    queries, spoilt_q = _contained(queries)
+    keys, spoilt_k = _contained(keys)
+    values, spoilt_v = _contained(values)
+    gradient, spoilt_g = _contained(gradient)
+    spoilt = _of_pixel((spoilt_q + spoilt_k) + (spoilt_v + spoilt_g), within)
 
     table = _tile_table(bias, n, num_frames, causal, window, has_bias, within, t, ROWS)
-    weights = _weights(_scores(queries, keys, scale, table), table)
+    weights = _weights(_scores(queries, keys, scale, table, 0.0), table)
     if want_v != 0:
         found = _product(tl.trans(weights.to(gradient.dtype)), gradient) + spoilt[:, None]
         _store(g_v, sizes, at, t, pixel, exists, found, BLOCK_D, VECTOR)
@@ -371,13 +369,17 @@ def _table_kernel(  # type: ignore[no-untyped-def]
         exists = _exist((pixel < ROWS // num_frames) & (pixel < width - at[2]), head_dim, BLOCK_D, VECTOR)
         queries = _loaded(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, pixel, exists, BLOCK_D, VECTOR)
         keys = _loaded(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, t, pixel, exists, BLOCK_D, VECTOR)
-        values = _loaded(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, t, pixel, exists, BLOCK_D, VECTOR)
-        gradient = _loaded(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, pixel, exists, BLOCK_D, VECTOR)
-        queries, keys, values, gradient, spoilt = _kept(queries, keys, values, gradient, within)
         if rotary is not None:
             angles = _angles(rotary, t, head_dim, exists, BLOCK_D, VECTOR)
             queries, keys = _turned(queries, angles), _turned(keys, angles)
-        weights = _weights(_scores(queries, keys, scale, table), table)
+        queries, spoilt_q = _contained(queries)
+        keys, spoilt_k = _contained(keys)
+        weights = _weights(_scores(queries, keys, scale, table, 0.0), table)
+        values = _loaded(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+        gradient = _loaded(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, pixel, exists, BLOCK_D, VECTOR)
+        values, spoilt_v = _contained(values)
+        gradient, spoilt_g = _contained(gradient)
+        spoilt = _of_pixel((spoilt_q + spoilt_k) + (spoilt_v + spoilt_g), within)
         g_table += _scores_gradient(weights, gradient, values) + spoilt[:, None]
     line = tl.arange(0, ROWS)
     target = partials + program.to(tl.int64) * (ROWS * ROWS)
@@ -418,7 +420,7 @@ def _lag_kernel(  # type: ignore[no-untyped-def]
 # More frames than rows: tiles of one pixel's frames.
 
 
-STREAM_SCALARS = (*SCALARS, "pixels", "tiles")
+STREAM_SCALARS = (*SCALARS, "has_rotary", "pixels", "tiles")
 QUERY_TENSORS, QUERY_SCALARS = (*INPUTS, "sums", "g_q"), (*STREAM_SCALARS, "want_q")
 KEY_TENSORS, KEY_SCALARS = (*INPUTS, "sums", "g_k", "g_v"), (*STREAM_SCALARS, "want_k", "want_v")
 DIAGONAL_TENSORS, DIAGONAL_SCALARS = (*INPUTS, "sums", "partials"), STREAM_SCALARS
@@ -435,14 +437,31 @@ def _pixel(index, n, height, width):  # type: ignore[no-untyped-def]
 # fmt: off
 @triton.jit
 def _frames(  # type: ignore[no-untyped-def]
-    x, steps, at, frame, num_frames, head_dim, rotary, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr
+    x, steps, at, frame, num_frames, head_dim, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """The rows of these frames of one pixel, turned if there is `rotary`; 0 where there are none."""
+    """The rows of these frames of one pixel; 0 where there are none."""
     exists = _exist(frame < num_frames, head_dim, BLOCK_D, VECTOR)
-    rows = _loaded(x, steps, at, frame, 0, exists, BLOCK_D, VECTOR)
-    if rotary is not None:
-        rows = _turned(rows, _angles(rotary, frame, head_dim, exists, BLOCK_D, VECTOR))
-    return rows
+    return _loaded(x, steps, at, frame, 0, exists, BLOCK_D, VECTOR)
+
+
+@triton.jit
+def _turns(  # type: ignore[no-untyped-def]
+    turns, frame, num_frames, head_dim, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr
+):
+    """The angles of these frames; those that turn nothing if there are none: one form serves both."""
+    rotary, has_rotary = turns
+    exists = _exist(frame < num_frames, head_dim, BLOCK_D, VECTOR) & (has_rotary != 0)
+    still = tl.where(tl.arange(0, BLOCK_D) % 2 == 0, 1.0, 0.0)[None, :]
+    return tl.where(has_rotary != 0, _angles(rotary, frame, head_dim, exists, BLOCK_D, VECTOR), still)
+
+
+@triton.jit
+def _turned_frames(  # type: ignore[no-untyped-def]
+    x, steps, at, frame, num_frames, head_dim, turns, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Rows of queries or keys."""
+    rows = _frames(x, steps, at, frame, num_frames, head_dim, BLOCK_D, VECTOR)
+    return _turned(rows, _turns(turns, frame, num_frames, head_dim, BLOCK_D, VECTOR))
 
 
 @triton.jit
@@ -455,7 +474,7 @@ def _pair_table(bias, n, num_frames, causal, window, has_bias, query, key):  # t
 @triton.jit
 def _pair(queries, keys, values, gradient, normaliser, balance, scale, table):  # type: ignore[no-untyped-def]
     """The weights of a tile of queries and one of keys, and the gradient of their scores."""
-    weights = tl.exp2(_scores(queries, keys, scale, table) - normaliser[:, None])
+    weights = tl.exp2(_scores(queries, keys, scale, table, 0.0) - normaliser[:, None])
     g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
     return weights, tl.where(table == float("-inf"), 0.0, weights * (g_weights - balance[:, None]))
 
@@ -468,7 +487,7 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     num_frames, height, width, heads, head_dim,
     q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d,
     v_b, v_t, v_h, v_w, v_n, v_d, g_b, g_t, g_h, g_w, g_n, g_d,
-    causal, window, scale, has_bias,
+    causal, window, scale, has_bias, has_rotary,
     pixels, tiles,  # tiles: of queries or keys that a pixel has
     want_q,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
@@ -478,11 +497,12 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     head = program // tiles  # of a pixel
     n = (head % heads).to(tl.int64)
     at = _pixel(head // heads, n, height, width)
+    turns = (rotary, has_rotary)
     k_steps, v_steps = (k_b, k_t, k_h, k_w, k_n, k_d), (v_b, v_t, v_h, v_w, v_n, v_d)
     first = (program % tiles).to(tl.int64) * ROWS
     t = first + tl.arange(0, ROWS)
-    queries = _frames(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
-    gradient = _frames(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, num_frames, head_dim, None, BLOCK_D, VECTOR)
+    queries = _turned_frames(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, num_frames, head_dim, turns, BLOCK_D, VECTOR)
+    gradient = _frames(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, num_frames, head_dim, BLOCK_D, VECTOR)
     begin = tl.maximum(first - window, 0) // ROWS * ROWS
     end = tl.minimum(first + ROWS + tl.where(causal != 0, 0, window), num_frames)
 
@@ -492,11 +512,11 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     balance = tl.zeros((ROWS,), tl.float32)
     for start in range(begin, end, ROWS):
         s = start + tl.arange(0, ROWS)
-        keys = _frames(k, k_steps, at, s, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
-        values = _frames(v, v_steps, at, s, num_frames, head_dim, None, BLOCK_D, VECTOR)
+        keys = _turned_frames(k, k_steps, at, s, num_frames, head_dim, turns, BLOCK_D, VECTOR)
+        values = _frames(v, v_steps, at, s, num_frames, head_dim, BLOCK_D, VECTOR)
         table = _pair_table(bias, n, num_frames, causal, window, has_bias, t, s)
         allowed = tl.maximum(allowed, tl.max(table, 1))
-        scores = _scores(queries, keys, scale, table)
+        scores = _scores(queries, keys, scale, table, 0.0)
         higher = tl.maximum(top, tl.max(scores, 1))
         fade = tl.exp2(top - _finite(higher))
         weights = tl.exp2(scores - _finite(higher)[:, None])
@@ -515,14 +535,15 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     found = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(begin, end, ROWS):
         s = start + tl.arange(0, ROWS)
-        keys = _frames(k, k_steps, at, s, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
-        values = _frames(v, v_steps, at, s, num_frames, head_dim, None, BLOCK_D, VECTOR)
+        keys = _turned_frames(k, k_steps, at, s, num_frames, head_dim, turns, BLOCK_D, VECTOR)
+        values = _frames(v, v_steps, at, s, num_frames, head_dim, BLOCK_D, VECTOR)
         table = _pair_table(bias, n, num_frames, causal, window, has_bias, t, s)
         _, g_scores = _pair(queries, keys, values, gradient, normaliser, balance, scale, table)
         found += _product(g_scores, keys)
     sizes = (num_frames, height, width, heads, head_dim)
     exists = _exist(t < num_frames, head_dim, BLOCK_D, VECTOR)
-    _store_turned(g_q, sizes, at, t, 0, exists, found * scale, rotary, BLOCK_D, VECTOR)
+    angles = _turns(turns, t, num_frames, head_dim, BLOCK_D, VECTOR)
+    _store(g_q, sizes, at, t, 0, exists, _turned(found * scale, angles, BACK=True), BLOCK_D, VECTOR)
 
 
 @triton.jit(do_not_specialize=[*KEY_TENSORS, *KEY_SCALARS])
@@ -531,7 +552,7 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     num_frames, height, width, heads, head_dim,
     q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d,
     v_b, v_t, v_h, v_w, v_n, v_d, g_b, g_t, g_h, g_w, g_n, g_d,
-    causal, window, scale, has_bias,
+    causal, window, scale, has_bias, has_rotary,
     pixels, tiles, want_k, want_v,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
 ):
@@ -540,19 +561,20 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     head = program // tiles
     n = (head % heads).to(tl.int64)
     at = _pixel(head // heads, n, height, width)
+    turns = (rotary, has_rotary)
     q_steps, g_steps = (q_b, q_t, q_h, q_w, q_n, q_d), (g_b, g_t, g_h, g_w, g_n, g_d)
     first = (program % tiles).to(tl.int64) * ROWS
     s = first + tl.arange(0, ROWS)
-    keys = _frames(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, s, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
-    values = _frames(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, s, num_frames, head_dim, None, BLOCK_D, VECTOR)
+    keys = _turned_frames(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, s, num_frames, head_dim, turns, BLOCK_D, VECTOR)
+    values = _frames(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, s, num_frames, head_dim, BLOCK_D, VECTOR)
     begin = tl.maximum(first - tl.where(causal != 0, 0, window), 0) // ROWS * ROWS
     end = tl.minimum(first + ROWS + window, num_frames)
     of_keys = tl.zeros((ROWS, BLOCK_D), tl.float32)
     of_values = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(begin, end, ROWS):
         t = start + tl.arange(0, ROWS)
-        queries = _frames(q, q_steps, at, t, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
-        gradient = _frames(g_y, g_steps, at, t, num_frames, head_dim, None, BLOCK_D, VECTOR)
+        queries = _turned_frames(q, q_steps, at, t, num_frames, head_dim, turns, BLOCK_D, VECTOR)
+        gradient = _frames(g_y, g_steps, at, t, num_frames, head_dim, BLOCK_D, VECTOR)
         place = sums + (head.to(tl.int64) * num_frames + t)
         normaliser = tl.load(place, mask=t < num_frames, other=0.0)
         balance = tl.load(place + tl.cast(pixels, tl.int64) * heads * num_frames, mask=t < num_frames, other=0.0)
@@ -562,10 +584,11 @@ def _key_kernel(  # type: ignore[no-untyped-def]
         of_keys += _product(tl.trans(g_scores.to(queries.dtype)), queries)
     sizes = (num_frames, height, width, heads, head_dim)
     exists = _exist(s < num_frames, head_dim, BLOCK_D, VECTOR)
-    if want_k != 0:
-        _store_turned(g_k, sizes, at, s, 0, exists, of_keys * scale, rotary, BLOCK_D, VECTOR)
     if want_v != 0:
         _store(g_v, sizes, at, s, 0, exists, of_values, BLOCK_D, VECTOR)
+    if want_k != 0:
+        angles = _turns(turns, s, num_frames, head_dim, BLOCK_D, VECTOR)
+        _store(g_k, sizes, at, s, 0, exists, _turned(of_keys * scale, angles, BACK=True), BLOCK_D, VECTOR)
 
 
 @triton.jit(do_not_specialize=[*DIAGONAL_TENSORS, *DIAGONAL_SCALARS])
@@ -575,7 +598,7 @@ def _diagonal_kernel(  # type: ignore[no-untyped-def]
     num_frames, height, width, heads, head_dim,
     q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d,
     v_b, v_t, v_h, v_w, v_n, v_d, g_b, g_t, g_h, g_w, g_n, g_d,
-    causal, window, scale, has_bias,
+    causal, window, scale, has_bias, has_rotary,
     pixels, tiles,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
 ):
@@ -586,6 +609,7 @@ def _diagonal_kernel(  # type: ignore[no-untyped-def]
     slot = program // diagonals // heads
     slots = tl.num_programs(0) // diagonals // heads
     n = (program // diagonals % heads).to(tl.int64)
+    turns, q_steps, k_steps = (rotary, has_rotary), (q_b, q_t, q_h, q_w, q_n, q_d), (k_b, k_t, k_h, k_w, k_n, k_d)
     count = tiles - tl.abs(far)  # of tiles on the diagonal
     lane = tl.arange(0, ROWS)
     g_table = tl.zeros((ROWS, ROWS), tl.float32)
@@ -595,10 +619,10 @@ def _diagonal_kernel(  # type: ignore[no-untyped-def]
         for tile in range(count):
             t = tl.cast(tl.maximum(far, 0) + tile, tl.int64) * ROWS + lane
             s = t - far.to(tl.int64) * ROWS
-            queries = _frames(q, (q_b, q_t, q_h, q_w, q_n, q_d), at, t, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
-            keys = _frames(k, (k_b, k_t, k_h, k_w, k_n, k_d), at, s, num_frames, head_dim, rotary, BLOCK_D, VECTOR)
-            values = _frames(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, s, num_frames, head_dim, None, BLOCK_D, VECTOR)
-            gradient = _frames(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, num_frames, head_dim, None, BLOCK_D, VECTOR)
+            values = _frames(v, (v_b, v_t, v_h, v_w, v_n, v_d), at, s, num_frames, head_dim, BLOCK_D, VECTOR)
+            gradient = _frames(g_y, (g_b, g_t, g_h, g_w, g_n, g_d), at, t, num_frames, head_dim, BLOCK_D, VECTOR)
+            queries = _turned_frames(q, q_steps, at, t, num_frames, head_dim, turns, BLOCK_D, VECTOR)
+            keys = _turned_frames(k, k_steps, at, s, num_frames, head_dim, turns, BLOCK_D, VECTOR)
             place = sums + (head * num_frames + t)
             normaliser = tl.load(place, mask=t < num_frames, other=0.0)
             balance = tl.load(place + tl.cast(pixels, tl.int64) * heads * num_frames, mask=t < num_frames, other=0.0)
@@ -612,24 +636,10 @@ def _diagonal_kernel(  # type: ignore[no-untyped-def]
 # The host's part: which form serves which tensors, and the integers it is given. It is cached by geometry.
 
 
-class Geometry(NamedTuple):
-    """All that decides the launches.
-
-    Args:
-        vectors: whether every tensor begins at a multiple of 16 bytes.
-    """
-
-    shape: Integers
-    strides: tuple[Integers, ...]
-    itemsize: int
-    vectors: bool
-
-
 class Plan(NamedTuple):
     """How the gradients are computed.
 
     Args:
-        wide: whether everything is read in 16-byte vectors.
         packed: whether tiles hold all frames of their pixels.
         pixels: of the batch.
         tiles: of the batch where they are packed, else of a pixel.
@@ -638,7 +648,6 @@ class Plan(NamedTuple):
         options: of launches.
     """
 
-    wide: bool
     packed: bool
     pixels: int
     tiles: int
@@ -647,42 +656,36 @@ class Plan(NamedTuple):
     options: dict[str, int]
 
 
-def _planned(tensors: Sequence[Tensor]) -> Plan:
-    recording = traced(tensors[0])
-    geometry = Geometry(
-        tensors[0].shape,
-        tuple([tensor.stride() for tensor in tensors]),
-        tensors[0].element_size(),
-        all([aligned(tensor, VECTOR_BYTES, recording) for tensor in tensors]),
-    )
-    return _plan(geometry) if recording else _cached_plan(geometry)
+def _planned(tensors: Sequence[Tensor], rotated: bool, recording: bool) -> Plan:
+    geometry = _geometry(tensors, recording)
+    return _plan(geometry, rotated) if recording else _cached_plan(geometry, rotated)
 
 
-def _plan(geometry: Geometry) -> Plan:
-    B, T, H, W, heads, D = shape = tuple(map(int, geometry.shape))
-    strides = [_settled(shape, each) for each in geometry.strides]
-    if all(H == 1 or W == 1 or h == W * w for _, _, h, w, _, _ in strides):
-        strides = [(b, t, 0, h if W == 1 else w, n, d) for b, t, h, w, n, d in strides]
-        H, W = 1, H * W
-    vector = VECTOR_BYTES // geometry.itemsize
-    wide = geometry.vectors and all(d == 1 and all(n % vector == 0 for n in (D, *rest)) for *rest, d in strides)
-    packed = wide and T <= PACKED_ROWS
-    options = _options(packed, D, vector if wide else 1)
+def _plan(geometry: Geometry, rotated: bool) -> Plan:
+    (B, T, H, W, heads, D), strides, _ = _layout(geometry)
+    packed = geometry.itemsize == 2 and T <= PACKED_ROWS
+    options = _options(packed, geometry.itemsize, next(block for block in BLOCKS if block >= D))
     tiles = B * H * _cdiv(W, options["ROWS"] // T) if packed else _cdiv(T, options["ROWS"])
     scalars = (T, H, W, heads, D, *(step for each in strides for step in each))
-    return Plan(wide, packed, B * H * W, tiles, math.prod(shape) * geometry.itemsize, scalars, options)
+    nbytes = B * T * H * W * heads * D * geometry.itemsize
+    return Plan(packed, B * H * W, tiles, nbytes, scalars, options)
 
 
 _cached_plan = functools.lru_cache(maxsize=1024)(_plan)
 
 
-def _options(packed: bool, D: int, vector: int) -> dict[str, int]:
+PACKED_ROWS = 64  # of 2-byte types: fp32 products run on plain registers, which so many rows do not fit in
+STREAM_ROWS = {2: 32, 4: 16}
+
+
+def _options(packed: bool, itemsize: int, block_d: int) -> dict[str, int]:
     """Of a launch."""
-    block_d = next(size for size in (32, 64, 128) if size >= D)
+    vector = VECTOR_BYTES // itemsize
     if packed:
         return {"ROWS": PACKED_ROWS, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": 8, "num_stages": 1}
-    block_d = max(block_d, 64) if vector > 1 else 128
-    return {"ROWS": STREAM_ROWS, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": block_d // 16, "num_stages": 1}
+    rows, block_d = STREAM_ROWS[itemsize], max(block_d, 64)
+    num_warps = 8 if itemsize == 2 and block_d == 128 else 4
+    return {"ROWS": rows, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": num_warps, "num_stages": 1}
 
 
 # What ships: every compiled form that a launch can ask for.
@@ -700,17 +703,14 @@ STREAMED = {
 }
 
 
-def _variant(form: str, dtype: str, packed: bool, D: int, vector: int, rotary: bool) -> Variant:
-    kernel, tensors, scalars = (PACKED if packed else STREAMED)[form]
-    options = _options(packed, D, vector)
-    constants = {name: value for name, value in options.items() if name.isupper()} | (
-        {} if rotary else {"rotary": None}
-    )
+def _variant(form: str, dtype: str, options: dict[str, int], rotary: bool) -> Variant:
+    kernel, tensors, scalars = (PACKED | STREAMED)[form]
+    constants: dict[str, Any] = {name: value for name, value in options.items() if name.isupper()}
+    constants |= {"rotary": None} if form in PACKED and not rotary else {}
     signature = {name: "*fp32" if name in FP32 else f"*{dtype}" for name in tensors}
     signature |= dict.fromkeys(scalars, "i32") | {"scale": "fp32"} | dict.fromkeys(constants, "constexpr")
-    name = f"{dtype} {form} {options['BLOCK_D']}{', rotary' * rotary}{', strided' * (vector == 1)}"
-    wide = 3 if vector > 1 else 0
-    return Variant(name, kernel, signature, constants, options["num_warps"], options["num_stages"], wide)
+    name = f"{dtype} {form} {options['BLOCK_D']}{' rotary' * rotary}"
+    return Variant(name, kernel, signature, constants, options["num_warps"], options["num_stages"], wide_loads=4)
 
 
 def _lag_variant(dtype: str, rows: int) -> Variant:
@@ -722,15 +722,13 @@ def _lag_variant(dtype: str, rows: int) -> Variant:
 
 VARIANTS = (
     *(
-        _variant(form, dtype, True, D, VECTOR_BYTES // DTYPES[dtype], rotary)
-        for dtype, form, D, rotary in product(DTYPES, PACKED, (32, 64, 128), (False, True))
+        _variant(form, dtype, _options(True, 2, block_d), rotary)
+        for dtype, form, block_d, rotary in product(("fp16", "bf16"), PACKED, BLOCKS, (False, True))
     ),
     *(
-        _variant(form, dtype, False, D, vector, rotary)
-        for dtype, form, (D, wide), rotary in product(
-            DTYPES, STREAMED, ((64, True), (128, True), (128, False)), (False, True)
-        )
-        for vector in (VECTOR_BYTES // DTYPES[dtype] if wide else 1,)
+        _variant(form, dtype, _options(False, DTYPES[dtype], block_d), False)
+        for dtype, form, block_d in product(DTYPES, STREAMED, (64, 128))
     ),
-    *(_lag_variant(dtype, rows) for dtype, rows in product(DTYPES, (32, 64))),
+    *(_lag_variant(dtype, rows) for dtype, rows in (("fp16", PACKED_ROWS), ("bf16", PACKED_ROWS))),
+    *(_lag_variant(dtype, STREAM_ROWS[itemsize]) for dtype, itemsize in DTYPES.items()),
 )

@@ -33,6 +33,7 @@ class Launches(list[str]):
         absent = {"rotary": None} if arguments[4] is None else {}
         form = (kernel.__name__, NAMES[out.dtype], tuple(sorted({**options, **absent}.items(), key=str)))
         assert arguments[3].dtype == torch.float32
+        assert arguments[4] is None or arguments[4].data_ptr() % kernels.VECTOR_BYTES == 0
         assert len(arguments) == len(kernels.TENSORS) + len(kernels.SCALARS)
         self.append(SHIPPED[form])
         LAUNCH(kernel, programs, out, *arguments, **options)
@@ -171,6 +172,7 @@ def test_every_pixel_head_and_clip_is_its_own(launches: Launches) -> None:
     check(*f.unbind(4), bias=bias_for(f[:, :, :, :, 0]))
     check(*f[:, :, :, 1:4].unbind(4), bias=bias_for(f[:, :, :, :, 0]))  # rows do not follow one another
     check(*f[1:, 2:8, 1:2].unbind(4))
+    check(*f[:, :, :, 1:2].unbind(4))  # a column
     check(*f[:, ::2, ::2, ::2].unbind(4))
     check(*f.transpose(2, 3).contiguous().transpose(2, 3).unbind(4))
     check(*f.permute(2, 3, 0, 1, 4, 5, 6).contiguous().permute(2, 3, 0, 1, 4, 5, 6).unbind(4))
@@ -255,7 +257,7 @@ def test_more_programs_than_a_second_grid_axis_holds(axis: str, T: int) -> None:
     count, step = 1_400_000, 2**24
     shape = tuple(T if name == "t" else 64 if name == "d" else count if name == axis else 1 for name in "bthwnd")
     strides = (*(step if name == axis else 64 for name in "bthwn"), 1)
-    plan = kernels._plan(kernels.Geometry(shape, (strides,) * 4, 2, True, False))
+    plan = kernels._plan(kernels.Geometry(shape, (strides,) * 4, 2, True), False)
     together = kernels.PACKED[2, False][64].rows // T if axis in "hw" and T == 3 else 1  # pixels, of one head and clip
     assert plan.programs == -(-count // together) > 65535
     assert plan.scalars.count(step) == 4
