@@ -457,6 +457,25 @@ def test_rows_that_see_nothing_on_every_backend(backend: str, T: int) -> None:
     assert (causal == 0).all()
 
 
+@pytest.mark.parametrize("T", [3, 80])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_that_is_finite_leaves_no_frame_out(backend: str, T: int) -> None:
+    """The least of fp32, with which masks are often made: a row that has nothing else is its frames' mean."""
+    call = draw_call(5, (1, T, 1, 3, 2, 8), "bias", device=device_for(backend))
+    call["bias"].fill_(torch.finfo(torch.float32).min)
+    mean = call["v"].mean(1, keepdim=True).expand_as(call["v"])
+    torch.testing.assert_close(temporal_attention(**call, backend=backend), mean)
+
+
+@pytest.mark.parametrize("T", [3, 80])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_see_nothing_are_zero_whatever_the_values(backend: str, T: int) -> None:
+    call = draw_call(6, (1, T, 1, 3, 2, 8), "bias", device=device_for(backend))
+    call["bias"].fill_(-math.inf)
+    call["v"] = call["v"].clone().fill_(math.nan)
+    assert (temporal_attention(**call, backend=backend) == 0).all()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_broken_pixel_breaks_no_other(backend: str, value: float) -> None:
