@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lumiere_fast import ops
 from lumiere_fast.models.config import check_temporal_positions
+from lumiere_fast.ops._checks import check_activation, check_integer
 from lumiere_fast.ops._layout import accumulation_dtype, fold_frames
 from lumiere_fast.ops._layout import from_rows as channels_first
 from lumiere_fast.ops._layout import to_rows as channels_last
@@ -46,6 +47,11 @@ def channels_last_weights(model: Model) -> Model:
         if isinstance(module, TemporalKernel):
             module.weight.data = module.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
     return model
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether layers on `device` now choose the dtype of their arithmetic themselves."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def sinusoidal_embedding(positions: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -390,7 +396,7 @@ class TemporalSelfAttention(nn.Module):
         relative_range: int = 32,
     ) -> None:
         super().__init__()
-        check_temporal_positions(positions, relative_range, head_dim)
+        check_temporal_positions(positions, relative_range, channels, head_dim)
         self.head_dim = head_dim
         self.positions = positions
         self.norm = FrameGroupNorm(num_groups, channels)
@@ -482,10 +488,13 @@ class FactorizedAttention(nn.Module):
     a trained network changes nothing.
 
     Args:
-        channels: C, a multiple of `head_dim` and of `num_groups`.
-        head_dim: channels of one head.
+        channels: C, a multiple of `head_dim` and of `num_groups`; even with "sinusoidal" positions.
+        head_dim: channels of one head; even with "rotary" positions.
         num_groups: groups of both norms, whose statistics are those of single frames.
         positions, relative_range: how attention over time knows the order of frames; see `TemporalSelfAttention`.
+
+    Raises:
+        ValueError: an argument is none of these.
     """
 
     def __init__(
@@ -498,19 +507,42 @@ class FactorizedAttention(nn.Module):
         relative_range: int = 32,
     ) -> None:
         super().__init__()
-        for name, divisor in (("head_dim", head_dim), ("num_groups", num_groups)):
-            if divisor < 1 or channels % divisor:
-                raise ValueError(f"channels must be a multiple of {name}={divisor}, got {channels}")
+        channels, head_dim, num_groups = _checked_widths(channels=channels, head_dim=head_dim, num_groups=num_groups)
         self.spatial = SpatialSelfAttention(channels, head_dim, num_groups)
         self.temporal = TemporalSelfAttention(channels, head_dim, num_groups, None, positions, relative_range)
         zero_init(self.temporal.to_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> the same shape in channels_last_3d memory, which an `x` of another layout is brought into
-        once."""
+        once.
+
+        Raises:
+            ValueError: `x` is not such a tensor, or, without autocast, not of the module's dtype.
+        """
+        self._check(x)
         h = x.contiguous(memory_format=torch.channels_last_3d)
         h, stats = self.spatial.chained(h, groups=self.temporal.norm.num_groups)
         return self.temporal.chained(h, None, stats)[0]
+
+    def _check(self, x: Tensor) -> None:
+        check_activation("FactorizedAttention", x)
+        weight = self.spatial.to_qkv.weight
+        if x.shape[1] != weight.shape[1]:
+            raise ValueError(f"FactorizedAttention: x must have {weight.shape[1]} channels, got {tuple(x.shape)}")
+        if x.dtype != weight.dtype and not autocast_is_on(x.device):
+            raise ValueError(f"FactorizedAttention: x must be {weight.dtype} like the module, got {x.dtype}; cast one")
+
+
+def _checked_widths(**widths: int) -> tuple[int, ...]:
+    """The first is the channels, and a multiple of each other."""
+    numbers = {name: check_integer("FactorizedAttention", name, width) for name, width in widths.items()}
+    channels = numbers["channels"]
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"FactorizedAttention: {name} must be >= 1, got {number}")
+        if channels % number:
+            raise ValueError(f"FactorizedAttention: channels must be a multiple of {name}={number}, got {channels}")
+    return tuple(numbers.values())
 
 
 # Text and noise level ------------------------------------------------------------------------------------------------
@@ -547,13 +579,20 @@ class TextConditioner(nn.Module):
 
     def _check(self, hidden_states: Tensor, mask: Tensor) -> None:
         width = self.proj_in.in_features
-        if hidden_states.ndim != 3 or hidden_states.shape[-1] != width:
-            raise ValueError(f"encoder_hidden_states must be (B, L, {width}), got {tuple(hidden_states.shape)}")
-        if mask.dtype != torch.bool or mask.shape != hidden_states.shape[:2]:
+        states = hidden_states
+        if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[1] < 1 or states.shape[2] != width:
             raise ValueError(
-                f"encoder_attention_mask must be torch.bool {tuple(hidden_states.shape[:2])}, True at real tokens, "
-                f"got {mask.dtype} {tuple(mask.shape)}"
+                f"encoder_hidden_states must be a tensor (B, L, {width}) with L >= 1, got {_described(states)}"
             )
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != states.shape[:2]:
+            raise ValueError(
+                f"encoder_attention_mask must be a torch.bool tensor {tuple(states.shape[:2])}, True at real tokens, "
+                f"got {_described(mask)}"
+            )
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 class NoiseEmbedding(nn.Module):

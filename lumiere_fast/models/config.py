@@ -93,14 +93,21 @@ def _check_positive(config: UNetConfig) -> None:
 TEMPORAL_POSITIONS = ("sinusoidal", "relative", "rotary")
 
 
-def check_temporal_positions(positions: str, relative_range: int, head_dim: int | None = None) -> None:
-    """Raise a ValueError unless temporal attention, with heads of `head_dim` channels, can be told the order so."""
+def check_temporal_positions(
+    positions: str, relative_range: int, channels: int | None = None, head_dim: int | None = None
+) -> None:
+    """Raise a ValueError unless temporal attention, of such a width and heads, can be told the order so."""
     if positions not in TEMPORAL_POSITIONS:
         raise ValueError(f"temporal_positions must be one of {', '.join(TEMPORAL_POSITIONS)}, got {positions!r}")
     if not isinstance(relative_range, int) or isinstance(relative_range, bool) or relative_range < 1:
         raise ValueError(f"relative_range must be an integer >= 1, got {relative_range!r}")
     if positions == "rotary" and head_dim is not None and head_dim % 2:
         raise ValueError(f"temporal_positions='rotary' turns pairs of channels: a head must be even, got {head_dim}")
+    if positions == "sinusoidal" and channels is not None and channels % 2:
+        raise ValueError(
+            f"temporal_positions='sinusoidal' adds pairs of sinusoids: channels must be even, got {channels}; "
+            "'relative' takes any"
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lumiere_fast.models.blocks import TextKeys
+from lumiere_fast.models.blocks import TextKeys, autocast_is_on
 
 
 class TextReader(Protocol):
@@ -20,6 +20,9 @@ class TextReader(Protocol):
 @dataclass(frozen=True, eq=False, repr=False)
 class PreparedText:
     """Given to a model's `forward` in the place of `encoder_hidden_states`, without a mask. Made by `prepare_text`.
+
+    It is for sampling: make it under `torch.no_grad()`, and again when the weights have changed. In training give
+    `forward` the states: what was made under `no_grad` has no graph, and the graph of any other serves one backward.
 
     Args:
         model: the one that made it and alone can use it, with the weights it had then.
@@ -40,10 +43,15 @@ def as_prepared(
     """`text` prepared for a call of `model`, now if it is not yet.
 
     Raises:
-        ValueError: the mask is missing, or given beside a prepared text; that is another model's, or of another batch,
-            device or dtype than `sample` and `weight` have.
+        ValueError: `text` is neither states nor prepared; the mask is missing, or given beside a prepared text; that is
+            another model's, or of another batch, device or dtype than `sample` and `weight` have.
     """
     if not isinstance(text, PreparedText):
+        if not isinstance(text, Tensor):
+            raise ValueError(
+                "encoder_hidden_states must be a tensor, beside its encoder_attention_mask, or what prepare_text "
+                f"returned, got {type(text).__name__}"
+            )
         if mask is None:
             raise ValueError("encoder_attention_mask is required beside encoder_hidden_states, unless prepare_text did")
         text = model.prepare_text(text, mask)
@@ -64,7 +72,6 @@ def _kind(text: PreparedText) -> tuple[int, torch.device, torch.dtype]:
 
 def _dtype_of_linear(weight: Tensor) -> torch.dtype:
     """In which a Linear of such a weight gives its result here: autocast takes all but fp64 to its own dtype."""
-    device = weight.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if weight.dtype == torch.float64 or not autocast_is_on(weight.device):
         return weight.dtype
-    return weight.dtype if weight.dtype == torch.float64 else torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(weight.device.type)

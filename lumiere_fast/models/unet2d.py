@@ -149,6 +149,9 @@ class UNet2D(PretrainedModel, nn.Module):
     def prepare_text(self, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor) -> PreparedText:
         """All that `forward` computes of the text alone, for its argument `encoder_hidden_states`.
 
+        For sampling: call it under `torch.no_grad()`, and again when the weights have changed. In training give
+        `forward` the states themselves; see `PreparedText`.
+
         Raises:
             ValueError: one of the two is not what `forward` takes.
         """
@@ -174,7 +177,7 @@ class UNet2D(PretrainedModel, nn.Module):
             timestep: (B,) noise level as the parameterisation tells it (250 ln(sigma / alpha)); best in fp32, which its
                 embedding is made in.
             encoder_hidden_states, encoder_attention_mask: (B, L, text_embed_dim) and (B, L), True at real tokens; or
-                what `prepare_text` makes of the two, alone: worth it where a text serves more than one call.
+                what `prepare_text` makes of the two, alone: for sampling, where a text serves more than one call.
             image_conditioning: (B, conditioning_channels, [T,] H, W), concatenated to the input.
             augmentation_level: (B,) how much noise the conditioning image carries, on the scale of `timestep`.
             inflation: temporal layers to run between the spatial ones (used by `STUNet`).

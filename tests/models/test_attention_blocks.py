@@ -7,6 +7,7 @@ import math
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -254,9 +255,55 @@ def test_a_fresh_factorized_attention_changes_nothing_and_trains() -> None:
     [
         ((60,), "channels must be a multiple of head_dim=64, got 60"),
         ((64, 32, 24), "channels must be a multiple of num_groups=24, got 64"),
-        ((64, 0), "head_dim=0"),
+        ((0,), "channels must be >= 1, got 0"),
+        ((64, 0), "head_dim must be >= 1, got 0"),
+        ((64, 64, -1), "num_groups must be >= 1, got -1"),
+        ((True,), "channels takes integers, got True"),
+        ((64.0,), "channels takes integers, got 64.0"),
+        ((64, None), "head_dim takes integers, got None"),
+        ((64, 64, "32"), "num_groups takes integers, got '32'"),
+        ((15, 5, 5), "channels must be even, got 15"),
     ],
 )
-def test_widths_that_do_not_divide_are_refused(arguments: tuple[int, ...], message: str) -> None:
+def test_widths_that_do_not_divide_are_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FactorizedAttention(*arguments)
+
+
+def test_what_takes_pairs_of_channels_refuses_odd_ones() -> None:
+    with pytest.raises(ValueError, match="'sinusoidal' adds pairs of sinusoids: channels must be even, got 15"):
+        TemporalSelfAttention(15, 5, 5, None)
+    with pytest.raises(ValueError, match="a head must be even, got 5"):
+        FactorizedAttention(20, 5, 5, positions="rotary")
+    x = draw(1, 15, 3, 2, 2, dtype=torch.float32)
+    assert FactorizedAttention(15, 5, 5, positions="relative")(x).shape == x.shape
+    assert FactorizedAttention(np.int64(16), np.int32(8), 4).temporal.head_dim == 8
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (None, "x must be a tensor, got NoneType"),
+        (np.zeros((1, 16, 2, 3, 3)), "x must be a tensor, got ndarray"),
+        (torch.zeros(1, 16, 3, 3), r"x must be \(B, C, T, H, W\) .* got \(1, 16, 3, 3\)"),
+        (torch.zeros(1, 16, 0, 3, 3), r"x must be .* T, H, W >= 1, got \(1, 16, 0, 3, 3\)"),
+        (torch.zeros(1, 8, 2, 3, 3), r"x must have 16 channels, got \(1, 8, 2, 3, 3\)"),
+        (torch.zeros(1, 16, 2, 3, 3, dtype=torch.int64), "x must be float16, .* got torch.int64"),
+        (torch.zeros(1, 16, 2, 3, 3).double(), "x must be torch.float32 like the module, got torch.float64"),
+        (torch.zeros(1, 16, 2, 3, 3).bfloat16(), "x must be torch.float32 like the module, got torch.bfloat16"),
+    ],
+)
+def test_other_activations_are_refused(x: Any, message: str, training: bool) -> None:
+    with torch.set_grad_enabled(training), pytest.raises(ValueError, match="FactorizedAttention: " + message):
+        FactorizedAttention(16, 8, 4)(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_under_autocast_the_dtypes_may_differ(training: bool) -> None:
+    module, x = randomise(FactorizedAttention(16, 8, 4)), draw(1, 16, 3, 4, 4, dtype=torch.float32)
+    with torch.set_grad_enabled(training):
+        exact = module(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            for given in (x, x.bfloat16()):
+                assert (module(given).float() - exact).norm() < 0.1 * exact.norm()

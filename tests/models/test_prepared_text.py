@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -124,5 +125,35 @@ def test_the_mask_belongs_to_the_text() -> None:
         model(**others, encoder_hidden_states=text, encoder_attention_mask=mask)
     with pytest.raises(ValueError, match="encoder_attention_mask is required beside encoder_hidden_states"):
         model(**others, encoder_hidden_states=inputs["encoder_hidden_states"])
-    with pytest.raises(ValueError, match=r"encoder_hidden_states must be \(B, L, 12\), got \(1, 5, 13\)"):
-        model.prepare_text(torch.zeros(1, 5, 13), mask)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"states": None}, r"states must be a tensor \(B, L, 12\) with L >= 1, got NoneType"),
+        ({"states": np.zeros((1, 5, 12))}, "got ndarray"),
+        ({"states": torch.zeros(1, 5, 13)}, r"got torch.float32 \(1, 5, 13\)"),
+        ({"states": torch.zeros(1, 0, 12), "mask": torch.ones(1, 0, dtype=torch.bool)}, r"L >= 1, got .* \(1, 0, 12\)"),
+        ({"mask": None}, r"mask must be a torch.bool tensor \(1, 5\), True at real tokens, got NoneType"),
+        ({"mask": np.ones((1, 5), dtype=bool)}, "got ndarray"),
+        ({"mask": torch.ones(1, 5)}, r"got torch.float32 \(1, 5\)"),
+        ({"mask": torch.ones(1, 4, dtype=torch.bool)}, r"got torch.bool \(1, 4\)"),
+    ],
+)
+def test_states_and_mask_are_tensors_of_one_shape(kind: str, change: dict[str, Any], message: str) -> None:
+    given = {"states": torch.zeros(1, 5, 12), "mask": torch.ones(1, 5, dtype=torch.bool)} | change
+    with pytest.raises(ValueError, match=message):
+        MODELS[kind]().prepare_text(given["states"], given["mask"])
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_text_that_is_neither_states_nor_prepared_is_refused(kind: str) -> None:
+    model = MODELS[kind]()
+    inputs = draw_inputs(model, 1, 4, 16, 16)
+    states, mask = (inputs.pop(name) for name in TEXT)
+    message = "encoder_hidden_states must be a tensor, .* or what prepare_text returned, got "
+    for text in (None, (states, mask), states.numpy()):
+        for beside in ({}, {"encoder_attention_mask": mask}):
+            with pytest.raises(ValueError, match=message + type(text).__name__):
+                model(**inputs, encoder_hidden_states=text, **beside)

@@ -143,9 +143,9 @@ def test_the_head_of_a_patched_model_is_a_pixel_shuffle() -> None:
         ({"augmentation_level": torch.zeros(1)}, "augmentation_level is not accepted"),
         (
             {"encoder_hidden_states": torch.zeros(1, 5, 13)},
-            r"encoder_hidden_states must be \(B, L, 12\), got \(1, 5, 13\)",
+            r"encoder_hidden_states must be a tensor \(B, L, 12\) with L >= 1, got torch.float32 \(1, 5, 13\)",
         ),
-        ({"encoder_attention_mask": torch.ones(1, 5)}, r"encoder_attention_mask must be torch.bool \(1, 5\)"),
+        ({"encoder_attention_mask": torch.ones(1, 5)}, r"encoder_attention_mask must be a torch.bool tensor \(1, 5\)"),
         ({"encoder_attention_mask": torch.ones(1, 4, dtype=torch.bool)}, r"got torch.bool \(1, 4\)"),
     ],
 )
