@@ -456,7 +456,8 @@ def _flash_plan(q: Tensor, k: Tensor, y: Tensor, strides: tuple[Strides, ...]) -
     case = case_of(D, *((B * T * heads, pixels) if text_keys is None else (B * heads, T * pixels)), text_keys)
     config = _config(chosen(OP, case, y.device))
     config = config if _hopper(y.device) else _older(config, case)
-    of_q, of_k, of_v, of_y = map(_along_pixels, strides)
+    of_q, of_y = (_along_pixels(each, H, W) for each in (strides[0], strides[3]))
+    of_k, of_v = (_along_pixels(each, *((H, W) if text_keys is None else (1, text_keys))) for each in strides[1:3])
     if text_keys is not None and all(T == 1 or each[1] == H * W * each[3] for each in (of_q, of_y)):
         frames, pixels = 1, T * H * W
     tiles, walk = _cdiv(pixels, config.block_m), 1
@@ -511,10 +512,10 @@ def _dense(each: Tensor, strides: Strides) -> bool:
     return each.dim() == 4 or 1 in each.shape[2:4] or strides[2] == each.shape[3] * strides[3]
 
 
-def _along_pixels(strides: Strides) -> Strides:
-    """`w` as the step from pixel to pixel also where rows have one, or frames."""
+def _along_pixels(strides: Strides, H: int, W: int) -> Strides:
+    """`w` as the step from pixel to pixel also where rows have one, or frames; of expanded views it is 0."""
     b, t, h, w, head, d = strides
-    return b, t, h, w or h or t, head, d
+    return b, t, h, w if W > 1 else h if H > 1 else t, head, d
 
 
 # What ships: every compiled form that a launch can ask for.

@@ -256,6 +256,51 @@ def test_strided_views(name: str, launches: Launches) -> None:
     assert launches == (plain if name in PLAIN_VIEWS else ["_flash_kernel", "_text_kernel"])
 
 
+EXPANDED = {
+    "over columns": ((4, 6), lambda x: x[:, :, :, :1].expand_as(x)),
+    "over rows": ((4, 6), lambda x: x[:, :, :1].expand_as(x)),
+    "over pixels": ((4, 6), lambda x: x[:, :, :1, :1].expand_as(x)),
+    "over the columns of one row": ((1, 6), lambda x: x[:, :, :, :1].expand_as(x)),
+    "over the rows of one column": ((6, 1), lambda x: x[:, :, :1].expand_as(x)),
+    "over frames": ((4, 6), lambda x: x[:, :1].expand_as(x)),
+    "over frames of one pixel": ((1, 1), lambda x: x[:, :1].expand_as(x)),
+    "over all": ((4, 6), lambda x: x[:, :1, :1, :1].expand_as(x)),
+}
+
+
+@pytest.mark.parametrize("names", ["q", "k", "v", "qkv"])
+@pytest.mark.parametrize("name", EXPANDED)
+def test_expanded_views(name: str, names: str, launches: Launches) -> None:
+    """A stride of 0 is a step as any other where an axis has more than one element."""
+    frame, view = EXPANDED[name]
+    case = Case(frame, 16, T=3, heads=2)
+    for each in names:
+        setattr(case, each, view(getattr(case, each)))
+    case.check()
+    assert launches == ["_plain_kernel" if name in {"over columns", "over rows"} else "_flash_kernel"]
+
+
+@pytest.mark.parametrize("L", [20, 150])
+@pytest.mark.parametrize("name", EXPANDED)
+def test_expanded_views_before_text(name: str, L: int) -> None:
+    frame, view = EXPANDED[name]
+    case = Case(frame, 16, L, T=3, heads=2)
+    case.q = view(case.q)
+    case.check()
+
+
+@pytest.mark.parametrize("names", ["k", "v", "kv"])
+@pytest.mark.parametrize("L", [20, 150])
+def test_expanded_text(L: int, names: str) -> None:
+    """Over its keys, and one text for all clips."""
+    for kept in ((slice(None), slice(1)), (slice(1), slice(None))):
+        case = Case((4, 6), 16, L, B=2, T=3, heads=2)
+        for each in names:
+            text = getattr(case, each)
+            setattr(case, each, text[kept].expand_as(text))
+        case.check()
+
+
 @pytest.mark.parametrize("name", sorted(VIEWS.keys() - {"one frame for all"}))  # a result does not overlap itself
 def test_out_of_any_strides(name: str) -> None:
     """And nothing beside it is touched."""
