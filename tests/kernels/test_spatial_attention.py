@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -363,6 +364,7 @@ def test_walks_over_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where programs are many: each walks as far as it may, and the last one not so far."""
     monkeypatch.setattr(kernels, "WALKS", 1)
     monkeypatch.setattr(kernels, "LONGEST_WALK", 3)
+    monkeypatch.setattr(kernels, "_cached_plan", kernels._plan)
     tiles = Count(monkeypatch, "_scores")
     Case((4, 7), 16, 20, B=2, T=5, heads=2).check()
     assert tiles.calls == 2 * 2 * 9
@@ -397,6 +399,63 @@ def test_launches_are_forms_that_ship(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == shipped
 
 
+def test_a_plan_is_found_again_by_all_that_decides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that differ in one thing are launched as if no other was before, also under another configuration."""
+    monkeypatch.setattr(kernels, "_cached_case", functools.lru_cache(kernels._fast_case))
+    monkeypatch.setattr(kernels, "_cached_plan", functools.lru_cache(kernels._plan))
+    found: list[Any] = []
+
+    def record(kernel: Any, programs: int, out: Tensor, *arguments: Any, **options: Any) -> None:
+        found.append((kernel.__name__, programs, arguments[len(kernels.TENSORS) :], options))
+
+    monkeypatch.setattr(kernels, "launch", record)
+
+    def calls() -> Iterator[Case]:
+        for L in (None, 20, 150):
+            yield Case((4, 6), 16, L, T=2)
+            yield Case((6, 4), 16, L, T=2)
+            yield Case((4, 6), 16, L, torch.float32, T=2)
+            yield Case((4, 6), 16, L, T=2, scale=0.3)
+            yield Case((4, 6), 16, L, T=2, scale=-0.3)
+            case = Case((4, 6), 24, L, T=2)
+            yield case
+            case.q = case.q[..., 8:]
+            case.k, case.v = case.k[..., 8:], case.v[..., 8:]
+            yield case
+            case.k = torch.empty(case.k.numel() + 1, dtype=HALF, device=DEVICE)[1:].view(case.k.shape)
+            yield case
+            case.k = case.k.clone()
+            yield case
+            if L is not None:
+                case.key_mask = torch.ones(1, L, dtype=torch.bool, device=DEVICE)
+                yield case
+
+    def run() -> list[Any]:
+        found.clear()
+        for case in calls():
+            case.run()
+        return found.copy()
+
+    def run_all() -> list[Any]:
+        results = run()
+        with contextlib.ExitStack() as stack:
+            for case in _configs.cases(kernels.OP):
+                stack.enter_context(_configs.override(kernels.OP, case, _configs._defaults()[kernels.OP][case]))
+            results += run()
+            monkeypatch.setattr(kernels, "_hopper", lambda device: False)
+            results += run()
+            monkeypatch.setattr(kernels, "_hopper", HOPPER)
+        return results
+
+    cached = run_all()
+    misses = kernels._cached_plan.cache_info().misses
+    assert run_all() == cached and kernels._cached_plan.cache_info().misses == misses
+    monkeypatch.setattr(kernels, "_cached_case", kernels._fast_case)
+    monkeypatch.setattr(kernels, "_cached_plan", kernels._plan)
+    assert run_all() == cached
+
+
+HOPPER = kernels._hopper
 NAMES_OF = {f"*{name}": dtype for dtype, name in NAMES.items()}
 
 
