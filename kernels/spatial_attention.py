@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -94,18 +94,12 @@ def spatial_attention(
     """
     if out.numel() == 0:
         return
-    H, W, heads, D = map(int, q.shape[2:])
-    text = k.dim() == 4
-    keys = int(k.shape[1]) if text else H * W
-    gain = (D**-0.5 if scale is None else scale) * math.log2(math.e)
-    plan = _plan(q, k, v, out, gain > 0)
-    has_mask = int(key_mask is not None)
+    gain = (int(q.shape[5]) ** -0.5 if scale is None else scale) * math.log2(math.e)
+    plan = _planned(q, k, v, out, key_mask is not None, gain > 0)
     if key_mask is None:
         key_mask = q.new_empty((1, 1), dtype=torch.bool)  # stands in, and is never read
-    tensors = (q, k, v, key_mask, out)
-    sizes = (plan.frames, heads, plan.pixels, keys, D, has_mask, W, keys if text else W, plan.walk)
-    steps = (*(step for strides in plan.strides for step in plan.steps(strides)), *map(int, key_mask.stride()))
-    launch(plan.kernel, plan.programs, out, *tensors, gain, *sizes, *steps, **plan.constants, **plan.options)
+    scalars = (gain, *plan.scalars, *map(int, key_mask.stride()))
+    launch(plan.kernel, plan.programs, out, q, k, v, key_mask, out, *scalars, **plan.constants, **plan.options)
 
 
 def case_of(D: int, sequences: int, pixels: int, text_keys: int | None) -> str:
@@ -402,7 +396,7 @@ def _plain_kernel(  # type: ignore[no-untyped-def]
 # fmt: on
 
 
-# The host's part: how the tensors lie, and what is launched over them.
+# The host's part: how the tensors lie, and what is launched over them. It is cached by geometry and configuration.
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -411,68 +405,120 @@ def _cdiv(a: int, b: int) -> int:
 
 
 Strides = tuple[int, int, int, int, int, int]
+Integers = tuple[int, ...]
+
+
+class Geometry(NamedTuple):
+    """All that decides a launch, but for the configuration and the GPU.
+
+    Args:
+        shape: of q and the result.
+        text_keys: L of cross-attention; None for self-attention.
+        strides: of q, k, v and the result.
+        vectors: whether all four begin at multiples of 16 bytes.
+        upright: whether the scale is positive.
+    """
+
+    shape: Integers
+    text_keys: int | None
+    strides: tuple[Integers, ...]
+    itemsize: int
+    vectors: bool
+    masked: bool
+    upright: bool
 
 
 class Plan(NamedTuple):
-    """One call's launch.
+    """One launch.
 
     Args:
-        frames, pixels: of a clip; before a text, of one frame of all pixels where they lie so.
-        walk: tiles that a program of the text kernel walks over.
-        strides: (b, t, h, w, head, d) of q, k, v and the result.
+        scalars: from frames on, up to the strides of the mask.
     """
 
     kernel: Any
     programs: int
-    frames: int
-    pixels: int
-    walk: int
-    constants: Mapping[str, Any]
-    options: Mapping[str, int]
-    strides: tuple[Strides, ...]
-
-    def steps(self, strides: Strides) -> list[int]:
-        """Strides as kernels take them: in vectors, where all but that of 1 are made of whole ones."""
-        return [step // self.constants["VECTOR"] for step in strides]
+    scalars: Integers
+    constants: Mapping[str, int]
+    options: Mapping[str, Any]
 
 
-def _plan(q: Tensor, k: Tensor, v: Tensor, y: Tensor, upright: bool) -> Plan:
-    """`upright`: whether the scale is positive."""
-    clips, vector = (q, k, v, y), VECTOR_BYTES // q.element_size()
-    strides, recording = tuple(map(_strides, clips)), traced(y)
-    vectors = all(_in_vectors(*pair, vector, recording) for pair in zip(clips, strides, strict=True))
-    dense = all(_dense(*pair) for pair in zip(clips, strides, strict=True))
-    if vectors and dense and upright and vector == 8 and q.shape[-1] <= TILE:
-        return _flash_plan(q, k, y, strides)
-    B, T, H, W, heads, D = map(int, q.shape)
-    constants = {"VECTOR": vector if vectors else 1, **PLAIN_TILES[vectors]}
+def _planned(q: Tensor, k: Tensor, v: Tensor, y: Tensor, masked: bool, upright: bool) -> Plan:
+    clips, recording = (q, k, v, y), traced(y)
+    geometry = Geometry(
+        q.shape,
+        k.shape[1] if k.dim() == 4 else None,
+        tuple([each.stride() for each in clips]),
+        q.element_size(),
+        all([aligned(each, VECTOR_BYTES, recording) for each in clips]),
+        masked,
+        upright,
+    )
+    find, plan = (_fast_case, _plan) if recording else (_cached_case, _cached_plan)
+    case = find(geometry)
+    if case is None:
+        return plan(geometry)
+    return plan(geometry, _config(chosen(OP, case, y.device)), _hopper(y.device))
+
+
+def _fast_case(geometry: Geometry) -> str | None:
+    """The case of a call that is not left to the plain kernel."""
+    B, T, H, W, heads, D = map(int, geometry.shape)
+    settled, text_keys = _settled(geometry), geometry.text_keys
+    fast = geometry.itemsize == 2 and geometry.upright and D <= TILE
+    if not (fast and _in_vectors(geometry, settled) and all(_dense(*each) for each in settled)):
+        return None
+    return case_of(D, *((B * T * heads, H * W) if text_keys is None else (B * heads, T * H * W)), text_keys)
+
+
+def _plan(geometry: Geometry, config: Config | None = None, hopper: bool = True) -> Plan:
+    """`config`: as it was chosen for the case, where there is one."""
+    case = _fast_case(geometry)
+    if case is not None and config is not None:
+        return _flash_plan(geometry, case, config if hopper else _older(config, case))
+    B, T, H, W, heads, D = map(int, geometry.shape)
+    settled = _settled(geometry)
+    vectors = _in_vectors(geometry, settled)
+    constants = {"VECTOR": VECTOR_BYTES // geometry.itemsize if vectors else 1, **PLAIN_TILES[vectors]}
     tiles = _cdiv(H * W, constants["BLOCK_M"]) * _cdiv(D, constants["BLOCK_D"])
-    return Plan(_plain_kernel, B * T * heads * tiles, T, H * W, 1, constants, PLAIN_OPTIONS[vectors], strides)
+    scalars = _scalars(geometry, T, H * W, 1, [strides for _, strides in settled], constants["VECTOR"])
+    return Plan(_plain_kernel, B * T * heads * tiles, scalars, constants, PLAIN_OPTIONS[vectors])
 
 
-def _flash_plan(q: Tensor, k: Tensor, y: Tensor, strides: tuple[Strides, ...]) -> Plan:
-    B, T, H, W, heads, D = map(int, q.shape)
-    frames, pixels, text_keys = T, H * W, int(k.shape[1]) if k.dim() == 4 else None
-    case = case_of(D, *((B * T * heads, pixels) if text_keys is None else (B * heads, T * pixels)), text_keys)
-    config = _config(chosen(OP, case, y.device))
-    config = config if _hopper(y.device) else _older(config, case)
-    of_q, of_k, of_v, of_y = map(_along_pixels, strides)
-    if text_keys is not None and all(T == 1 or each[1] == H * W * each[3] for each in (of_q, of_y)):
+_cached_case = functools.lru_cache(maxsize=1024)(_fast_case)
+_cached_plan = functools.lru_cache(maxsize=1024)(_plan)
+
+
+def _flash_plan(geometry: Geometry, case: str, config: Config) -> Plan:
+    B, T, H, W, heads, _ = map(int, geometry.shape)
+    frames, pixels = T, H * W
+    strides = [_along_pixels(*each) for each in _settled(geometry)]
+    # Before a text, all pixels of a clip are those of one frame where they lie so.
+    if geometry.text_keys is not None and all(
+        T == 1 or t == H * W * w for _, t, _, w, _, _ in (strides[0], strides[3])
+    ):
         frames, pixels = 1, T * H * W
     tiles, walk = _cdiv(pixels, config.block_m), 1
     stays = case.endswith("-text")
     if stays:
         walk = max(1, min(LONGEST_WALK, B * frames * heads * tiles // WALKS))
+    constants = _constants(config, case)
     return Plan(
         kernel=_text_kernel if stays else _flash_kernel,
         programs=B * frames * heads * _cdiv(tiles, walk),
-        frames=frames,
-        pixels=pixels,
-        walk=walk,
-        constants=_constants(config, case),
+        scalars=_scalars(geometry, frames, pixels, walk, strides, constants["VECTOR"]),
+        constants=constants,
         options=config.launch_options(),
-        strides=(of_q, of_k, of_v, of_y),
     )
+
+
+def _scalars(
+    geometry: Geometry, frames: int, pixels: int, walk: int, strides: Sequence[Strides], vector: int
+) -> Integers:
+    """Steps are counted in vectors, of which all are whole but that of 1."""
+    _, _, H, W, heads, D = map(int, geometry.shape)
+    keys, key_width = (H * W, W) if geometry.text_keys is None else (int(geometry.text_keys),) * 2
+    sizes = (frames, heads, pixels, keys, D, int(geometry.masked), W, key_width, walk)
+    return (*sizes, *(step // vector for each in strides for step in each))
 
 
 def _constants(config: Config, case: str) -> dict[str, int]:
@@ -492,29 +538,43 @@ def _older(config: Config, case: str) -> Config:
     return config._replace(block_n=block_n, maxnreg=MOST_REGISTERS)
 
 
-def _strides(each: Tensor) -> Strides:
-    """(b, t, h, w, head, d) of pixels or of the keys of a text, 0 where there is no step."""
-    b, *places, head, d = (int(step) if n > 1 else 0 for n, step in zip(each.shape, each.stride(), strict=True))
-    t, h, w = places if len(places) == 3 else (0, 0, *places)
-    return b, t, h, w, head, d
+Places = tuple[int, int, int]
 
 
-def _in_vectors(each: Tensor, strides: Strides, vector: int, recording: bool) -> bool:
+def _settled(geometry: Geometry) -> list[tuple[Places, Strides]]:
+    """Of q, k, v and the result: (T, H, W), where a text is one row of keys, and (b, t, h, w, head, d).
+
+    Plain integers, also in a trace with symbolic shapes; 0 where there is no step.
+    """
+    B, T, H, W, heads, D = map(int, geometry.shape)
+    settled = []
+    for steps in geometry.strides:
+        places = T, H, W
+        if len(steps) == 4:
+            steps, places = (steps[0], 0, 0, *steps[1:]), (1, 1, int(geometry.text_keys or 0))
+        sizes = (B, *places, heads, D)
+        b, t, h, w, head, d = (int(step) if n > 1 else 0 for n, step in zip(sizes, steps, strict=True))
+        settled.append((places, (b, t, h, w, head, d)))
+    return settled
+
+
+def _in_vectors(geometry: Geometry, settled: Sequence[tuple[Places, Strides]]) -> bool:
     """Whether channels are dense, and all heads begin at whole 16-byte vectors."""
-    *steps, d = strides
-    whole = all(step % vector == 0 for step in (int(each.shape[-1]), *steps))
-    return d == 1 and whole and aligned(each, VECTOR_BYTES, recording)
+    vector = VECTOR_BYTES // geometry.itemsize
+    whole = all(step % vector == 0 for _, (*outer, _) in settled for step in (int(geometry.shape[5]), *outer))
+    return geometry.vectors and whole and all(strides[5] == 1 for _, strides in settled)
 
 
-def _dense(each: Tensor, strides: Strides) -> bool:
+def _dense(places: Places, strides: Strides) -> bool:
     """Whether the rows of a frame follow each other without gaps."""
-    return each.dim() == 4 or 1 in each.shape[2:4] or strides[2] == each.shape[3] * strides[3]
+    _, H, W = places
+    return 1 in (H, W) or strides[2] == W * strides[3]
 
 
-def _along_pixels(strides: Strides) -> Strides:
-    """`w` as the step from pixel to pixel also where rows have one, or frames."""
-    b, t, h, w, head, d = strides
-    return b, t, h, w or h or t, head, d
+def _along_pixels(places: Places, strides: Strides) -> Strides:
+    """`w` as the step from pixel to pixel also where rows have one, or frames; of expanded views it is 0."""
+    (_, H, W), (b, t, h, w, head, d) = places, strides
+    return b, t, h, w if W > 1 else h if H > 1 else t, head, d
 
 
 # What ships: every compiled form that a launch can ask for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -256,6 +257,51 @@ def test_strided_views(name: str, launches: Launches) -> None:
     assert launches == (plain if name in PLAIN_VIEWS else ["_flash_kernel", "_text_kernel"])
 
 
+EXPANDED = {
+    "over columns": ((4, 6), lambda x: x[:, :, :, :1].expand_as(x)),
+    "over rows": ((4, 6), lambda x: x[:, :, :1].expand_as(x)),
+    "over pixels": ((4, 6), lambda x: x[:, :, :1, :1].expand_as(x)),
+    "over the columns of one row": ((1, 6), lambda x: x[:, :, :, :1].expand_as(x)),
+    "over the rows of one column": ((6, 1), lambda x: x[:, :, :1].expand_as(x)),
+    "over frames": ((4, 6), lambda x: x[:, :1].expand_as(x)),
+    "over frames of one pixel": ((1, 1), lambda x: x[:, :1].expand_as(x)),
+    "over all": ((4, 6), lambda x: x[:, :1, :1, :1].expand_as(x)),
+}
+
+
+@pytest.mark.parametrize("names", ["q", "k", "v", "qkv"])
+@pytest.mark.parametrize("name", EXPANDED)
+def test_expanded_views(name: str, names: str, launches: Launches) -> None:
+    """A stride of 0 is a step as any other where an axis has more than one element."""
+    frame, view = EXPANDED[name]
+    case = Case(frame, 16, T=3, heads=2)
+    for each in names:
+        setattr(case, each, view(getattr(case, each)))
+    case.check()
+    assert launches == ["_plain_kernel" if name in {"over columns", "over rows"} else "_flash_kernel"]
+
+
+@pytest.mark.parametrize("L", [20, 150])
+@pytest.mark.parametrize("name", EXPANDED)
+def test_expanded_views_before_text(name: str, L: int) -> None:
+    frame, view = EXPANDED[name]
+    case = Case(frame, 16, L, T=3, heads=2)
+    case.q = view(case.q)
+    case.check()
+
+
+@pytest.mark.parametrize("names", ["k", "v", "kv"])
+@pytest.mark.parametrize("L", [20, 150])
+def test_expanded_text(L: int, names: str) -> None:
+    """Over its keys, and one text for all clips."""
+    for kept in ((slice(None), slice(1)), (slice(1), slice(None))):
+        case = Case((4, 6), 16, L, B=2, T=3, heads=2)
+        for each in names:
+            text = getattr(case, each)
+            setattr(case, each, text[kept].expand_as(text))
+        case.check()
+
+
 @pytest.mark.parametrize("name", sorted(VIEWS.keys() - {"one frame for all"}))  # a result does not overlap itself
 def test_out_of_any_strides(name: str) -> None:
     """And nothing beside it is touched."""
@@ -318,6 +364,7 @@ def test_walks_over_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where programs are many: each walks as far as it may, and the last one not so far."""
     monkeypatch.setattr(kernels, "WALKS", 1)
     monkeypatch.setattr(kernels, "LONGEST_WALK", 3)
+    monkeypatch.setattr(kernels, "_cached_plan", kernels._plan)
     tiles = Count(monkeypatch, "_scores")
     Case((4, 7), 16, 20, B=2, T=5, heads=2).check()
     assert tiles.calls == 2 * 2 * 9
@@ -352,6 +399,63 @@ def test_launches_are_forms_that_ship(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == shipped
 
 
+def test_a_plan_is_found_again_by_all_that_decides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that differ in one thing are launched as if no other was before, also under another configuration."""
+    monkeypatch.setattr(kernels, "_cached_case", functools.lru_cache(kernels._fast_case))
+    monkeypatch.setattr(kernels, "_cached_plan", functools.lru_cache(kernels._plan))
+    found: list[Any] = []
+
+    def record(kernel: Any, programs: int, out: Tensor, *arguments: Any, **options: Any) -> None:
+        found.append((kernel.__name__, programs, arguments[len(kernels.TENSORS) :], options))
+
+    monkeypatch.setattr(kernels, "launch", record)
+
+    def calls() -> Iterator[Case]:
+        for L in (None, 20, 150):
+            yield Case((4, 6), 16, L, T=2)
+            yield Case((6, 4), 16, L, T=2)
+            yield Case((4, 6), 16, L, torch.float32, T=2)
+            yield Case((4, 6), 16, L, T=2, scale=0.3)
+            yield Case((4, 6), 16, L, T=2, scale=-0.3)
+            case = Case((4, 6), 24, L, T=2)
+            yield case
+            case.q = case.q[..., 8:]
+            case.k, case.v = case.k[..., 8:], case.v[..., 8:]
+            yield case
+            case.k = torch.empty(case.k.numel() + 1, dtype=HALF, device=DEVICE)[1:].view(case.k.shape)
+            yield case
+            case.k = case.k.clone()
+            yield case
+            if L is not None:
+                case.key_mask = torch.ones(1, L, dtype=torch.bool, device=DEVICE)
+                yield case
+
+    def run() -> list[Any]:
+        found.clear()
+        for case in calls():
+            case.run()
+        return found.copy()
+
+    def run_all() -> list[Any]:
+        results = run()
+        with contextlib.ExitStack() as stack:
+            for case in _configs.cases(kernels.OP):
+                stack.enter_context(_configs.override(kernels.OP, case, _configs._defaults()[kernels.OP][case]))
+            results += run()
+            monkeypatch.setattr(kernels, "_hopper", lambda device: False)
+            results += run()
+            monkeypatch.setattr(kernels, "_hopper", HOPPER)
+        return results
+
+    cached = run_all()
+    misses = kernels._cached_plan.cache_info().misses
+    assert run_all() == cached and kernels._cached_plan.cache_info().misses == misses
+    monkeypatch.setattr(kernels, "_cached_case", kernels._fast_case)
+    monkeypatch.setattr(kernels, "_cached_plan", kernels._plan)
+    assert run_all() == cached
+
+
+HOPPER = kernels._hopper
 NAMES_OF = {f"*{name}": dtype for dtype, name in NAMES.items()}
 
 
