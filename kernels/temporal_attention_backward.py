@@ -12,8 +12,9 @@ log-sum-exp; but a tile that has all frames of its pixels has both at hand. So q
 gradients written, seven tensors moved, where keeping those two would move eight and more.
 
 The bias takes a launch of its own, which reads the four again and writes no more than partials: its programs walk over
-tiles and keep the sum of their g_S in registers, which those of the others are too full for. Partials are few, never
-larger than the result, and summed in a fixed order: nothing is added atomically, results are the same in every run.
+tiles and keep the sum of their g_S in registers, which those of the others are too full for. Partials are few: one for
+each head and diagonal of tiles at least, and beyond that no more than the result takes. They are summed in a fixed
+order: nothing is added atomically, results are the same in every run.
 
 Where a pixel's frames are more than a tile has rows, one pass takes queries in tiles, leaves normalisers and sums of
 rows in fp32, and gives g_q; another takes keys in tiles and gives g_k and g_v. A third gives the partials of the bias:
@@ -21,6 +22,7 @@ pairs of tiles as many tiles apart have the same lags, so that their number grow
 
 A weight of zero does not undo a number that is not finite. Of pixels that share a tile, one that has such a number, of
 q, k, v or g_y, gets gradients of NaN throughout, as it might by the formula, and the others are computed without it.
+Products of finite numbers may overflow too, so what the table leaves out is set to zero in P, g_P and g_S.
 
 Kernels read 16-byte vectors. What does not lie in such is copied first, D filled up with zeros, which change nothing.
 """
@@ -171,7 +173,7 @@ def _streamed(
 
 
 def _partials(plan: Plan, most: int, diagonals: int, device: torch.device) -> Tensor:
-    """Room for at most so many for each head and diagonal: enough to fill a card, and no more than a result takes.
+    """Room for one to so many for each head and diagonal: enough to fill a card, beyond one no more than a result takes.
 
     Their number is the same on every card, and so are results.
     """
@@ -278,7 +280,7 @@ def _tile_at_row(tile, n, num_frames, height, width, ROWS: tl.constexpr):  # typ
 
 @triton.jit
 def _weights(scores, table):  # type: ignore[no-untyped-def]
-    """The softmax of rows, 0 for those that see nothing."""
+    """The softmax of rows, 0 for those that see nothing. What is left out has a weight too in a row that is NaN."""
     weights = tl.exp2(scores - _finite(tl.max(scores, 1))[:, None])
     empty = tl.max(table, 1) == float("-inf")
     return weights * (1.0 / tl.where(empty, 1.0, tl.sum(weights, 1)))[:, None]
@@ -286,9 +288,9 @@ def _weights(scores, table):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _scores_gradient(weights, gradient, values):  # type: ignore[no-untyped-def]
-    """From that of the result."""
+    """From that of the result. What is left out has one too in a row where they are not finite."""
     g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
-    return weights * (g_weights - tl.sum(weights * g_weights, 1)[:, None])
+    return weights * (g_weights - tl.sum(tl.where(weights == 0.0, 0.0, weights * g_weights), 1)[:, None])
 
 
 @triton.jit(do_not_specialize=[*TILE_TENSORS, *TILE_SCALARS])
@@ -329,10 +331,12 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
 
     table = _tile_table(bias, n, num_frames, causal, window, has_bias, within, t, ROWS)
     weights = _weights(_scores(queries, keys, scale, table, 0.0), table)
+    weights = tl.where(table == float("-inf"), 0.0, weights)
     if want_v != 0:
         found = _product(tl.trans(weights.to(gradient.dtype)), gradient) + spoilt[:, None]
         _store(g_v, sizes, at, t, pixel, exists, found, BLOCK_D, VECTOR)
-    g_scores = _scores_gradient(weights, gradient, values).to(queries.dtype)
+    g_scores = _scores_gradient(weights, gradient, values)
+    g_scores = tl.where(table == float("-inf"), 0.0, g_scores).to(queries.dtype)
     if want_q != 0:
         found = _product(g_scores, keys) * scale + spoilt[:, None]
         _store_turned(g_q, sizes, at, t, pixel, exists, found, rotary, BLOCK_D, VECTOR)
@@ -381,6 +385,7 @@ def _table_kernel(  # type: ignore[no-untyped-def]
         gradient, spoilt_g = _contained(gradient)
         spoilt = _of_pixel((spoilt_q + spoilt_k) + (spoilt_v + spoilt_g), within)
         g_table += _scores_gradient(weights, gradient, values) + spoilt[:, None]
+    g_table = tl.where(table == float("-inf"), 0.0, g_table)
     line = tl.arange(0, ROWS)
     target = partials + program.to(tl.int64) * (ROWS * ROWS)
     tl.store(target + (line[:, None] * ROWS + line[None, :]).to(tl.int64), g_table)
@@ -474,9 +479,10 @@ def _pair_table(bias, n, num_frames, causal, window, has_bias, query, key):  # t
 @triton.jit
 def _pair(queries, keys, values, gradient, normaliser, balance, scale, table):  # type: ignore[no-untyped-def]
     """The weights of a tile of queries and one of keys, and the gradient of their scores."""
-    weights = tl.exp2(_scores(queries, keys, scale, table, 0.0) - normaliser[:, None])
+    out = table == float("-inf")
+    weights = tl.where(out, 0.0, tl.exp2(_scores(queries, keys, scale, table, 0.0) - normaliser[:, None]))
     g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
-    return weights, tl.where(table == float("-inf"), 0.0, weights * (g_weights - balance[:, None]))
+    return weights, tl.where(out, 0.0, weights * (g_weights - balance[:, None]))
 
 
 @triton.jit(do_not_specialize=[*QUERY_TENSORS, *QUERY_SCALARS])
@@ -522,7 +528,7 @@ def _query_kernel(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - _finite(higher)[:, None])
         g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
         total = total * fade + tl.sum(weights, 1)
-        balance = balance * fade + tl.sum(weights * g_weights, 1)
+        balance = balance * fade + tl.sum(tl.where(table == float("-inf"), 0.0, weights * g_weights), 1)
         top = higher
     total = tl.where(allowed == float("-inf"), 1.0, total)
     normaliser, balance = _finite(top) + tl.log2(total), balance / total
