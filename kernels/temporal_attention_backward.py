@@ -22,7 +22,8 @@ pairs of tiles as many tiles apart have the same lags, so that their number grow
 
 A weight of zero does not undo a number that is not finite. Of pixels that share a tile, one that has such a number, of
 q, k, v or g_y, gets gradients of NaN throughout, as it might by the formula, and the others are computed without it.
-Products of finite numbers may overflow too, so what the table leaves out is set to zero in P, g_P and g_S.
+Products of finite numbers may overflow too, so what is left out is set to zero in P, g_P and g_S wherever it
+would meet another pixel.
 
 Kernels read 16-byte vectors. What does not lie in such is copied first, D filled up with zeros, which change nothing.
 """
@@ -290,7 +291,8 @@ def _weights(scores, table):  # type: ignore[no-untyped-def]
 def _scores_gradient(weights, gradient, values):  # type: ignore[no-untyped-def]
     """From that of the result. What is left out has one too in a row where they are not finite."""
     g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
-    return weights * (g_weights - tl.sum(tl.where(weights == 0.0, 0.0, weights * g_weights), 1)[:, None])
+    g_weights = tl.where(weights == 0.0, 0.0, g_weights)  # a weight of zero does not undo what overflows
+    return weights * (g_weights - tl.sum(weights * g_weights, 1)[:, None])
 
 
 @triton.jit(do_not_specialize=[*TILE_TENSORS, *TILE_SCALARS])
@@ -385,7 +387,6 @@ def _table_kernel(  # type: ignore[no-untyped-def]
         gradient, spoilt_g = _contained(gradient)
         spoilt = _of_pixel((spoilt_q + spoilt_k) + (spoilt_v + spoilt_g), within)
         g_table += _scores_gradient(weights, gradient, values) + spoilt[:, None]
-    g_table = tl.where(table == float("-inf"), 0.0, g_table)
     line = tl.arange(0, ROWS)
     target = partials + program.to(tl.int64) * (ROWS * ROWS)
     tl.store(target + (line[:, None] * ROWS + line[None, :]).to(tl.int64), g_table)
