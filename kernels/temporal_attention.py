@@ -5,9 +5,9 @@ in which those between pixels are left out. The op moves far more than it comput
 cost nothing as long as every byte is moved once.
 
 Where frames are more than a tile's rows, a program takes as many rows of one pixel, and walks over the pixel's frames
-with a running softmax: keys and values are read once by each tile of queries. Of half precision without rotation, or D up
-to 32, such a tile has 128 rows: up to 128 frames, every byte is still moved once. This form also serves tensors that
-cannot be read in 16-byte vectors.
+with a running softmax: keys and values are read once by each tile of queries. In half precision, without a
+rotation or with D up to 32, that has 128 rows: up to 128 frames, every byte is still moved once. This form also serves
+tensors that cannot be read in 16-byte vectors.
 
 A weight of zero does not undo a value that is not finite: 0 * NaN is NaN. So before pixels share a product, rows of
 values that are not finite are set to zero, and NaN is put into the scores that see them: a pixel is spoiled by none but

@@ -174,7 +174,7 @@ def _streamed(
 
 
 def _partials(plan: Plan, most: int, diagonals: int, device: torch.device) -> Tensor:
-    """Room for one to so many for each head and diagonal: enough to fill a card, beyond one no more than a result takes.
+    """Room for one to so many for each head and diagonal: enough to fill a card; no more than a result, or one.
 
     Their number is the same on every card, and so are results.
     """
@@ -481,9 +481,9 @@ def _pair_table(bias, n, num_frames, causal, window, has_bias, query, key):  # t
 def _pair(queries, keys, values, gradient, normaliser, balance, scale, table):  # type: ignore[no-untyped-def]
     """The weights of a tile of queries and one of keys, and the gradient of their scores."""
     out = table == float("-inf")
-    weights = tl.where(out, 0.0, tl.exp2(_scores(queries, keys, scale, table, 0.0) - normaliser[:, None]))
+    weights = tl.exp2(_scores(queries, keys, scale, table, 0.0) - normaliser[:, None])
     g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
-    return weights, tl.where(out, 0.0, weights * (g_weights - balance[:, None]))
+    return tl.where(out, 0.0, weights), tl.where(out, 0.0, weights * (g_weights - balance[:, None]))
 
 
 @triton.jit(do_not_specialize=[*QUERY_TENSORS, *QUERY_SCALARS])
