@@ -25,6 +25,9 @@ q, k, v or g_y, gets gradients of NaN throughout, as it might by the formula, an
 Products of finite numbers may overflow too, so what is left out is set to zero in P, g_P and g_S wherever it
 would meet another pixel.
 
+A row's normaliser is kept as one exponent, which takes in its largest score: with biases of millions in all of a row's
+frames, and more frames than a tile has rows, that number has no room for their sum, and gradients are wrong.
+
 Kernels read 16-byte vectors. What does not lie in such is copied first, D filled up with zeros, which change nothing.
 """
 
@@ -683,6 +686,7 @@ _cached_plan = functools.lru_cache(maxsize=1024)(_plan)
 
 PACKED_ROWS = 64  # of 2-byte types: fp32 products run on plain registers, which so many rows do not fit in
 STREAM_ROWS = {2: 32, 4: 16}
+STREAM_WARPS = {(2, 64): 4, (2, 128): 8, (4, 64): 8, (4, 128): 4}  # by bytes and block of D: nothing spills so
 
 
 def _options(packed: bool, itemsize: int, block_d: int) -> dict[str, int]:
@@ -691,7 +695,7 @@ def _options(packed: bool, itemsize: int, block_d: int) -> dict[str, int]:
     if packed:
         return {"ROWS": PACKED_ROWS, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": 8, "num_stages": 1}
     rows, block_d = STREAM_ROWS[itemsize], max(block_d, 64)
-    num_warps = 8 if itemsize == 2 and block_d == 128 else 4
+    num_warps = STREAM_WARPS[itemsize, block_d]
     return {"ROWS": rows, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": num_warps, "num_stages": 1}
 
 
