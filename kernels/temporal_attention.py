@@ -5,8 +5,9 @@ in which those between pixels are left out. The op moves far more than it comput
 cost nothing as long as every byte is moved once.
 
 Where frames are more than a tile's rows, a program takes as many rows of one pixel, and walks over the pixel's frames
-with a running softmax: up to 128 frames, every byte is still moved once. That form also serves tensors that cannot be
-read in 16-byte vectors.
+with a running softmax: keys and values are read once by each tile of queries. In half precision, without a
+rotation or with D up to 32, that has 128 rows: up to 128 frames, every byte is still moved once. This form also serves
+tensors that cannot be read in 16-byte vectors.
 
 A weight of zero does not undo a value that is not finite: 0 * NaN is NaN. So before pixels share a product, rows of
 values that are not finite are set to zero, and NaN is put into the scores that see them: a pixel is spoiled by none but
@@ -30,6 +31,7 @@ from ._launch import Variant, aligned, launch, traced
 VECTOR_BYTES = 16
 MOST_HEAD_DIM = 128
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+MOST_BIAS: tl.constexpr = tl.constexpr(2e38)  # in the exponent of 2
 BLOCKS = (32, 64, 128)  # what head_dim is padded to
 
 Integers = tuple[int, ...]
@@ -131,10 +133,15 @@ def _turned(x, angles, BACK: tl.constexpr = False):  # type: ignore[no-untyped-d
 
 @triton.jit
 def _bias_of(bias, head, num_frames, causal, window, has_bias, lag, seen):  # type: ignore[no-untyped-def]
-    """What is added to scores in the exponent of 2, by lag; -inf for what is left out or not `seen`."""
+    """What is added to scores in the exponent of 2, by lag; -inf for what is left out or not `seen`.
+
+    Only -inf leaves a frame out: what is finite stays so, also with a score added.
+    """
     seen = seen & (tl.abs(lag) <= window) & ((lag >= 0) | (causal == 0))
     row = bias + (head * (2 * tl.cast(num_frames, tl.int64) - 1) + (num_frames - 1))
-    return tl.load(row + lag.to(tl.int64), seen & (has_bias != 0), tl.where(seen, 0.0, float("-inf"))) * LOG2E
+    value = tl.load(row + lag.to(tl.int64), seen & (has_bias != 0), tl.where(seen, 0.0, float("-inf")))
+    scaled = tl.clamp(value * LOG2E, -MOST_BIAS, MOST_BIAS, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(tl.abs(value) == float("inf"), value, scaled)
 
 
 @triton.jit
@@ -268,9 +275,11 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
         total = total * fade + tl.sum(weights, 1)
         sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision="ieee")
         top = higher
-    total = tl.where(allowed == float("-inf"), 1.0, total)
+    empty = allowed == float("-inf")
+    total = tl.where(empty, 1.0, total)
     target = _tile_at(out, t, 0, out_t, 0, out_d, BLOCK_D, VECTOR)
-    tl.store(target, (sums / total[:, None]).to(out.dtype.element_ty), exists)
+    found = tl.where(empty[:, None], 0.0, sums / total[:, None])
+    tl.store(target, found.to(out.dtype.element_ty), exists)
 # fmt: on
 
 
@@ -313,7 +322,7 @@ STREAMED = {
     (2, False): {32: Form(128, 32, 8, 2), 64: Form(128, 32, 8, 2), 128: Form(128, 32, 8, 1)},
     (2, True): {32: Form(128, 32, 8, 1), 64: Form(64, 32, 8, 2), 128: Form(64, 32, 8, 2)},
     (4, False): {32: Form(64, 32, 8, 1), 64: Form(64, 32, 8, 1), 128: Form(64, 32, 8, 2)},
-    (4, True): {32: Form(32, 32, 4), 64: Form(32, 16, 4), 128: Form(64, 32, 8, 2)},
+    (4, True): {32: Form(32, 32, 4), 64: Form(32, 16, 4), 128: Form(64, 16, 8, 2)},
 }
 STRIDED = Form(16, 16, 4)  # any strides, element by element: tiles are small, since each has its address in registers
 

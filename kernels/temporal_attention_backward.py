@@ -12,8 +12,9 @@ log-sum-exp; but a tile that has all frames of its pixels has both at hand. So q
 gradients written, seven tensors moved, where keeping those two would move eight and more.
 
 The bias takes a launch of its own, which reads the four again and writes no more than partials: its programs walk over
-tiles and keep the sum of their g_S in registers, which those of the others are too full for. Partials are few, never
-larger than the result, and summed in a fixed order: nothing is added atomically, results are the same in every run.
+tiles and keep the sum of their g_S in registers, which those of the others are too full for. Partials are few: one for
+each head and diagonal of tiles at least, and beyond that no more than the result takes. They are summed in a fixed
+order: nothing is added atomically, results are the same in every run.
 
 Where a pixel's frames are more than a tile has rows, one pass takes queries in tiles, leaves normalisers and sums of
 rows in fp32, and gives g_q; another takes keys in tiles and gives g_k and g_v. A third gives the partials of the bias:
@@ -21,6 +22,11 @@ pairs of tiles as many tiles apart have the same lags, so that their number grow
 
 A weight of zero does not undo a number that is not finite. Of pixels that share a tile, one that has such a number, of
 q, k, v or g_y, gets gradients of NaN throughout, as it might by the formula, and the others are computed without it.
+Products of finite numbers may overflow too, so what is left out is set to zero in P, g_P and g_S wherever it
+would meet another pixel.
+
+A row's normaliser is kept as one exponent, which takes in its largest score: with biases of millions in all of a row's
+frames, and more frames than a tile has rows, that number has no room for their sum, and gradients are wrong.
 
 Kernels read 16-byte vectors. What does not lie in such is copied first, D filled up with zeros, which change nothing.
 """
@@ -171,7 +177,7 @@ def _streamed(
 
 
 def _partials(plan: Plan, most: int, diagonals: int, device: torch.device) -> Tensor:
-    """Room for at most so many for each head and diagonal: enough to fill a card, and no more than a result takes.
+    """Room for one to so many for each head and diagonal: enough to fill a card; no more than a result, or one.
 
     Their number is the same on every card, and so are results.
     """
@@ -278,7 +284,7 @@ def _tile_at_row(tile, n, num_frames, height, width, ROWS: tl.constexpr):  # typ
 
 @triton.jit
 def _weights(scores, table):  # type: ignore[no-untyped-def]
-    """The softmax of rows, 0 for those that see nothing."""
+    """The softmax of rows, 0 for those that see nothing. What is left out has a weight too in a row that is NaN."""
     weights = tl.exp2(scores - _finite(tl.max(scores, 1))[:, None])
     empty = tl.max(table, 1) == float("-inf")
     return weights * (1.0 / tl.where(empty, 1.0, tl.sum(weights, 1)))[:, None]
@@ -286,8 +292,9 @@ def _weights(scores, table):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _scores_gradient(weights, gradient, values):  # type: ignore[no-untyped-def]
-    """From that of the result."""
+    """From that of the result. What is left out has one too in a row where they are not finite."""
     g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
+    g_weights = tl.where(weights == 0.0, 0.0, g_weights)  # a weight of zero does not undo what overflows
     return weights * (g_weights - tl.sum(weights * g_weights, 1)[:, None])
 
 
@@ -329,10 +336,12 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
 
     table = _tile_table(bias, n, num_frames, causal, window, has_bias, within, t, ROWS)
     weights = _weights(_scores(queries, keys, scale, table, 0.0), table)
+    weights = tl.where(table == float("-inf"), 0.0, weights)
     if want_v != 0:
         found = _product(tl.trans(weights.to(gradient.dtype)), gradient) + spoilt[:, None]
         _store(g_v, sizes, at, t, pixel, exists, found, BLOCK_D, VECTOR)
-    g_scores = _scores_gradient(weights, gradient, values).to(queries.dtype)
+    g_scores = _scores_gradient(weights, gradient, values)
+    g_scores = tl.where(table == float("-inf"), 0.0, g_scores).to(queries.dtype)
     if want_q != 0:
         found = _product(g_scores, keys) * scale + spoilt[:, None]
         _store_turned(g_q, sizes, at, t, pixel, exists, found, rotary, BLOCK_D, VECTOR)
@@ -474,9 +483,10 @@ def _pair_table(bias, n, num_frames, causal, window, has_bias, query, key):  # t
 @triton.jit
 def _pair(queries, keys, values, gradient, normaliser, balance, scale, table):  # type: ignore[no-untyped-def]
     """The weights of a tile of queries and one of keys, and the gradient of their scores."""
+    out = table == float("-inf")
     weights = tl.exp2(_scores(queries, keys, scale, table, 0.0) - normaliser[:, None])
     g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
-    return weights, tl.where(table == float("-inf"), 0.0, weights * (g_weights - balance[:, None]))
+    return tl.where(out, 0.0, weights), tl.where(out, 0.0, weights * (g_weights - balance[:, None]))
 
 
 @triton.jit(do_not_specialize=[*QUERY_TENSORS, *QUERY_SCALARS])
@@ -522,7 +532,7 @@ def _query_kernel(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - _finite(higher)[:, None])
         g_weights = tl.dot(gradient, tl.trans(values), input_precision="ieee")
         total = total * fade + tl.sum(weights, 1)
-        balance = balance * fade + tl.sum(weights * g_weights, 1)
+        balance = balance * fade + tl.sum(tl.where(table == float("-inf"), 0.0, weights * g_weights), 1)
         top = higher
     total = tl.where(allowed == float("-inf"), 1.0, total)
     normaliser, balance = _finite(top) + tl.log2(total), balance / total
@@ -676,6 +686,7 @@ _cached_plan = functools.lru_cache(maxsize=1024)(_plan)
 
 PACKED_ROWS = 64  # of 2-byte types: fp32 products run on plain registers, which so many rows do not fit in
 STREAM_ROWS = {2: 32, 4: 16}
+STREAM_WARPS = {(2, 64): 4, (2, 128): 8, (4, 64): 8, (4, 128): 4}  # by bytes and block of D: nothing spills so
 
 
 def _options(packed: bool, itemsize: int, block_d: int) -> dict[str, int]:
@@ -684,7 +695,7 @@ def _options(packed: bool, itemsize: int, block_d: int) -> dict[str, int]:
     if packed:
         return {"ROWS": PACKED_ROWS, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": 8, "num_stages": 1}
     rows, block_d = STREAM_ROWS[itemsize], max(block_d, 64)
-    num_warps = 8 if itemsize == 2 and block_d == 128 else 4
+    num_warps = STREAM_WARPS[itemsize, block_d]
     return {"ROWS": rows, "BLOCK_D": block_d, "VECTOR": vector, "num_warps": num_warps, "num_stages": 1}
 
 

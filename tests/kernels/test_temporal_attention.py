@@ -217,6 +217,27 @@ def test_rows_that_see_nothing_are_zero(T: int, D: int) -> None:
     assert not bool((y[:, 0, ..., 1, :] == 0).any())
 
 
+@pytest.mark.parametrize("T", [5, 40, 70])
+def test_a_bias_that_is_finite_leaves_no_frame_out(T: int) -> None:
+    q, k, v = fused(T, 16, torch.float32, W=1 if T == 70 else 3, heads=3).unbind(4)
+    bias, least = bias_for(q), torch.finfo(torch.float32).min
+    bias[0], bias[1, T - 1 :], bias[2] = least, least, -least  # the last frame of the second head sees nothing else
+    y = check(q, k, v, bias=bias)
+    assert not bool((y == 0).any())
+    check(q, k, v, bias=bias, causal=True)
+
+
+@pytest.mark.parametrize("D", [16, 5])
+@pytest.mark.parametrize("T", [5, 40, 70])
+def test_rows_that_see_nothing_are_zero_whatever_values_are(T: int, D: int) -> None:
+    q, k, v = fused(T, D, torch.float32, W=1 if T == 70 else 3, heads=2).unbind(4)
+    bias = bias_for(q)
+    bias[0] = -INF
+    v[:, T // 2] = NAN
+    y = run(q, k, v, bias=bias)
+    assert bool((y[..., 0, :] == 0).all()) and bool(y[..., 1, :].isnan().all())
+
+
 @pytest.mark.parametrize("wrong", [NAN, INF, -INF])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("T", [5, 70])

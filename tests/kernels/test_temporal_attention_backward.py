@@ -333,3 +333,60 @@ def test_elements_past_2_to_the_31(T: int, monkeypatch: pytest.MonkeyPatch) -> N
     *qkv, gradient = far
     found = backward(gradient, [*(x.requires_grad_() for x in qkv), *arguments[3:]])
     assert all(torch.equal(mine, other) for mine, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("where", ["scores", "weights"])
+def test_what_overflows_in_one_pixel_of_a_tile_spoils_no_other(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of finite numbers, its own or with those of its neighbours."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    if dtype == torch.float32:  # fp32, whose range bfloat16 has, in the interpreter: it runs the packed form of either
+        geometry = kernels._geometry
+        monkeypatch.setattr(kernels, "_geometry", lambda *given: geometry(*given)._replace(itemsize=2))
+        monkeypatch.setattr(kernels, "launch", LAUNCH)
+    arguments = draw_arguments((1, 3, 1, 23, 1, 8), dtype)
+    g_y = draw_gradient(arguments)
+    clean = backward(g_y, arguments)
+    with torch.no_grad():
+        if where == "scores":
+            arguments[0][:, :, :, 4], arguments[1][:, :, :, 4] = 1e30, 1e30
+        else:
+            g_y[:, :, :, 4], arguments[2][:, :, :, 7] = 1e30, 1e30
+    for mine, before in zip(backward(g_y, arguments)[:3], clean, strict=False):
+        assert mine is not None and before is not None
+        others = [pixel for pixel in range(23) if pixel not in (4, 7)]
+        assert torch.equal(mine[:, :, :, others], before[:, :, :, others])
+        assert mine[:, :, :, 7].isfinite().all()
+        assert where == "scores" or mine[:, :, :, 4].isfinite().all()
+
+
+LAUNCH = kernels.launch
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": 3}], ids=str)
+def test_what_overflows_with_frames_that_are_left_out(options: dict[str, Any]) -> None:
+    arguments = draw_arguments((1, 18, 1, 1, 1, 8), **options)
+    g_y = draw_gradient(arguments)
+    with torch.no_grad():
+        g_y[:, 0], arguments[2][:, 8], arguments[2][:, 17] = 1e20, 1e20, 1e20
+    for mine, truth in zip(backward(g_y, arguments), autograd(g_y, arguments, double=True), strict=True):
+        assert mine is not None and truth is not None and mine.isfinite().all()
+        assert relative_error(mine, truth) < 1e-5
+    with torch.no_grad():  # the first frame's own score is infinite: it spoils what it sees
+        arguments[0][:, 0], arguments[1][:, 0] = 1e20, 1e20
+    for mine in backward(g_y, arguments)[:3]:
+        seen = 1 if options.get("causal") else 4
+        assert mine is not None and mine[:, seen:].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("T", [5, 40])
+def test_a_bias_that_is_finite_leaves_no_frame_out(T: int) -> None:
+    arguments = draw_arguments((1, T, 1, 1, 2, 8))
+    g_y = draw_gradient(arguments)
+    least = torch.finfo(torch.float32).min
+    bias = arguments[3].detach().float()
+    bias[0, T:], bias[1, : T - 1] = least, least  # beside a frame that is seen, as masks are made
+    arguments[3] = bias.requires_grad_()
+    check(arguments, g_y)
