@@ -252,6 +252,7 @@ def _flash_kernel(  # type: ignore[no-untyped-def]
     k_from = k + (b * k_b + t * k_t + head * k_head) * VECTOR
     v_from = v + (b * v_b + t * v_t + head * v_head) * VECTOR
     mask_from = key_mask + b * mask_b
+    keys = tl.cast(keys, tl.int32)  # where it is 1, torch.compile makes a constant of it
     whole = keys // BLOCK_N * BLOCK_N
     if has_mask == 1:
         keys = _after_last(mask_from, mask_l, keys)
@@ -365,6 +366,7 @@ def _plain_kernel(  # type: ignore[no-untyped-def]
     v_from = v + (b * v_b + t * v_t + head * v_head) * VECTOR
     y_from = y + (b * y_b + t * y_t + head * y_head) * VECTOR
     mask_from = key_mask + b * mask_b
+    keys = tl.cast(keys, tl.int32)  # where it is 1, torch.compile makes a constant of it
     if has_mask == 1:
         keys = _after_last(mask_from, mask_l, keys)
 

@@ -297,7 +297,7 @@ def reasons_against(op: Op, backend: str, arguments: Sequence[Any]) -> list[str]
     if backend in op.backends:
         return op.backends[backend].needs.unmet(dict(zip(op.parameters, arguments, strict=True)))
     if backend in COMPOSED:
-        return ["it is a kernel of torch's that only spatial_attention has: give that op backend= instead"]
+        return ["it is a kernel of torch's for attention over space: give backend= to that op alone"]
     if op.name in PENDING_KERNELS:
         return ["its kernel is not written yet (lumiere_fast.kernels.PENDING_KERNELS)"]
     return [f"{op.name} has no {backend} kernel"]

@@ -211,7 +211,7 @@ def test_auto_logs_each_reason_once(caplog: pytest.LogCaptureFixture) -> None:
     more = [record.getMessage() for record in caplog.records[7:]]
     assert more[0] == "toy does not run on the backend cuda: x is float16, it needs float64"
     assert more[1] == "toy does not run on the backend cpu: x is float16, it needs float32"
-    torchs = "it is a kernel of torch's that only spatial_attention has: give that op backend= instead"
+    torchs = "it is a kernel of torch's for attention over space: give backend= to that op alone"
     assert more[2:] == [f"toy does not run on the backend {name}: {torchs}" for name in evidence.TORCHS]
 
 
@@ -458,12 +458,12 @@ def test_a_composed_result_is_put_into_out_and_none_is_asked_of_nothing() -> Non
 @pytest.mark.parametrize("name", evidence.TORCHS)
 def test_torch_s_kernels_are_for_attention_alone(name: str) -> None:
     assert why_not("toy", name, SINGLE) == [
-        "it is a kernel of torch's that only spatial_attention has: give that op backend= instead"
+        "it is a kernel of torch's for attention over space: give backend= to that op alone"
     ]
     with (
         pytest.raises(
             BackendUnavailable,
-            match="it is a kernel of torch's that only spatial_attention has: give that op backend= instead",
+            match="it is a kernel of torch's for attention over space: give backend= to that op alone",
         ),
         use_backend(name),
     ):

@@ -77,6 +77,9 @@ def row(**figures: object) -> Row:
     return replace(Row("temporal_conv", "triton", "kernel", "bf16", 90, wgmma=4, mma=0, promises_wgmma=True), **figures)  # type: ignore[arg-type]
 
 
+pytestmark = pytest.mark.timeout(900)  # every form of every kernel is compiled, where nothing is cached
+
+
 def broken_rules(*rows: Row) -> set[str]:
     return {line.partition(":")[0] for line in violations(rows)}
 
