@@ -28,7 +28,9 @@ static double number(void) { return floor(uniform() * 128) / 64; }
 static double half_value(uint16_t bits) {
   const int exponent = bits >> 10 & 31;
   const double fraction = bits & 1023;
-  const double magnitude = exponent == 0 ? ldexp(fraction, -24) : ldexp(1024 + fraction, exponent - 25);
+  const double magnitude = exponent == 31  ? (fraction == 0 ? INFINITY : NAN)
+                           : exponent == 0 ? ldexp(fraction, -24)
+                                           : ldexp(1024 + fraction, exponent - 25);
   return bits >> 15 ? -magnitude : magnitude;
 }
 
@@ -49,17 +51,18 @@ static double read_element(const void* at, lf_dtype dtype) {
   }
 }
 
-/* For numbers of few enough bits, which `number` makes. */
+/* For infinity, and numbers of few enough bits, which `number` makes. */
 static void write_element(void* at, lf_dtype dtype, double value) {
   float single = (float)value;
-  uint32_t wide;
+  uint32_t wide, magnitude;
   uint16_t bits;
   memcpy(&wide, &single, 4);
   switch (dtype) {
     case LF_FLOAT32: memcpy(at, &single, 4); return;
     case LF_FLOAT64: memcpy(at, &value, 8); return;
     case LF_FLOAT16:
-      bits = (uint16_t)((wide >> 16 & 0x8000) | (value == 0 ? 0 : ((wide & 0x7fffffff) - 0x38000000) >> 13));
+      magnitude = isinf(value) ? 0x7c00 : value == 0 ? 0 : ((wide & 0x7fffffff) - 0x38000000) >> 13;
+      bits = (uint16_t)((wide >> 16 & 0x8000) | magnitude);
       memcpy(at, &bits, 2);
       return;
     default: bits = (uint16_t)(wide >> 16); memcpy(at, &bits, 2);

@@ -3,6 +3,7 @@
 #include "lumiere_fast.h"
 
 #include "check.h"
+#include "numbers.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -18,46 +19,12 @@ typedef struct {
   int64_t size[AXES];
 } Shape;
 
-static uint32_t random_state = 1;
-static double uniform(void) { /* in [-1, 1) */
-  random_state = random_state * 1664525u + 1013904223u;
-  return (double)(random_state >> 8) / (1 << 23) - 1.0;
-}
-
-/* Numbers that every dtype holds: whole multiples of 1/64 in [-2, 2). */
-static double number(void) { return floor(uniform() * 128) / 64; }
-
-static int64_t size_of(lf_dtype dtype) { return dtype == LF_FLOAT64 ? 8 : dtype == LF_FLOAT32 ? 4 : 2; }
-
 static double get(const void* data, int64_t i, lf_dtype dtype) {
-  if (dtype == LF_FLOAT32) return ((const float*)data)[i];
-  if (dtype == LF_FLOAT64) return ((const double*)data)[i];
-  const uint16_t bits = ((const uint16_t*)data)[i];
-  if (dtype == LF_BFLOAT16) {
-    const uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
-  }
-  const int exponent = bits >> 10 & 31;
-  const double fraction = bits & 1023;
-  const double magnitude = exponent == 31  ? (fraction == 0 ? INFINITY : NAN)
-                           : exponent == 0 ? ldexp(fraction, -24)
-                                           : ldexp(1024 + fraction, exponent - 25);
-  return bits >> 15 ? -magnitude : magnitude;
+  return read_element((const char*)data + i * size_of(dtype), dtype);
 }
 
 static void set(void* data, int64_t i, lf_dtype dtype, double value) {
-  const float single = (float)value;
-  uint32_t wide;
-  memcpy(&wide, &single, 4);
-  if (dtype == LF_FLOAT32) ((float*)data)[i] = single;
-  else if (dtype == LF_FLOAT64) ((double*)data)[i] = value;
-  else if (dtype == LF_BFLOAT16) ((uint16_t*)data)[i] = (uint16_t)(wide >> 16);
-  else {
-    const uint32_t half = isinf(value) ? 0x7c00 : value == 0 ? 0 : ((wide & 0x7fffffff) - 0x38000000) >> 13;
-    ((uint16_t*)data)[i] = (uint16_t)((wide >> 16 & 0x8000) | half);
-  }
+  write_element((char*)data + i * size_of(dtype), dtype, value);
 }
 
 /* Exactly as much, so that the sanitizer sees any step outside. */
