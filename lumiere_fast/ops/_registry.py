@@ -18,6 +18,7 @@ import threading
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lumiere_fast import dispatch
 from lumiere_fast.ops import _selfcheck
 from lumiere_fast.ops._checks import check_is_tensor
+
+Out = Tensor | tuple[Tensor | None, ...] | None
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,21 @@ class RegisteredOp:
         op: dispatch.Op,
         reference: Callable[..., Any],
         describe: Callable[..., Result | tuple[Result, ...]],
+        in_place: Sequence[str] = (),
     ) -> None:
         self.op = op
         self.reference = reference
         self.describe = describe
+        self.in_place = [op.parameters.index(name) for name in in_place]
         self.single = typing.get_type_hints(reference)["return"] is Tensor
         self.operator = _operator(torch.library.custom_op, op.name, self._named_body(), reference, named=True)
         self.operator.register_fake(self._fake)
         self.operator.register_autograd(self._backward, setup_context=_save_inputs)
 
-    def __call__(self, arguments: tuple[Any, ...], backend: str | None, out: Tensor | None = None) -> Any:
+    def __call__(self, arguments: tuple[Any, ...], backend: str | None, out: Out = None) -> Any:
         """Run on the backend that dispatch selects; `arguments` are the reference's, checked.
+
+        `out`: room for the first result, or for each that is not None.
 
         A call of a custom operator costs about 20 us, a raw call 1 us. So what is composed of torch's operators is
         called as plain torch, with torch's own autograd (and torch.compile sees through it), and a kernel is called
@@ -75,8 +82,9 @@ class RegisteredOp:
         if traced() or dispatch.needs_gradient(arguments):
             return _store(self._captured(chosen, arguments), out)
         results = self.launch(chosen, arguments, self.allocate(arguments, out))
-        if out is not None and not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # whoever saved it for a backward is to be told
+        for given in _given(out):
+            if not given.is_inference():
+                torch.autograd.graph.increment_version(given)  # whoever saved it for a backward is to be told
         return results
 
     def definition(self, *arguments: Any) -> Any:
@@ -114,15 +122,15 @@ class RegisteredOp:
             self.op.backends[chosen].load()(*arguments, out=results)
         return results
 
-    def allocate(self, arguments: Sequence[Any], out: Tensor | None = None) -> Any:
-        """Room for the results, not filled; `out` is the first of them if given."""
-        if out is not None and self.single:
+    def allocate(self, arguments: Sequence[Any], out: Out = None) -> Any:
+        """Room for the results, not filled; `out` is the first of them, or several, if given."""
+        if isinstance(out, Tensor) and self.single:
             return out
         described = self.describe(*arguments)
         if isinstance(described, Result):
             return described.empty()
-        first, *others = described
-        return (first.empty() if out is None else out, *(other.empty() for other in others))
+        rooms = zip_longest(described, _rooms(out))
+        return tuple(result.empty() if room is None else room for result, room in rooms)
 
     def _named_body(self) -> Callable[..., Any]:
         """The body of the operator, whose last argument names the backend."""
@@ -187,24 +195,42 @@ class RegisteredOp:
                 chosen = dispatch.first_composed(self.op, arguments)
         return lambda *arguments: self.composed(chosen, arguments)
 
-    def _check_out(self, out: Tensor, arguments: tuple[Any, ...]) -> None:
+    def _check_out(self, out: Any, arguments: tuple[Any, ...]) -> None:
         name = self.op.name
-        check_is_tensor(name, "out", out)
-        if dispatch.needs_gradient((*arguments, out)):
-            raise ValueError(f"{name}: out was given where a gradient is needed; drop it, or use torch.no_grad()")
         results = self.describe(*arguments)
-        first = results if isinstance(results, Result) else results[0]
-        if (tuple(out.shape), out.dtype, out.device) != (first.shape, first.dtype, first.device):
+        described = (results,) if isinstance(results, Result) else results
+        if isinstance(out, tuple) and len(out) != len(described):
+            raise ValueError(f"{name}: out must be a tensor, or {len(described)} for the results, got {len(out)}")
+        for i, room in enumerate(_rooms(out)):
+            if room is not None:
+                self._check_room(f"out[{i}]" if isinstance(out, tuple) else "out", room, described[i], i, arguments)
+        rooms = _given(out)
+        if not torch.compiler.is_compiling() and any(_overlaps(room, rooms[:i]) for i, room in enumerate(rooms)):
+            raise ValueError(f"{name}: the tensors of out must not lie in one another's memory; give each its own")
+
+    def _check_room(self, what: str, room: Any, result: Result, index: int, arguments: tuple[Any, ...]) -> None:
+        name = self.op.name
+        check_is_tensor(name, what, room)
+        if dispatch.needs_gradient((*arguments, room)):
+            raise ValueError(f"{name}: {what} was given where a gradient is needed; drop it, or use torch.no_grad()")
+        if (tuple(room.shape), room.dtype, room.device) != (result.shape, result.dtype, result.device):
             raise ValueError(
-                f"{name}: out must be {first.shape} {first.dtype} on {first.device}, "
-                f"got {tuple(out.shape)} {out.dtype} on {out.device}"
+                f"{name}: {what} must be {result.shape} {result.dtype} on {result.device}, "
+                f"got {tuple(room.shape)} {room.dtype} on {room.device}"
             )
-        if torch.compiler.is_compiling() or isinstance(out, FakeTensor):
+        if torch.compiler.is_compiling() or isinstance(room, FakeTensor):
             return
-        if _overlaps(out, arguments):
-            raise ValueError(f"{name}: out must not lie in the memory of an input; give a tensor of its own")
-        if _folds(out):
-            raise ValueError(f"{name}: out has several elements in one place, strides {out.stride()}; give a plain one")
+        if _overlaps(room, self._kept_apart(room, index, arguments)):
+            raise ValueError(f"{name}: {what} must not lie in the memory of an input; give a tensor of its own")
+        if _folds(room):
+            raise ValueError(
+                f"{name}: {what} has several elements in one place, strides {room.stride()}; give a plain one"
+            )
+
+    def _kept_apart(self, room: Tensor, index: int, arguments: tuple[Any, ...]) -> list[Any]:
+        """All arguments that a result may not be written over: not the very tensor that it takes the place of."""
+        taken = self.in_place[index] if index < len(self.in_place) else None
+        return [value for i, value in enumerate(arguments) if i != taken or not _coincide(room, value)]
 
 
 def register(
@@ -214,6 +240,7 @@ def register(
     describe: Callable[..., Result | tuple[Result, ...]],
     backends: Sequence[dispatch.Backend] = (),
     case: Callable[..., str] | None = None,
+    in_place: Sequence[str] = (),
 ) -> RegisteredOp:
     """Register an op under the name of its public function.
 
@@ -227,6 +254,8 @@ def register(
         describe: takes the arguments of `reference` and tells its result, or each of them.
         backends: the kernels there are.
         case: as of `dispatch.Op`, where the order of the backends is measured.
+        in_place: for each result, the parameter of `reference` whose tensor `out` may be, the very same: every backend
+            reads an element of it before it writes the result's.
     """
     name = public.__name__
     op = dispatch.Op(
@@ -239,7 +268,7 @@ def register(
         case=case,
     )
     dispatch.register(op)
-    _REGISTERED[name] = RegisteredOp(op, reference, describe)
+    _REGISTERED[name] = RegisteredOp(op, reference, describe, in_place)
     return _REGISTERED[name]
 
 
@@ -259,13 +288,20 @@ def _triton_operator(op: str) -> str:
 _making = threading.Lock()
 
 
-def _store(result: Any, out: Tensor | None) -> Any:
-    """`result` with its first tensor moved into `out`."""
-    if out is None:
-        return result
+def _rooms(out: Out) -> tuple[Tensor | None, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _given(out: Out) -> list[Tensor]:
+    return [room for room in _rooms(out) if room is not None]
+
+
+def _store(result: Any, out: Out) -> Any:
+    """`result` with its tensors moved into those of `out`."""
     if isinstance(result, Tensor):
-        return out.copy_(result)
-    return (out.copy_(result[0]), *result[1:])
+        return out.copy_(result) if isinstance(out, Tensor) else result
+    rooms = zip_longest(result, _rooms(out))
+    return tuple(tensor if room is None else room.copy_(tensor) for tensor, room in rooms)
 
 
 def _operator(
@@ -379,6 +415,15 @@ def _overlaps(out: Tensor, arguments: Sequence[Any]) -> bool:
                 if low < end and first < high:
                     return True
     return False
+
+
+def _coincide(out: Tensor, value: Any) -> bool:
+    """Whether these are the same elements in the same places."""
+    return (
+        isinstance(value, Tensor)
+        and (out.data_ptr(), out.dtype, out.shape, out.stride())
+        == (value.data_ptr(), value.dtype, value.shape, value.stride())
+    )  # fmt: skip
 
 
 def _folds(out: Tensor) -> bool:

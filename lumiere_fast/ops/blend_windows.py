@@ -24,6 +24,7 @@ from lumiere_fast.ops._checks import (
 from lumiere_fast.ops._spec import Draw, OpSpec, Scenario
 
 Box = tuple[tuple[int, int], ...]
+Weights = Tensor | Sequence[float] | Sequence[Tensor] | Sequence[Sequence[float]] | None
 
 LEAST_WEIGHT = 1e-100  # of a vector's largest: the product of three is a normal number still
 
@@ -33,7 +34,7 @@ def blend_windows(
     starts: Tensor | Sequence[int] | Sequence[Sequence[int]],
     num_frames: int,
     *,
-    weights: Tensor | Sequence[float] | Sequence[Tensor] | None = None,
+    weights: Weights = None,
     backend: str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -184,7 +185,7 @@ def flatten(
     windows: Tensor | Sequence[Tensor],
     starts: Tensor | Sequence[int] | Sequence[Sequence[int]],
     num_frames: int,
-    weights: Tensor | Sequence[float] | Sequence[Tensor] | None,
+    weights: Weights,
 ) -> tuple[Any, ...]:
     parts = check_windows("blend_windows", windows)
     corners = check_starts("blend_windows", starts, parts)
@@ -202,7 +203,7 @@ def flatten_cover(
     windows: list[Tensor],
     corners: list[tuple[int, ...]],
     extent: tuple[int, ...],
-    weights: Tensor | Sequence[float] | Sequence[Tensor] | None,
+    weights: Weights,
 ) -> tuple[list[Tensor], list[int], tuple[int, ...], list[float] | None]:
     """The cover's part of the reference's arguments, once the windows are known to fit and to leave no gap."""
     starts = [start for corner in corners for start in corner]
@@ -275,9 +276,7 @@ def check_starts(
     return corners
 
 
-def check_weights(
-    op: str, weights: Tensor | Sequence[float] | Sequence[Tensor] | None, windows: Sequence[Tensor], axes: int
-) -> list[float] | None:
+def check_weights(op: str, weights: Weights, windows: Sequence[Tensor], axes: int) -> list[float] | None:
     """The vectors of all blended axes, one after the other."""
     if weights is None:
         return None

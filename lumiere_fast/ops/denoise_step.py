@@ -14,6 +14,7 @@ from lumiere_fast.ops._checks import check_choice, check_floating, check_tensor
 from lumiere_fast.ops._spec import Draw, OpSpec, Scenario
 from lumiere_fast.ops.blend_windows import (
     VIDEOS,
+    Weights,
     blend,
     check_starts,
     check_windows,
@@ -71,11 +72,11 @@ def denoise_step(
     *,
     guidance_scale: float | None = None,
     threshold: Threshold | None = None,
-    weights: Tensor | Sequence[float] | Sequence[Tensor] | None = None,
+    weights: Weights = None,
     noise: Tensor | None = None,
     history: Tensor | None = None,
     backend: str | None = None,
-    out: Tensor | None = None,
+    out: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
 ) -> DenoiseStep:
     """One sampler step of a whole video from the network's prediction of each window.
 
@@ -99,7 +100,9 @@ def denoise_step(
         weights: as in `blend_windows`.
         noise, history: like latent in shape; needed where their coefficient is not 0, not read where it is.
         backend: None for the current choice.
-        out: where to put the next latent; not where a gradient is needed.
+        out: where to put the next latent, or (next latent, x0), either of them None; not where a gradient is needed.
+            In place is `out=(latent, history)`: each may be the very tensor that is read there, and nothing else may
+            lie in the memory of an input.
 
     Returns:
         `(latent, x0)`, both in the dtype and memory format of `latent`. Between reading and these two roundings all is
@@ -176,7 +179,7 @@ def flatten(
     coefficients: StepCoefficients,
     guidance_scale: float | None,
     threshold: Threshold | None,
-    weights: Tensor | Sequence[float] | Sequence[Tensor] | None,
+    weights: Weights,
     noise: Tensor | None,
     history: Tensor | None,
 ) -> tuple[Any, ...]:
@@ -238,7 +241,7 @@ def describe(
     return result, result
 
 
-_OP = _registry.register(denoise_step, denoise_step_reference, flatten, describe)
+_OP = _registry.register(denoise_step, denoise_step_reference, flatten, describe, in_place=("latent", "history"))
 
 
 def _make_inputs(

@@ -11,9 +11,10 @@ from torch import Tensor
 from lumiere_fast import ops
 from lumiere_fast.diffusion import Parameterization, Schedule, check_sampler, draw_noise, sampling_table
 from lumiere_fast.ops.denoise_step import Threshold, _flat_threshold
+from lumiere_fast.pipelines.windows import Window, WindowPlan
 
-Predictor = Callable[[Tensor, Tensor, slice], Tensor]
-"""`predict(scaled_window, timestep, frames)`: the network's output for the frames of one window, in any floating dtype.
+Predictor = Callable[[Tensor, Tensor, Window], Tensor]
+"""`predict(scaled, timestep, window)`: the network's output for the scaled clip of a window, in any floating dtype.
 With guidance its batch is doubled, conditional before unconditional."""
 
 CLAMP = Threshold("static")
@@ -49,7 +50,7 @@ class Denoiser:
         noise: Tensor,
         num_inference_steps: int,
         *,
-        windows: list[slice],
+        windows: WindowPlan,
         guidance_scale: float | None = None,
         generators: Sequence[torch.Generator] | None = None,
         on_step: Callable[[int, int], None] | None = None,
@@ -65,7 +66,6 @@ class Denoiser:
         coefficients = sampling_table(self.sampler, levels, self.parameterization, eta=self.eta)
         if generators is None and any(row.noise for row in coefficients):
             raise ValueError(f"sampler {self.sampler!r} draws noise at every step: give generators, one a clip")
-        starts = torch.tensor([frames.start for frames in windows])
         latent = noise * levels[0].sigma
         history: Tensor | None = None
         for step, row in enumerate(coefficients):
@@ -73,8 +73,8 @@ class Denoiser:
             scaled = self.parameterization.scale_input(latent, _per_clip(alpha), _per_clip(sigma))
             timestep = self.parameterization.timestep(alpha, sigma)
             predictions = []
-            for index, frames in enumerate(windows):
-                predictions.append(predict(scaled[:, :, frames], timestep, frames))
+            for index, window in enumerate(windows):
+                predictions.append(predict(window.of(scaled), timestep, window))
                 if on_step is not None:
                     on_step(step * len(windows) + index + 1, len(coefficients) * len(windows))
             fresh = None
@@ -82,11 +82,12 @@ class Denoiser:
                 fresh = draw_noise(latent.shape, latent.device, generators).to(latent.dtype)
             latent, history = ops.denoise_step(
                 predictions,
-                starts,
+                windows.starts,
                 latent,
                 row,
                 guidance_scale=guidance_scale,
                 threshold=self.threshold,
+                weights=windows.weights,
                 noise=fresh,
                 history=history,
             )
@@ -107,15 +108,3 @@ def resolve_threshold(threshold: Threshold | str | None) -> Threshold | None:
     if threshold == "dynamic":
         return Threshold("dynamic")
     raise ValueError(f"threshold must be 'static', 'dynamic', None or a Threshold, got {threshold!r}")
-
-
-def plan_windows(num_frames: int, window_frames: int, overlap: int = 2) -> list[slice]:
-    """Windows of `window_frames` that cover `num_frames`, neighbours sharing `overlap` frames (paper: 2).
-
-    The last window is shifted back where the tiling is not exact; a clip no longer than a window is one window.
-    """
-    if not 0 <= overlap < window_frames:
-        raise ValueError(f"overlap must be from 0 to window_frames - 1 = {window_frames - 1}, got {overlap}")
-    if num_frames <= window_frames:
-        return [slice(0, num_frames)]
-    return [slice(start, start + window_frames) for start in ops.window_starts(num_frames, window_frames, overlap)]

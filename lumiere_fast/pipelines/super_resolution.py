@@ -11,7 +11,8 @@ from torch import Tensor
 from lumiere_fast.diffusion import Generators, augmented_conditioning, clip_generators, draw_noise
 from lumiere_fast.models import STUNet
 from lumiere_fast.models.stunet import check_num_frames
-from lumiere_fast.pipelines.denoising import Denoiser, plan_windows
+from lumiere_fast.pipelines.denoising import Denoiser
+from lumiere_fast.pipelines.windows import Window, plan_windows
 from lumiere_fast.text import TextEmbedding
 
 
@@ -62,12 +63,12 @@ class SuperResolution:
         prepared = self.model.prepare_text(*text)
         image, level = conditioning["image_conditioning"], conditioning["augmentation_level"]
 
-        def predict(window: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+        def predict(scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
             return self.model(
-                window,
+                scaled,
                 timestep,
                 prepared,
-                image_conditioning=image[:, :, frames],
+                image_conditioning=window.of(image),
                 augmentation_level=level,
             )
 

@@ -27,6 +27,7 @@ from lumiere_fast.ops.denoise_step import Threshold
 from lumiere_fast.pipelines import folder as layout
 from lumiere_fast.pipelines.denoising import Denoiser, resolve_threshold
 from lumiere_fast.pipelines.super_resolution import SuperResolution
+from lumiere_fast.pipelines.windows import Window, plan_windows
 from lumiere_fast.text import TextEncoder, WordVectorEncoder
 from lumiere_fast.text.encoder import as_prompts
 from lumiere_fast.video import MAX_FPS, to_uint8
@@ -338,17 +339,17 @@ def denoise_from_text(
     guided = guidance_scale != 1
     text = model.prepare_text(*text_encoder.encode(prompts + [""] * len(prompts) if guided else prompts))
 
-    def predict(window: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+    def predict(scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
         if guided:
-            window, timestep = torch.cat([window, window]), torch.cat([timestep, timestep])
-        prediction: Tensor = model(window, timestep, text)
+            scaled, timestep = torch.cat([scaled, scaled]), torch.cat([timestep, timestep])
+        prediction: Tensor = model(scaled, timestep, text)
         return prediction
 
     return denoiser(
         predict,
         noise,
         num_inference_steps,
-        windows=[slice(0, noise.shape[2])],
+        windows=plan_windows(noise.shape[2], noise.shape[2], 0),
         guidance_scale=guidance_scale if guided else None,
         generators=generators,
         on_step=on_step,

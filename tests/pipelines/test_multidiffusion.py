@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -28,8 +29,9 @@ from lumiere_fast.diffusion import (
     draw_noise,
 )
 from lumiere_fast.ops.denoise_step import Threshold
-from lumiere_fast.pipelines.denoising import Denoiser, Predictor, plan_windows, resolve_threshold
+from lumiere_fast.pipelines.denoising import Denoiser, Predictor, resolve_threshold
 from lumiere_fast.pipelines.super_resolution import SuperResolution
+from lumiere_fast.pipelines.windows import Window, WindowPlan, plan_windows
 from lumiere_fast.text import TextEmbedding
 from tests.models.tiny import draw_inputs, randomise, tiny_unet
 
@@ -46,15 +48,19 @@ def seeded(seed: int = 5) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def of_each_frame(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+def of_each_frame(scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
     """A prediction of each frame from that frame, its number and the noise level, alone."""
-    number = torch.arange(frames.start, frames.stop, dtype=scaled.dtype)[:, None, None]
+    number = torch.arange(window.frames.start, window.frames.stop, dtype=scaled.dtype)[:, None, None]
     return torch.sin(scaled + number) + timestep[:, None, None, None, None] / 1000
 
 
-def of_the_window(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+def of_the_window(scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
     """A prediction that depends on where the window lies and on all of its frames."""
-    return torch.sin(scaled + scaled.mean(dim=2, keepdim=True) + frames.start)
+    return torch.sin(scaled + scaled.mean(dim=2, keepdim=True) + window.frames.start)
+
+
+def spans(windows: WindowPlan) -> list[slice]:
+    return [window.frames for window in windows]
 
 
 # Planning ------------------------------------------------------------------------------------------------------------
@@ -62,20 +68,20 @@ def of_the_window(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
 
 @pytest.mark.parametrize("window", [3, 4, 5, 8, 15, 28, 41, 80])
 def test_exact_tilings_of_80_frames(window: int) -> None:
-    windows = plan_windows(80, window)
+    windows = spans(plan_windows(80, window))
     assert (windows[0].start, windows[-1].stop) == (0, 80)
     assert all(one.stop - two.start == 2 for one, two in pairwise(windows))
 
 
 def test_the_last_window_is_shifted_back() -> None:
-    assert plan_windows(16, 8) == [slice(0, 8), slice(6, 14), slice(8, 16)]
-    assert plan_windows(10, 8, overlap=0) == [slice(0, 8), slice(2, 10)]
+    assert spans(plan_windows(16, 8)) == [slice(0, 8), slice(6, 14), slice(8, 16)]
+    assert spans(plan_windows(10, 8, overlap=0)) == [slice(0, 8), slice(2, 10)]
 
 
 @given(st.integers(1, 90), st.integers(1, 30), st.data())
 def test_plans_cover_with_the_overlap_and_no_window_to_spare(num_frames: int, window: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, window - 1))
-    windows = plan_windows(num_frames, window, overlap)
+    windows = spans(plan_windows(num_frames, window, overlap))
     assert {frame for w in windows for frame in range(w.start, w.stop)} == set(range(num_frames))
     assert {w.stop - w.start for w in windows} == {min(window, num_frames)}
     starts = [w.start for w in windows]
@@ -103,13 +109,13 @@ def test_a_step_takes_the_least_squares_solution(num_frames: int, window: int, g
     predictions = [draw(batch, 3, window, 4, 4, seed=i) for i in range(len(windows))]
     noise = draw(1, 3, num_frames, 4, 4, seed=99)
 
-    def predict(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
-        return predictions[windows.index(frames)]
+    def predict(scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
+        return predictions[list(windows).index(window)]
 
     denoiser = Denoiser(SCHEDULE, EDM, "ddim", threshold=None)
     clip = denoiser(predict, noise, 1, windows=windows, guidance_scale=guidance_scale)
 
-    selection = torch.cat([torch.eye(num_frames, dtype=torch.float64)[frames] for frames in windows])
+    selection = torch.cat([torch.eye(num_frames, dtype=torch.float64)[w.frames] for w in windows])
     stacked = torch.cat([p.transpose(0, 2).flatten(1) for p in predictions])
     solution = torch.linalg.lstsq(selection, stacked).solution
     solution = solution.unflatten(1, (3, batch, 4, 4)).transpose(0, 2)
@@ -130,14 +136,14 @@ def test_windows_do_not_show_where_frames_are_predicted_alone(
     noise = draw(2, 3, 13, 4, 4)
     denoiser = Denoiser(schedule, EDM, sampler, threshold)
 
-    def clip(predict: Predictor, windows: list[slice]) -> Tensor:
+    def clip(predict: Predictor, windows: WindowPlan) -> Tensor:
         return denoiser(predict, noise, 5, windows=windows, generators=clip_generators(seeded(), 2))
 
-    whole = clip(of_each_frame, [slice(0, 13)])
+    whole = clip(of_each_frame, plan_windows(13, 13, 0))
     for window in (4, 5, 8):
         assert torch.equal(clip(of_each_frame, plan_windows(13, window)), whole)
     other = clip(of_the_window, plan_windows(13, 5))
-    assert (other - clip(of_the_window, [slice(0, 13)])).abs().mean() > 1e-2
+    assert (other - clip(of_the_window, plan_windows(13, 13, 0))).abs().mean() > 1e-2
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
@@ -147,7 +153,7 @@ def test_the_order_of_the_windows_does_not_matter(sampler: str) -> None:
     denoiser = Denoiser(SCHEDULE, EDM, sampler)
     one, two = (
         denoiser(of_the_window, noise, 5, windows=order, generators=clip_generators(seeded(), 1))
-        for order in (windows, [windows[1], windows[2], windows[0]])
+        for order in (windows, replace(windows, corners=(windows.corners[1], windows.corners[2], windows.corners[0])))
     )
     torch.testing.assert_close(one, two, rtol=0, atol=1e-10)
 
@@ -174,12 +180,12 @@ def test_windows_share_the_noise_at_every_step() -> None:
     """All windows look at one clip: the noise is that of the frame, of variance 1 in the overlaps too."""
     noise = draw(1, 3, 14, 64, 64)
     windows = plan_windows(14, 8)
-    assert windows == [slice(0, 8), slice(6, 14)]
+    assert spans(windows) == [slice(0, 8), slice(6, 14)]
     seen: list[Tensor] = []
 
-    def predict(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+    def predict(scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
         seen.append(scaled)
-        return of_the_window(scaled, timestep, frames)
+        return of_the_window(scaled, timestep, window)
 
     Denoiser(SCHEDULE, EDM)(predict, noise, 3, windows=windows)
     assert len(seen) == 6
@@ -198,7 +204,7 @@ def test_fresh_noise_is_drawn_once_a_frame(settings: dict[str, Any], schedule: S
     alike. Noise of each window's own would leave the overlaps less."""
     seen: list[Tensor] = []
 
-    def predict(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+    def predict(scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
         seen.append(scaled)
         return torch.zeros_like(scaled)
 
@@ -220,7 +226,7 @@ def test_fresh_noise_is_drawn_once_a_frame(settings: dict[str, Any], schedule: S
 def test_a_stochastic_sampler_needs_generators() -> None:
     denoiser = Denoiser(SCHEDULE, EDM, "ddpm")
     with pytest.raises(ValueError, match="sampler 'ddpm' draws noise at every step: give generators, one a clip"):
-        denoiser(of_each_frame, draw(1, 1, 4, 2, 2), 2, windows=[slice(0, 4)])
+        denoiser(of_each_frame, draw(1, 1, 4, 2, 2), 2, windows=plan_windows(4, 4, 0))
 
 
 def test_the_latent_stays_in_its_dtype_and_predictions_in_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,9 +242,9 @@ def test_the_latent_stays_in_its_dtype_and_predictions_in_theirs(monkeypatch: py
     generators = clip_generators(seeded(), 1)
     noise = draw_noise((1, 3, 10, 8, 8), "cpu", generators)
 
-    def predict(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+    def predict(scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
         assert scaled.dtype == timestep.dtype == torch.float32
-        return of_each_frame(scaled, timestep, frames).bfloat16()
+        return of_each_frame(scaled, timestep, window).bfloat16()
 
     results = {}
     for sampler in SAMPLERS:
@@ -257,7 +263,7 @@ def test_overlaps_are_as_varied_as_the_rest() -> None:
     """With the exact denoiser of a Gaussian the clip has the data's variance in every frame. Averaging windows that
     were sampled each on its own, with its own noise, halves it where two overlap."""
 
-    def predict(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+    def predict(scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
         sigma = (timestep / 250).exp()[:, None, None, None, None]
         x = scaled * (sigma**2 + EDM.sigma_data**2).sqrt()
         x0 = x * EDM.sigma_data**2 / (EDM.sigma_data**2 + sigma**2)
@@ -268,7 +274,7 @@ def test_overlaps_are_as_varied_as_the_rest() -> None:
     clip = denoiser(predict, noise, 60, windows=plan_windows(14, 8))
     assert clip.var(dim=(0, 1, 3, 4)).tolist() == pytest.approx([EDM.sigma_data**2] * 14, rel=0.06)
 
-    alone = [denoiser(predict, draw(1, 3, 8, 64, 64, seed=s), 60, windows=[slice(0, 8)]) for s in (0, 1)]
+    alone = [denoiser(predict, draw(1, 3, 8, 64, 64, seed=s), 60, windows=plan_windows(8, 8, 0)) for s in (0, 1)]
     averaged = (alone[0][:, :, 6:8] + alone[1][:, :, 0:2]) / 2
     assert averaged.var().item() == pytest.approx(EDM.sigma_data**2 / 2, rel=0.06)
 
@@ -284,10 +290,10 @@ def test_every_window_of_every_step_is_counted() -> None:
 def test_the_clip_is_bounded_as_asked() -> None:
     noise = draw(1, 3, 4, 8, 8)
 
-    def predict(scaled: Tensor, timestep: Tensor, frames: slice) -> Tensor:
+    def predict(scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
         return 40 * scaled
 
-    whole = [slice(0, 4)]
+    whole = plan_windows(4, 4, 0)
     assert Denoiser(SCHEDULE, EDM)(predict, noise, 3, windows=whole).abs().max() == 1
     assert Denoiser(SCHEDULE, EDM, threshold=None)(predict, noise, 3, windows=whole).abs().max() > 2
     dynamic = Denoiser(SCHEDULE, EDM, threshold=Threshold("dynamic", 0.9))(predict, noise, 3, windows=whole)
@@ -306,7 +312,7 @@ def test_a_dynamic_threshold_is_a_quantile_of_the_blended_clip(per: str, percent
 
     def step(threshold: Threshold | None) -> Tensor:
         denoiser = Denoiser(SCHEDULE, SampleParameterization(), "ddim", threshold)
-        return denoiser(lambda x, t, frames: predictions[windows.index(frames)], noise, 1, windows=windows)
+        return denoiser(lambda x, t, window: predictions[list(windows).index(window)], noise, 1, windows=windows)
 
     x0 = step(None).numpy()
     axes = (1, 2, 3, 4) if per == "clip" else (1, 3, 4)
@@ -335,9 +341,9 @@ def test_bad_arguments_are_named() -> None:
         Denoiser(SCHEDULE, EDM, threshold=Threshold("dynamic", 99))
     denoiser = Denoiser(SCHEDULE, EDM)
     with pytest.raises(ValueError, match="frames 4, 5 are in no window"):
-        denoiser(of_each_frame, draw(1, 1, 10, 2, 2), 2, windows=[slice(0, 4), slice(6, 10)])
+        denoiser(of_each_frame, draw(1, 1, 10, 2, 2), 2, windows=WindowPlan(10, 4, 0, ((0,), (6,))))
     with pytest.raises(ValueError, match="num_inference_steps must be >= 1, got 0"):
-        denoiser(of_each_frame, draw(1, 1, 4, 2, 2), 0, windows=[slice(0, 4)])
+        denoiser(of_each_frame, draw(1, 1, 4, 2, 2), 0, windows=plan_windows(4, 4, 0))
 
 
 # Super-resolution ----------------------------------------------------------------------------------------------------
