@@ -265,7 +265,7 @@ def test_errors(draw: Draw) -> None:
         denoise_step(windows, STARTS, latent, PLAIN._replace(noise=0.5))
     with pytest.raises(ValueError, match=r"coefficients\.history is -0\.5, so history must be a tensor"):
         denoise_step(windows, STARTS, latent, PLAIN._replace(history=-0.5))
-    with pytest.raises(ValueError, match=r"noise must have shape \(2, 3, 20, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"noise must have the shape of latent, \(2, 3, 20, 4, 4\), got \(1, 3"):
         denoise_step(windows, STARTS, latent, PLAIN._replace(noise=0.5), noise=latent[:1])
     with pytest.raises(ValueError, match=r"twice latent's batch.*latent \(2, 3, 20, 4, 4\).*\(2, 3, 8, 4, 4\)"):
         denoise_step(windows, STARTS, latent, PLAIN, guidance_scale=2.0)
