@@ -105,10 +105,11 @@ def check_number(op: str, name: str, value: Any, *, or_none: bool = False) -> An
     """A finite number as a float, numpy's too; no bool, no tensor. None where that is accepted."""
     if value is None and or_none:
         return None
-    number = isinstance(value, float | int | np.floating | np.integer | torch.SymFloat) and not isinstance(value, bool)
-    if not number or not abs(value) <= sys.float_info.max:
+    plain = value.item() if isinstance(value, np.generic) else value  # numpy's own comparison warns of the bound
+    number = isinstance(plain, float | int | torch.SymFloat) and not isinstance(plain, bool)
+    if not number or not abs(plain) <= sys.float_info.max:
         raise ValueError(f"{op}: {name} must be {'None or ' if or_none else ''}a finite number, got {value!r}")
-    return float(value)
+    return float(plain)
 
 
 def check_groups(op: str, name: str, groups: int, channels: int) -> None:

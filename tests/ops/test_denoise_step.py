@@ -674,9 +674,82 @@ def test_errors(draw: Draw) -> None:
         denoise_step(windows[:2], [0, 12], latent, PLAIN)
     with pytest.raises(ValueError, match="denoise_step: window 2 spans"):
         denoise_step(windows, [0, 6, 13], latent, PLAIN)
-    with pytest.raises(ValueError, match=r"threshold\.kind must be 'static' or 'dynamic', got 'hard'"):
-        denoise_step(windows, STARTS, latent, PLAIN, threshold=Threshold("hard"))
-    with pytest.raises(ValueError, match=r"threshold\.per must be 'clip' or 'frame', got 'pixel'"):
-        denoise_step(windows, STARTS, latent, PLAIN, threshold=Threshold("dynamic", per="pixel"))
-    with pytest.raises(ValueError, match=r"percentile must be in \(0, 1\], got 99\.5"):
-        denoise_step(windows, STARTS, latent, PLAIN, threshold=Threshold("dynamic", 99.5))
+
+
+BAD_CALLS: list[tuple[str, dict[str, Any]]] = [
+    (r"threshold\.kind must be 'static' or 'dynamic', got 'hard'", {"threshold": Threshold("hard")}),
+    (r"threshold\.per must be 'clip' or 'frame', got 'pixel'", {"threshold": Threshold("dynamic", per="pixel")}),
+    *(
+        (rf"threshold\.percentile must be in \(0, 1\], got {wrong}", {"threshold": Threshold("dynamic", wrong)})
+        for wrong in (99.5, 0.0, -0.1, 1.0000001)
+    ),
+    *(
+        (r"threshold\.percentile must be a finite number, got", {"threshold": Threshold("dynamic", wrong)})
+        for wrong in (math.nan, math.inf, "0.9", True, None, torch.tensor(0.9))
+    ),
+    *(
+        (r"threshold must be 'static', 'dynamic', None or a Threshold, got", {"threshold": wrong})
+        for wrong in ("clip", True, 0.995, ("dynamic", 0.9, "clip"), np.ones(2), torch.ones(2))
+    ),
+    *(
+        ("coefficients must be a StepCoefficients, got", {"coefficients": wrong})
+        for wrong in (None, (1.0, 0.0, 1.0, 0.0, 0.0, 0.0), [1.0] * 6, torch.ones(6), 1.0)
+    ),
+    *(
+        (rf"coefficients\.{name} must be a finite number, got ", {"coefficients": PLAIN._replace(**{name: wrong})})
+        for name, wrong in zip(
+            StepCoefficients._fields, (math.nan, math.inf, None, "1", torch.tensor(1.0), True), strict=True
+        )
+    ),
+    *(
+        ("guidance_scale must be None or a finite number, got", {"guidance_scale": wrong})
+        for wrong in (math.nan, -math.inf, "7.5", True, torch.tensor(7.5), [7.5])
+    ),
+    ("latent must be a tensor, got NoneType", {"latent": None}),
+    ("latent must be a dense tensor", {"latent": torch.zeros(2, 3, 20, 4, 4).to_sparse()}),
+    (
+        "latent must be float16, bfloat16, float32 or float64",
+        {"latent": torch.zeros(2, 3, 20, 4, 4, dtype=torch.int64)},
+    ),
+    ("latent must be on cpu like the other tensors, got meta", {"latent": torch.zeros(2, 3, 20, 4, 4, device="meta")}),
+    ("latent must be .* and fit the windows", {"latent": torch.zeros(2, 3, 20, 4)}),
+    ("latent must be .* and fit the windows", {"latent": torch.zeros(2, 3, 20, 4, 5)}),
+    ("latent must be .* and fit the windows", {"latent": torch.zeros(2, 2, 20, 4, 4)}),
+    *(
+        (rf"{name} {message}", {name: wrong})
+        for name in ("noise", "history")
+        for message, wrong in (
+            ("must be a tensor, got float", 1.0),
+            (r"must have the shape of latent, \(2, 3, 20, 4, 4\), got \(2, 3, 20, 4\)", torch.zeros(2, 3, 20, 4)),
+            ("must be torch.float32 like latent, got torch.float64", torch.zeros(2, 3, 20, 4, 4).double()),
+            ("must be on cpu like the other tensors, got meta", torch.zeros(2, 3, 20, 4, 4, device="meta")),
+        )
+    ),
+    ("weights must be None or 'flat' or 'trapezoid' or 'pyramid', got 'gauss'", {"weights": "gauss"}),
+    ("start 6 is given twice", {"starts": [0, 6, 6]}),
+    ("out must be a tensor, or 2 for the results, got 1", {"out": (torch.zeros(2, 3, 20, 4, 4),)}),
+    (r"out\[1\] must be \(2, 3, 20, 4, 4\) torch\.float32 on cpu", {"out": (None, torch.zeros(2, 3, 20, 4, 5))}),
+]
+
+
+@pytest.mark.parametrize(("message", "changes"), BAD_CALLS, ids=lambda value: str(value)[:40])
+def test_bad_arguments_are_named(message: str, changes: dict[str, Any]) -> None:
+    call = {"windows": torch.zeros(3, 2, 3, 8, 4, 4), "starts": STARTS, "latent": torch.zeros(2, 3, 20, 4, 4)}
+    with pytest.raises(ValueError, match=f"denoise_step: {message}"):
+        denoise_step(**{**call, "coefficients": PLAIN, **changes})
+
+
+def test_numbers_of_numpy_are_taken(draw: Draw) -> None:
+    windows, latent = draw(3, 4, 3, 8, 4, 4), draw(2, 3, 20, 4, 4)
+    expected = denoise_step(windows, STARTS, latent, PLAIN, guidance_scale=2, threshold=Threshold("dynamic", 0.5))
+    row = StepCoefficients(*map(np.float64, PLAIN))
+    bound = Threshold("dynamic", np.float64(0.5))
+    given = denoise_step(windows, np.array(STARTS), latent, row, guidance_scale=np.float32(2), threshold=bound)
+    assert all(torch.equal(one, other) for one, other in zip(given, expected, strict=True))
+
+
+def test_thresholds_have_names(draw: Draw) -> None:
+    windows, latent = 3 * draw(3, 2, 3, 8, 4, 4), draw(2, 3, 20, 4, 4)
+    for name in ("static", "dynamic"):
+        named, spelled = (denoise_step(windows, STARTS, latent, PLAIN, threshold=t) for t in (name, Threshold(name)))
+        assert torch.equal(named.x0, spelled.x0) and named.x0.abs().max() == 1
