@@ -24,7 +24,7 @@ import functools
 import math
 from collections.abc import Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -53,12 +53,15 @@ from .blend_windows import blend_windows
 SLOTS = tl.constexpr(16)
 WIDE_TILE, NARROW_TILE = 1024, 256
 TILES_EACH = tl.constexpr(8)  # of a program that counts, which then adds to counters that others add to
-NUM_WARPS, NUM_STAGES = 4, 1
-OPTIONS = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
+# Registers are capped so that 4 and 3 blocks fit a multiprocessor; left alone, ptxas keeps 16 windows in them.
+STEP_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "maxnreg": 128}
+COUNT_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
+FIND_OPTIONS: dict[str, Any] = {"num_warps": 1, "num_stages": 1}  # one warp: all is read before any is written over
 
 DIGITS = ((23, 31), (15, 23), (7, 15), (0, 7))  # the first bit of each, and the first after it
 BINS = tl.constexpr(256)
-# Of each clip or frame: counters of the digits after `lower`, and of those after `upper` where it differs; then
+# Of each clip or frame: counters of the digits after `lower`, those after `upper` where that differs, then these: both
+# with their ranks among what begins alike, and the bits of the limit once it is known. STATE is how many there are.
 LOWER, LOWER_RANK, UPPER, UPPER_RANK, LIMIT, STATE = (tl.constexpr(2 * 256 + i) for i in range(6))
 
 
@@ -88,8 +91,10 @@ def denoise_step(
         return
     recording = traced(out[0])
     table = table_of(weights, windows[0], len(extent), torch.float32, recording)
-    # What is absent has the coefficient 0: the latent stands for it.
-    tensors = (latent, latent if noise is None else noise, latent if history is None else history, *out)
+    linear = [float(each) for each in coefficients]
+    *_, of_history, of_noise = linear
+    read = ((noise, of_noise), (history, of_history))  # the latent stands for what is not: its coefficient is 0
+    tensors = (latent, *(latent if each is None or scale == 0 else each for each, scale in read), *out)
     parts = None
     if table is None or table.dtype == torch.float32:
         parts = _parts(windows, starts, extent, tensors, guidance_scale is not None, recording)
@@ -98,7 +103,7 @@ def denoise_step(
         starts, extent, table = [0], extent[:1], None
         parts = _parts(windows, starts, extent, tensors, guidance_scale is not None, recording)
         assert parts is not None  # one window is like itself
-    call = _Call(windows, table, tensors, [float(each) for each in coefficients], guidance_scale, parts)
+    call = _Call(windows, table, tensors, linear, guidance_scale, parts)
     dynamic = bound in ("clip", "frame")
     per_clip, per_frame = {"clip": (1, 0), "frame": (int(latent.shape[2]), 1)}.get(bound, (0, 0))
     state = torch.empty(0, dtype=torch.int64, device=latent.device)
@@ -108,7 +113,7 @@ def denoise_step(
     for part in parts:
         numbers = (*call.cover(part), *part.others, per_clip, per_frame, int(dynamic), *call.linear, ceiling)
         pointers = (*call.pointers(part), *tensors, state)
-        launch(_step_kernel, part.programs, out[0], *pointers, *numbers, **part.constants, **OPTIONS)
+        launch(_step_kernel, part.programs, out[0], *pointers, *numbers, **part.constants, **STEP_OPTIONS)
 
 
 def _blended_first(
@@ -141,8 +146,8 @@ def _limits(call: _Call, per_clip: int, per_frame: int, percentile: float) -> Te
         for part in call.parts:
             numbers = (*call.cover(part), per_clip, per_frame, *digit, x0_latent, x0_prediction, guidance_scale)
             pointers = (*call.pointers(part), latent, state)
-            launch(_count_kernel, part.counters, latent, *pointers, *numbers, **part.constants, **OPTIONS)
-        launch(_find_kernel, groups, latent, state, *ranks, *digit, position - below, num_warps=1, num_stages=1)
+            launch(_count_kernel, part.counters, latent, *pointers, *numbers, **part.constants, **COUNT_OPTIONS)
+        launch(_find_kernel, groups, latent, state, *ranks, *digit, position - below, **FIND_OPTIONS)
     return state
 
 
@@ -188,28 +193,28 @@ def _unbounded_x0(  # type: ignore[no-untyped-def]
     while hits != 0:
         slot = hits & -hits  # the first of those that are left
         hits ^= slot
-        window, frame, row, left = windows[0], frames[0], rows[0], lefts[0]
+        window, frame, row, begin = windows[0], frames[0], rows[0], lefts[0]
         for k in tl.static_range(1, SLOTS):
             this = slot == (1 << k)
             window = tl.where(this, windows[k], window)
             frame = tl.where(this, frames[k], frame)
             row = tl.where(this, rows[k], row)
-            left = tl.where(this, lefts[k], left)
+            begin = tl.where(this, lefts[k], begin)
         since, below = t - frame, h - row
-        right = tl.multiple_of(x - left, VECTOR)  # the tile's first element in the window's run
-        here = inside & (lane >= -right) & (lane < tl.multiple_of(size_x - right, VECTOR))
+        left = tl.multiple_of(x - begin, VECTOR)  # the tile's first element in the window's run
+        here = inside & (lane >= -left) & (lane < tl.multiple_of(size_x - left, VECTOR))
         window += b * steps[0] + c * steps[1] + since * steps[2] + below * steps[3]
-        source = _along(window, right, lane, inner, steps[4], steps[5], VECTOR)
+        source = _along(window, left, lane, inner, steps[4], steps[5], VECTOR)
         part = tl.load(source, mask=here, other=0.0).to(tl.float32)
         weight = tl.full((TILE,), 1.0, tl.float32)
         if weighted != 0:
             over_h = weights + tl.cast(size_t, tl.int64)
             weight *= tl.load(weights + since) * tl.load(over_h + below * space)
             if space != 0:
-                column = ((right + lane).to(tl.int32) // unit).to(tl.int64)
+                column = ((left + lane).to(tl.int32) // unit).to(tl.int64)
                 weight *= tl.load(over_h + size_h.to(tl.int64) + column, mask=here, other=0.0)
         if guided != 0:
-            source = _along(window + tl.cast(half, tl.int64), right, lane, inner, steps[4], steps[5], VECTOR)
+            source = _along(window + tl.cast(half, tl.int64), left, lane, inner, steps[4], steps[5], VECTOR)
             other = tl.load(source, mask=here, other=0.0).to(tl.float32)
             other_first, other_pull, _ = take(other, weight, here, other_first, other_pull, mass)
         first, pull, mass = take(part, weight, here, first, pull, mass)
@@ -284,19 +289,9 @@ def _step_kernel(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, TILE)
     inside = lane < tl.multiple_of(from_x + count_x - x, VECTOR)
 
-    past = tl.zeros((TILE,), tl.float32)
-    if from_history != 0:
-        source = history + (b * history_b + c * history_c + t * history_t + h * history_h)
-        source = _along(source, x, lane, inner, history_p, history_q, VECTOR)
-        past = from_history * tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    fresh = tl.zeros((TILE,), tl.float32)
-    if from_noise != 0:
-        source = noise + (b * noise_b + c * noise_c + t * noise_t + h * noise_h)
-        source = _along(source, x, lane, inner, noise_p, noise_q, VECTOR)
-        fresh = from_noise * tl.load(source, mask=inside, other=0.0).to(tl.float32)
     clean, current = _unbounded_x0(
         windows, frames, rows, lefts, hits, (size_t, size_h, size_x), half,
-            (window_b, window_c, window_t, window_h, window_p, window_q),
+        (window_b, window_c, window_t, window_h, window_p, window_q),
         weights, latent, (latent_b, latent_c, latent_t, latent_h, latent_p, latent_q), (b, c, t, h), x, inside,
         inner, unit, space, weighted, guided, x0_latent, x0_prediction, guidance_scale, TILE, VECTOR,
     )
@@ -307,9 +302,18 @@ def _step_kernel(  # type: ignore[no-untyped-def]
     if dynamic != 0:
         clean = tl.div_rn(clean, tl.zeros_like(clean) + ceiling)
 
-    following = from_latent * current + from_x0 * clean + past + fresh
-    # The next latent first: it hangs on every tensor that was read, and on its way to the threads that store it all
-    # threads wait for one another. Only then x0, which may lie where history was.
+    past = tl.zeros((TILE,), tl.float32)
+    if from_history != 0:
+        source = history + (b * history_b + c * history_c + t * history_t + h * history_h)
+        source = _along(source, x, lane, inner, history_p, history_q, VECTOR)
+        past = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    fresh = tl.zeros((TILE,), tl.float32)
+    if from_noise != 0:
+        source = noise + (b * noise_b + c * noise_c + t * noise_t + h * noise_h)
+        source = _along(source, x, lane, inner, noise_p, noise_q, VECTOR)
+        fresh = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    following = from_latent * current + from_x0 * clean + from_history * past + from_noise * fresh
+    # The next latent first: it hangs on all that was read. So x0, stored after it, may lie where history was.
     target = next_latent + (b * next_b + c * next_c + t * next_t + h * next_h)
     target = _along(target, x, lane, inner, next_p, next_q, VECTOR)
     tl.store(target, following.to(next_latent.dtype.element_ty), mask=inside)
@@ -408,9 +412,8 @@ def _find_kernel(state, lower_rank, upper_rank, shift, above, fraction):  # type
         tl.store(state + LOWER_RANK, rank)
         tl.store(state + UPPER, upper)
         tl.store(state + UPPER_RANK, other_rank)
-        one = 0x3F800000
         if (above == 31) & (upper < 127):  # the exponent of 1
-            tl.store(state + LIMIT, tl.cast(one, tl.int64))
+            tl.store(state + LIMIT, tl.full((), 0x3F800000, tl.int64))  # the bits of 1
         if shift == 0:
             a = lower.to(tl.int32).to(tl.float32, bitcast=True)
             b = upper.to(tl.int32).to(tl.float32, bitcast=True)
@@ -544,11 +547,10 @@ def _variant(kernel: str, of_windows: str, of_latent: str, wide: bool) -> Varian
     constants = {"TILE": WIDE_TILE if wide else NARROW_TILE, "VECTOR": vector}
     signature |= dict.fromkeys(constants, "constexpr")
     name = f"{of_windows} windows, {of_latent} latent, {'wide' if wide else 'narrow'}"
-    loads = (
-        2 * DTYPES[of_windows] + (3 if step else 1) * DTYPES[of_latent]
-    )  # of an element: of two halves, and the rest
-    promised = WIDE_TILE // (32 * NUM_WARPS) * loads // VECTOR_BYTES if wide else 0
-    return Variant(name, kernel, signature, constants, NUM_WARPS, NUM_STAGES, promised)
+    loads = 2 * DTYPES[of_windows] + (3 if step else 1) * DTYPES[of_latent]  # bytes of an element; windows have halves
+    options = STEP_OPTIONS if step else COUNT_OPTIONS
+    promised = WIDE_TILE // (32 * options["num_warps"]) * loads // VECTOR_BYTES if wide else 0
+    return Variant(name, kernel, signature, constants, **options, wide_loads=promised)
 
 
 VARIANTS = (
@@ -563,7 +565,6 @@ VARIANTS = (
         "_find_kernel",
         {"state": "*i64", **dict.fromkeys(FIND_INTEGERS, "i32"), "fraction": "fp32"},
         {},
-        num_warps=1,
-        num_stages=1,
+        **FIND_OPTIONS,
     ),
 )
