@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout, _registry
 from lumiere_fast.ops._checks import (
     check_choice,
@@ -275,7 +276,37 @@ def describe(
     return result, result
 
 
-_OP = _registry.register(denoise_step, denoise_step_reference, flatten, describe, in_place=("latent", "history"))
+def _like_latent(*arguments: Any) -> Iterator[str]:
+    """What speaks against a kernel that reads noise and history as it reads latent."""
+    latent, noise, history = arguments[4], *arguments[-2:]
+    for name, tensor in (("noise", noise), ("history", history)):
+        if tensor is not None and tensor.dtype != latent.dtype:
+            yield f"{name} is {tensor.dtype}, it needs {latent.dtype} like latent"
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_OP = _registry.register(
+    denoise_step,
+    denoise_step_reference,
+    flatten,
+    describe,
+    backends=(
+        Backend(
+            "triton",
+            "lumiere_fast.kernels.denoise_step:denoise_step",
+            Needs(
+                devices=("cuda",),
+                dtypes={"windows": _DTYPES, "latent": _DTYPES},
+                capability=(8, 0),
+                gradient=True,
+                modules=("triton",),
+                limits=_like_latent,
+            ),
+        ),
+    ),
+    in_place=("latent", "history"),
+)
 
 
 THRESHOLDS: dict[str, Threshold | None] = {
