@@ -298,8 +298,10 @@ def _given(out: Out) -> list[Tensor]:
 
 def _store(result: Any, out: Out) -> Any:
     """`result` with its tensors moved into those of `out`."""
-    if isinstance(result, Tensor):
-        return out.copy_(result) if isinstance(out, Tensor) else result
+    if out is None:
+        return result
+    if isinstance(out, Tensor) and isinstance(result, Tensor):
+        return out.copy_(result)
     rooms = zip_longest(result, _rooms(out))
     return tuple(tensor if room is None else room.copy_(tensor) for tensor, room in rooms)
 
