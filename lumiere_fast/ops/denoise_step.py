@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout, _registry
 from lumiere_fast.ops._checks import check_choice, check_floating, check_tensor
 from lumiere_fast.ops._spec import Draw, OpSpec, Scenario
@@ -241,7 +242,20 @@ def describe(
     return result, result
 
 
-_OP = _registry.register(denoise_step, denoise_step_reference, flatten, describe, in_place=("latent", "history"))
+_OP = _registry.register(
+    denoise_step,
+    denoise_step_reference,
+    flatten,
+    describe,
+    backends=(
+        Backend(
+            "cpu",
+            "lumiere_fast.native:denoise_step",
+            Needs(devices=("cpu",), gradient=True, native="cpu"),
+        ),
+    ),
+    in_place=("latent", "history"),
+)
 
 
 def _make_inputs(
