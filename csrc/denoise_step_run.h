@@ -78,11 +78,13 @@ template <class A> inline void store(lf_dtype dtype, char* at, int64_t stride, c
   }
 }
 
+// x0 from the two halves of a guided prediction.
 template <class A>
-inline void guide(A* __restrict prediction, const A* __restrict conditional, const A* __restrict unconditional, A scale,
-                  int64_t n) {
+inline void combine_guided(A* __restrict x0, A a, const A* __restrict latent, A b, const A* __restrict conditional,
+                           const A* __restrict unconditional, A scale, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    prediction[i] = unconditional[i] + scale * (conditional[i] - unconditional[i]);
+    const A prediction = unconditional[i] + scale * (conditional[i] - unconditional[i]);
+    x0[i] = a * latent[i] + b * prediction;
   }
 }
 
@@ -122,13 +124,13 @@ template <class A> class StepBlock {
   // Before it is bounded.
   void predict_x0(const A* latent, A* x0) const {
     A room[kBlock], other[kBlock];
-    const A* prediction = blended(0, room);
+    const A* const prediction = blended(0, room);
     if (of_.guided) {
-      guide(x0, prediction, blended(1, other), of_.guidance_scale, n_);
-      std::memcpy(room, x0, n_ * sizeof(A));
-      prediction = room;
+      combine_guided(x0, of_.x0_latent, latent, of_.x0_prediction, prediction, blended(1, other), of_.guidance_scale,
+                     n_);
+    } else {
+      combine(x0, of_.x0_latent, latent, of_.x0_prediction, prediction, n_);
     }
-    combine(x0, of_.x0_latent, latent, of_.x0_prediction, prediction, n_);
   }
 
  private:

@@ -415,10 +415,10 @@ def denoise_step(
             over a clip or frame where that is over 1. It is exact, interpolated linearly between its neighbours.
         percentile: in (0, 1].
         noise, history: like the latent; None, or not looked at, where f or e is 0.
-        out: (next, x0), like the latent, written; any strides. `next` may be the very latent, and `x0` the very history.
+        out: (next, x0), like the latent, written; any strides. `next` may be the very latent, `x0` the very history.
 
-    Arithmetic is in fp32, or fp64 where either dtype is, and rounded once. It takes at most `torch.get_num_threads()`
-    threads, whose number changes no result.
+    Arithmetic is in fp32, or fp64 where either dtype is, and rounded once. At most `torch.get_num_threads()` threads
+    take part, and their number changes no result.
 
     Raises:
         ValueError: as for `blend_windows`; noise or history missing, a tensor that is not on the CPU, an element of
