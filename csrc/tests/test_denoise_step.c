@@ -263,6 +263,28 @@ static void crowded(double value, int64_t others, double other, double percentil
   release(&c);
 }
 
+/* The lower neighbour is the largest of those a sample promises, as it sees nothing of the 2443 that are larger. */
+static void unseen(void) {
+  static Case c;
+  prepare(&c, LF_FLOAT32, LF_FLOAT32, 113, 131, 1, 0, 1, 0);
+  c.call.bound = LF_BOUND_CLIP, c.call.percentile = 0.995;
+  c.call.x0_latent = 1, c.call.x0_prediction = 0;
+  const int64_t clip = c.elements / 2;
+  for (int64_t b = 0; b < 2; ++b) {
+    float* latent = (float*)(void*)c.clips[0] + b * clip;
+    int64_t larger = 0;
+    for (int64_t i = 0; i < clip; ++i) {
+      const int hidden = i / 64 % 32 == 5 && i < 130000 && larger < 2443;
+      latent[i] = hidden ? 9.0f : i >= 140000 && i % 100 == 0 ? 5.0f : 0.5f;
+      larger += hidden;
+    }
+    CHECK(larger == 2443); /* of 488499: the quantile lies 0.51 of the way from the 2444th to the 2443rd */
+  }
+  CHECK(lf_denoise_step_cpu(&c.call, 1) == LF_OK);
+  CHECK(fabs(((float*)c.call.x0.data)[0] - 0.5 / 7.04) < 1e-3);
+  release(&c);
+}
+
 static void agreement(void) { /* where windows agree, the mean is exactly what they agree on */
   static Case c;
   prepare(&c, LF_FLOAT32, LF_FLOAT32, 7, 9, 1, 0, 1, 1);
@@ -375,6 +397,7 @@ int main(void) {
   crowded(5, 3000, NAN, 0.995, NAN);
   crowded(5, 3000, NAN, 0.99, 5);
   crowded(0.5, 1, 9, 1 - 0.5 / (double)(clip - 1), 4.75); /* half way from 0.5 to the only one over 1 */
+  unseen();
   agreement();
   check_errors();
   if (failures == 0) printf("denoise_step: all checks passed\n");
