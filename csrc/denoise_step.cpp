@@ -87,7 +87,7 @@ template <class K> class Kept {
 
 constexpr int64_t kLeastRoom = 1 << 15, kMostRoom = 1 << 20;  // keys that are kept, 1 / kRoomShare of a unit's between
 constexpr int64_t kRoomShare = 32;
-constexpr int64_t kSmallUnit = 1 << 14;  // of so few elements no sample is taken
+constexpr int64_t kSmallUnit = 1 << 12;  // of so few elements no sample is taken
 
 template <class A> class DenoiseStep {
  public:
