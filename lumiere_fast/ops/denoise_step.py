@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -276,14 +276,6 @@ def describe(
     return result, result
 
 
-def _like_latent(*arguments: Any) -> Iterator[str]:
-    """What speaks against a kernel that reads noise and history as it reads latent."""
-    latent, noise, history = arguments[4], *arguments[-2:]
-    for name, tensor in (("noise", noise), ("history", history)):
-        if tensor is not None and tensor.dtype != latent.dtype:
-            yield f"{name} is {tensor.dtype}, it needs {latent.dtype} like latent"
-
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _OP = _registry.register(
@@ -301,8 +293,12 @@ _OP = _registry.register(
                 capability=(8, 0),
                 gradient=True,
                 modules=("triton",),
-                limits=_like_latent,
             ),
+        ),
+        Backend(
+            "cpu",
+            "lumiere_fast.native:denoise_step",
+            Needs(devices=("cpu",), gradient=True, native="cpu"),
         ),
     ),
     in_place=("latent", "history"),

@@ -1,0 +1,374 @@
+// denoise_step on a CPU: in one walk over the video, and for a dynamic threshold a few more that find its quantile.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <deque>
+#include <limits>
+#include <vector>
+
+#include "common/cover.h"
+#include "common/parallel.h"
+#include "common/processor.h"
+#include "common/runs.h"
+#include "denoise_step_run.h"
+
+namespace lf {
+namespace {
+
+template <class A> const StepKernels<A>& kernels() {
+#if defined(LF_WITH_AVX2)
+  if (has_avx2()) return step_kernels_avx2<A>();
+#endif
+  return kStepKernels<A>;
+}
+
+// What one threshold is for: a clip, a frame, or all there is.
+struct Unit {
+  int64_t first_box, end_box, elements = 0;
+};
+
+// The linearly interpolated quantile lies between two neighbours in ascending order.
+template <class A> struct Place {
+  int64_t from_top;  // the lower one's place in descending order, from 1
+  A fraction;        // of the way to the upper one
+
+  Place(double percentile, int64_t elements) {
+    const double position = percentile * static_cast<double>(elements - 1), below = std::floor(position);
+    from_top = elements - static_cast<int64_t>(below);
+    fraction = static_cast<A>(position - below);
+  }
+
+  A between(A lower, A upper) const {  // as torch.lerp has it, infinities too
+    return fraction < static_cast<A>(0.5) ? lower + fraction * (upper - lower)
+                                          : upper - (upper - lower) * (1 - fraction);
+  }
+};
+
+template <class A> A value_of(Key<A> key) {
+  A value;
+  memcpy(&value, &key, sizeof value);
+  return value;
+}
+
+// The keys that a walk keeps: all are counted, and those there is room for stay.
+template <class K> class Kept {
+ public:
+  explicit Kept(int64_t room) : room_(room), keys_(room) {}
+
+  void clear() { size_ = 0, least_ = std::numeric_limits<K>::max(); }
+  int64_t size() const { return size_; }
+  K least() const { return least_; }
+  bool complete() const { return size_ <= room_; }
+  K* begin() const { return keys_.get(); }
+  K* end() const { return begin() + std::min<int64_t>(size_, room_); }
+
+  static void add(void* kept, const K* keys, int64_t n) {
+    Kept& to = *static_cast<Kept*>(kept);
+    const int64_t at = to.size_.fetch_add(n);
+    if (at < to.room_) std::copy_n(keys, std::min(n, to.room_ - at), to.begin() + at);
+    const K least = *std::min_element(keys, keys + n);
+    for (K known = to.least_; least < known && !to.least_.compare_exchange_weak(known, least);) {
+    }
+  }
+
+  // The key that `from_top` - 1 others are not below; those from there on are the larger ones then.
+  K* select(int64_t from_top) {
+    K* const found = end() - from_top;
+    std::nth_element(begin(), found, end());
+    return found;
+  }
+
+ private:
+  const int64_t room_;
+  Buffer<K> keys_;
+  std::atomic<int64_t> size_{0};
+  std::atomic<K> least_{std::numeric_limits<K>::max()};
+};
+
+constexpr int64_t kLeastRoom = 1 << 15, kMostRoom = 1 << 20;  // keys that are kept, 1 / kRoomShare of a unit's between
+constexpr int64_t kRoomShare = 32;
+constexpr int64_t kSmallUnit = 1 << 12;  // of so few elements no sample is taken
+
+template <class A> class DenoiseStep {
+ public:
+  using K = Key<A>;
+
+  DenoiseStep(const lf_denoise_step& call, const Cover& cover, const StepSettings<A>& settings, int64_t num_threads)
+      : call_(call), cover_(cover), settings_(settings), kernels_(kernels<A>()) {
+    cut();
+    const int64_t elements = cover.out_shape[kBatch] * cover.out_shape[kChannel] * cover.out_shape[kTime] *
+                             cover.out_shape[kHeight] * cover.out_shape[kWidth];
+    threads_ = std::clamp<int64_t>(elements / elements_worth_a_thread(), 1, num_threads);
+    std::vector<Clip> clips;
+    const lf_clip* const given[kStepClips] = {&call.next, &call.x0, &call.latent, &call.history, &call.noise};
+    const bool read[kStepClips] = {true, true, true, settings.reads_history, settings.reads_noise};
+    for (int i = 0; i < kStepClips; ++i) {
+      const lf_clip& clip = read[i] ? *given[i] : call.latent;
+      clips.push_back({static_cast<char*>(clip.data), settings.size, {}});
+      std::copy_n(clip.strides, kAxes, clips.back().strides.begin());
+    }
+    for (int64_t i = 0; i < threads_; ++i) walks_.emplace_back(cover, clips);
+  }
+
+  void run() {
+    if (!dynamic()) return apply(units_[0], threads_, 0, call_.bound == LF_BOUND_STATIC ? 1 : 0);
+    const int64_t units = units_.size();
+    // Where there are units enough for the threads each takes whole ones, which are then still in its cache when they
+    // are walked over again; else the threads share a unit.
+    const bool apart = units % threads_ == 0 || units >= 4 * threads_;
+    const int64_t room = std::clamp(units_[0].elements / kRoomShare, kLeastRoom, kMostRoom);
+    std::deque<Kept<K>> kept;
+    for (int64_t i = 0; i < (apart ? threads_ : 1); ++i) kept.emplace_back(room);
+    for_each_piece(units, apart ? threads_ : 1, [&](int64_t worker, int64_t unit) {
+      const int64_t threads = apart ? 1 : threads_;
+      apply(units_[unit], threads, worker, limit(units_[unit], threads, worker, kept[worker]));
+    });
+  }
+
+ private:
+  bool dynamic() const { return call_.bound == LF_BOUND_CLIP || call_.bound == LF_BOUND_FRAME; }
+
+  void cut() {
+    if (!dynamic()) {
+      units_.push_back({0, 0});
+      for (const Cell& cell : cover_.cells) add_box(whole(cover_, cell));
+      return;
+    }
+    const int64_t frames = cover_.out_shape[kTime], length = call_.bound == LF_BOUND_FRAME ? 1 : frames;
+    for (int64_t clip = 0; clip < cover_.out_shape[kBatch]; ++clip) {
+      for (int64_t frame = 0; frame < frames; frame += length) {
+        units_.push_back({static_cast<int64_t>(boxes_.size()), 0});
+        for (const Cell& cell : cover_.cells) {
+          Box box = whole(cover_, cell);
+          const int64_t end = std::min(frame + length, box.low[kTime] + box.shape[kTime]);
+          box.low[kBatch] = clip;
+          box.low[kTime] = std::max(frame, box.low[kTime]);
+          box.shape[kBatch] = 1;
+          box.shape[kTime] = end - box.low[kTime];
+          if (box.shape[kTime] > 0) add_box(box);
+        }
+      }
+    }
+  }
+
+  void add_box(const Box& box) {
+    boxes_.push_back(box);
+    pieces_.push_back(pieces_.back() + box.pieces());
+    units_.back().end_box = boxes_.size();
+    units_.back().elements += box.elements();
+  }
+
+  // Calls work(run, piece's number) for all runs of a unit, on so many threads; a single one's scratch memory is that of
+  // `worker`.
+  template <class Work> void over(const Unit& unit, int64_t threads, int64_t worker, const Work& work) {
+    const int64_t first = pieces_[unit.first_box];
+    for_each_piece(pieces_[unit.end_box] - first, threads, [&](int64_t member, int64_t index) {
+      const int64_t piece = first + index;
+      const int64_t box = std::upper_bound(pieces_.begin(), pieces_.end(), piece) - pieces_.begin() - 1;
+      work(walks_[threads > 1 ? member : worker], boxes_[box], piece - pieces_[box], pieces_[box + 1] - pieces_[box]);
+    });
+  }
+
+  // `limit`: 0 for none.
+  void apply(const Unit& unit, int64_t threads, int64_t worker, A limit) {
+    over(unit, threads, worker, [&](Walk<A>& walk, const Box& box, int64_t share, int64_t of) {
+      walk.each_run(box, share, of,
+                    [&](const Run<A>& run) { kernels_.step(run, settings_, limit == 0 ? nullptr : &limit); });
+    });
+  }
+
+  // The number of keys above `high`; those in (low, high] are kept.
+  int64_t count(const Unit& unit, int64_t threads, int64_t worker, K low, K high, int64_t every, Kept<K>& kept) {
+    std::atomic<int64_t> above{0};
+    kept.clear();
+    over(unit, threads, worker, [&](Walk<A>& walk, const Box& box, int64_t share, int64_t of) {
+      Count<A> found{low, high, every, 0, 0, &Kept<K>::add, &kept};
+      walk.each_run(box, share, of, [&](const Run<A>& run) { kernels_.count(run, settings_, found); });
+      above += found.above;
+    });
+    return above;
+  }
+
+  // max(quantile, 1) of a unit, exactly. The key of the lower neighbour is looked for in a bracket, which a sample
+  // suggests: what lies above is counted, and what lies within is kept and selected from. A bracket that missed, or
+  // held too much, is followed by others that bisect what is left; most often the first one does.
+  A limit(const Unit& unit, int64_t threads, int64_t worker, Kept<K>& kept) {
+    const Place<A> place(call_.percentile, unit.elements);
+    const int64_t wanted = place.from_top;
+    K below = kOne - 1, least_above = kMost;  // the key is in (below, least_above]; all at most 1 count as equal
+    Bracket trial = suggested(unit, threads, worker, wanted, kept);
+    for (;;) {
+      const int64_t above = count(unit, threads, worker, trial.low, trial.high, 1, kept);
+      const int64_t over_low = above + kept.size();
+      bool missed = true;
+      if (wanted <= above) {
+        below = trial.high;
+      } else if (wanted > over_low) {
+        least_above = trial.low;
+        if (least_above == kOne) {
+          if (wanted - 1 > over_low) return 1;
+          below = -1;  // only the upper neighbour is over 1
+        }
+      } else {
+        if (kept.complete()) return at_least_one(selected(unit, threads, worker, place, above, kept));
+        below = trial.low, least_above = trial.high;
+        missed = false;
+      }
+      if (least_above - below == 1) {
+        return at_least_one(with_upper(unit, threads, worker, place, least_above, kept));
+      }
+      const K least = below == -1 ? below : std::max(below, kOne);
+      trial = {missed && least < least_above ? least : below + (least_above - below) / 2, least_above};
+    }
+  }
+
+  struct Bracket {
+    K low, high;
+  };
+
+  // Around the key's place in a sample, four standard deviations to each side.
+  Bracket suggested(const Unit& unit, int64_t threads, int64_t worker, int64_t wanted, Kept<K>& kept) {
+    if (unit.elements <= kSmallUnit) return {kOne, kMost};
+    const int64_t size = std::min(unit.elements / kRoomShare, std::max<int64_t>(kLeastRoom, unit.elements / 512));
+    count(unit, threads, worker, -1, kMost, unit.elements / size, kept);
+    const double taken = static_cast<double>(kept.end() - kept.begin());
+    const double share = static_cast<double>(wanted) / static_cast<double>(unit.elements);
+    const double expected = share * taken, reach = 4 * std::sqrt(expected * (1 - share)) + 8;
+    const auto low_place = static_cast<int64_t>(std::ceil(expected + reach));
+    const auto high_place = static_cast<int64_t>(expected - reach);
+    if (low_place > taken) return {kOne, kMost};
+    const K low = std::max<K>(*kept.select(low_place) - 1, kOne);
+    if (high_place < 1) return {low, kMost};
+    return {low, std::max<K>(*kept.select(high_place), low + 1)};
+  }
+
+  // The quantile, whose lower neighbour is among those kept; `above` are over them.
+  A selected(const Unit& unit, int64_t threads, int64_t worker, const Place<A>& place, int64_t above, Kept<K>& kept) {
+    const int64_t from_top = place.from_top - above;
+    K* const lower = kept.select(from_top);
+    if (from_top == 1 && above > 0) return with_upper(unit, threads, worker, place, *lower, kept);
+    const K upper = from_top == 1 ? *lower : *std::min_element(lower + 1, kept.end());
+    return place.between(value_of<A>(*lower), value_of<A>(upper));
+  }
+
+  // The quantile from its lower neighbour alone.
+  A with_upper(const Unit& unit, int64_t threads, int64_t worker, const Place<A>& place, K lower, Kept<K>& kept) {
+    if (place.from_top == 1) return value_of<A>(lower);
+    count(unit, threads, worker, lower, kMost, 1, kept);
+    const K upper = kept.size() == place.from_top - 1 ? kept.least() : lower;
+    return place.between(value_of<A>(lower), value_of<A>(upper));
+  }
+
+  static A at_least_one(A quantile) { return quantile <= 1 ? 1 : quantile; }  // a NaN stays one
+
+  static constexpr K kMost = std::numeric_limits<K>::max();
+  static constexpr K kOne = sizeof(A) == 4 ? K{0x3f800000} : static_cast<K>(0x3ff0000000000000);
+
+  const lf_denoise_step& call_;
+  const Cover& cover_;
+  const StepSettings<A> settings_;
+  const StepKernels<A>& kernels_;
+  std::vector<Unit> units_;
+  std::vector<Box> boxes_;
+  std::vector<int64_t> pieces_{0};  // of the boxes before each box
+  std::vector<Walk<A>> walks_;
+  int64_t threads_;
+};
+
+// A clip that is read or written.
+struct Given {
+  const lf_clip* clip;
+  const lf_clip* place;  // of what is written: the clip that it may take the place of; null for one that is read
+};
+
+bool coincide(const lf_clip& a, const lf_clip& b, const int64_t* shape) {
+  for (int axis = 0; axis < kAxes; ++axis) {
+    if (shape[axis] > 1 && a.strides[axis] != b.strides[axis]) return false;
+  }
+  return a.data == b.data;
+}
+
+// What is written may lie on top of neither itself nor anything that is read, but in the very place of its own.
+lf_status check_memory(const lf_denoise_step& call, const Cover& cover, const std::vector<Given>& clips, int64_t size) {
+  const auto span = [&](const lf_clip& clip) { return span_of(clip.data, call.shape, clip.strides, kAxes, size); };
+  for (const Given& out : clips) {
+    if (!out.place) continue;
+    if (!elements_apart(call.shape, out.clip->strides, kAxes)) return LF_INVALID_STRIDES;
+    Shape strides;
+    std::copy_n(out.clip->strides, kAxes, strides.begin());
+    lf_status status = check_apart_from_windows(cover, out.clip->data, strides, size);
+    for (const Given& other : clips) {
+      if (status != LF_OK) return status;
+      if (other.clip == out.clip) continue;
+      status = check_apart(span(*out.clip), span(*other.clip));
+      const bool in_place = other.clip == out.place && coincide(*out.clip, *other.clip, call.shape);
+      if (status == LF_SHARED_MEMORY && in_place) status = LF_OK;
+    }
+    if (status != LF_OK) return status;
+  }
+  return LF_OK;
+}
+
+bool is_missing(double coefficient, const lf_clip& clip) { return coefficient != 0 && !clip.data; }
+
+lf_status check_numbers(const lf_denoise_step& call, int32_t num_threads) {
+  if (num_threads < 1 || call.bound < LF_BOUND_NONE || call.bound > LF_BOUND_FRAME) return LF_INVALID_ARGUMENT;
+  const bool dynamic = call.bound == LF_BOUND_CLIP || call.bound == LF_BOUND_FRAME;
+  return dynamic && !(call.percentile > 0 && call.percentile <= 1) ? LF_INVALID_ARGUMENT : LF_OK;
+}
+
+lf_status check_clips(const lf_denoise_step& call, const Cover& cover, int64_t size) {
+  if (cover.empty()) return LF_OK;
+  std::vector<Given> clips{{&call.next, &call.latent}, {&call.x0, &call.history}, {&call.latent, nullptr}};
+  if (is_missing(call.history_coefficient, call.history) || is_missing(call.noise_coefficient, call.noise)) {
+    return LF_INVALID_ARGUMENT;
+  }
+  if (call.history_coefficient != 0) clips.push_back({&call.history, nullptr});
+  if (call.noise_coefficient != 0) clips.push_back({&call.noise, nullptr});
+  for (const Given& given : clips) {
+    if (!given.clip->data) return LF_INVALID_ARGUMENT;
+  }
+  return check_memory(call, cover, clips, size);
+}
+
+template <class A> void denoise_step(const lf_denoise_step& call, const Cover& cover, int64_t size, int64_t threads) {
+  const StepSettings<A> settings{call.window_dtype,
+                                 call.dtype,
+                                 cover.element_size,
+                                 size,
+                                 call.guided != 0,
+                                 static_cast<A>(call.guidance_scale),
+                                 static_cast<A>(call.x0_latent),
+                                 static_cast<A>(call.x0_prediction),
+                                 static_cast<A>(call.latent_coefficient),
+                                 static_cast<A>(call.x0_coefficient),
+                                 call.history_coefficient != 0,
+                                 call.noise_coefficient != 0,
+                                 static_cast<A>(call.history_coefficient),
+                                 static_cast<A>(call.noise_coefficient)};
+  DenoiseStep<A>(call, cover, settings, threads).run();
+}
+
+}  // namespace
+}  // namespace lf
+
+lf_status lf_denoise_step_cpu(const lf_denoise_step* call, int32_t num_threads) noexcept {
+  return lf::guarded([&]() -> lf_status {
+    if (!call) return LF_INVALID_ARGUMENT;
+    int64_t size = 0;
+    lf_status status = lf::check_numbers(*call, num_threads);
+    if (status == LF_OK) status = lf_dtype_size(call->dtype, &size);
+    if (status != LF_OK) return status;
+    lf::Cover cover;
+    status = lf::plan_cover({call->window_dtype, call->num_windows, call->windows, call->window_shapes,
+                             call->window_strides, call->axes, call->starts, call->weights, call->next.data,
+                             call->shape, call->next.strides, call->guided ? 2 : 1},
+                            cover);
+    if (status == LF_OK) status = lf::check_clips(*call, cover, size);
+    if (status != LF_OK || cover.empty()) return status;
+    const bool wide = call->dtype == LF_FLOAT64 || call->window_dtype == LF_FLOAT64;
+    wide ? lf::denoise_step<double>(*call, cover, size, num_threads)
+         : lf::denoise_step<float>(*call, cover, size, num_threads);
+    return LF_OK;
+  });
+}
