@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from itertools import islice, pairwise, product
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from lumiere_fast import native
 from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout, _registry
 from lumiere_fast.ops._checks import (
+    check_choice,
     check_device,
     check_floating,
     check_integer,
@@ -24,7 +25,8 @@ from lumiere_fast.ops._checks import (
 from lumiere_fast.ops._spec import Draw, OpSpec, Scenario
 
 Box = tuple[tuple[int, int], ...]
-Weights = Tensor | Sequence[float] | Sequence[Tensor] | Sequence[Sequence[float]] | None
+WeightKind = Literal["flat", "trapezoid", "pyramid"]
+Weights = WeightKind | Tensor | Sequence[float] | Sequence[Tensor] | Sequence[Sequence[float]] | None
 
 LEAST_WEIGHT = 1e-100  # of a vector's largest: the product of three is a normal number still
 
@@ -51,8 +53,10 @@ def blend_windows(
         starts: (N,) first frames, all different. Or (N, 3) corners (t, h, w), to blend in space too. A sequence of
             integers, or a tensor, best on the CPU: its values are read.
         num_frames: frames of the video. With (N, 3) starts its height and width are where the furthest window ends.
-        weights: None for equal weights; a vector (T',) for (N,) starts; three vectors (T',), (H',), (W') for (N, 3),
-            whose product weighs a position. Positive, within 1e100 of one another. Constants: no gradient goes to them.
+        weights: None or "flat" for equal weights, as in the paper; a vector (T',) for (N,) starts; three vectors
+            (T',), (H',), (W',) for (N, 3), whose product weighs a position. Or "trapezoid" or "pyramid" for the vectors
+            of `window_weights`, a trapezoid's ramp as long as the least overlap of neighbours along its axis. Positive,
+            within 1e100 of one another, for windows of one size. Constants: no gradient goes to them.
         backend: None for the current choice.
         out: where to put the result; not where a gradient is needed.
 
@@ -78,6 +82,30 @@ def window_starts(num_frames: int, window: int, overlap: int = 2) -> list[int]:
     if not 0 <= overlap < window <= num_frames:
         raise ValueError(f"need 0 <= overlap < window <= num_frames, got {overlap}, {window} and {num_frames}")
     return [*range(0, num_frames - window, window - overlap), num_frames - window]
+
+
+def window_weights(kind: WeightKind, window: int, overlap: int = 2) -> tuple[float, ...]:
+    """Weights of a window's frames (or rows, or columns), all divided by the largest:
+
+        flat:       w[i] = 1
+        trapezoid:  w[i] = min(i + 1, window - i, overlap + 1)
+        pyramid:    w[i] = min(i + 1, window - i)
+
+    Flat is the paper's. A trapezoid fades neighbours that share `overlap` frames, less than half of a window, linearly
+    into one another. A pyramid trusts a window the more the further a frame is from its ends, which suits large
+    overlaps; a trapezoid whose ramps meet is one.
+
+    Raises:
+        ValueError: another kind, no window, or a negative overlap.
+    """
+    op = "window_weights"
+    check_choice(op, "kind", kind, get_args(WeightKind))
+    window, overlap = check_integer(op, "window", window), check_integer(op, "overlap", overlap)
+    if window < 1 or overlap < 0:
+        raise ValueError(f"{op}: need window >= 1 and overlap >= 0, got {window} and {overlap}")
+    ramp = {"flat": 1, "trapezoid": overlap + 1, "pyramid": window}[kind]
+    heights = [min(i + 1, window - i, ramp) for i in range(window)]
+    return tuple(height / max(heights) for height in heights)
 
 
 def blend_windows_reference(
@@ -207,7 +235,7 @@ def flatten_cover(
 ) -> tuple[list[Tensor], list[int], tuple[int, ...], list[float] | None]:
     """The cover's part of the reference's arguments, once the windows are known to fit and to leave no gap."""
     starts = [start for corner in corners for start in corner]
-    table = check_weights(op, weights, windows, len(extent))
+    table = check_weights(op, weights, windows, corners)
     plan = _plan(windows, starts, extent)
     if plan.sticks_out is not None:
         window, axis, start, stop = plan.sticks_out
@@ -276,26 +304,56 @@ def check_starts(
     return corners
 
 
-def check_weights(op: str, weights: Weights, windows: Sequence[Tensor], axes: int) -> list[float] | None:
-    """The vectors of all blended axes, one after the other."""
+def check_weights(
+    op: str, weights: Weights, windows: Sequence[Tensor], corners: Sequence[tuple[int, ...]]
+) -> list[float] | None:
+    """The vectors of all blended axes, one after the other, each relative to its largest: only their ratios count."""
+    if isinstance(weights, str):
+        check_choice(op, "weights", weights, (None, *get_args(WeightKind)))
+        weights = None if weights == "flat" else weights
     if weights is None:
         return None
-    sizes = windows[0].shape[2 : 2 + axes]
-    if any(window.shape[2 : 2 + axes] != sizes for window in windows):
+    axes = len(corners[0])
+    sizes = [int(size) for size in windows[0].shape[2 : 2 + axes]]
+    if any(window.shape[2 : 2 + axes] != windows[0].shape[2 : 2 + axes] for window in windows):
         raise ValueError(f"{op}: weights need windows of equal lengths; leave them out, or cut the windows alike")
-    vectors = [torch.as_tensor(v, dtype=torch.float64) for v in (weights if axes == 3 else [weights])]
-    if len(vectors) != axes:
-        raise ValueError(f"{op}: weights must be {axes} vectors, one for each of T, H, W, got {len(vectors)}")
-    for a, (vector, size) in enumerate(zip(vectors, sizes, strict=True)):
-        if vector.shape != (size,):
-            raise ValueError(f"{op}: weights[{a}] must have the {size} entries of its axis, got {tuple(vector.shape)}")
-    if not all(0 < value < math.inf for vector in vectors for value in vector.tolist()):
-        raise ValueError(f"{op}: weights must be positive and finite, got {[vector.tolist() for vector in vectors]}")
-    relative = [vector / vector.max() for vector in vectors]  # only their ratios count
-    if any(float(vector.min()) < LEAST_WEIGHT for vector in relative):
+    if isinstance(weights, str):
+        along = zip(sizes, zip(*corners, strict=True), strict=True)
+        vectors = [list(window_weights(weights, size, _least_overlap(starts, size))) for size, starts in along]
+    else:
+        vectors = _given_vectors(op, weights, sizes)
+    relative = [[value / max(vector) for value in vector] for vector in vectors]
+    if any(min(vector) < LEAST_WEIGHT for vector in relative):
         raise ValueError(f"{op}: weights of one vector must lie within {1 / LEAST_WEIGHT:.0e} of one another")
-    values: list[float] = torch.cat(relative).tolist()
-    return values
+    return [value for vector in relative for value in vector]
+
+
+def _least_overlap(starts: Sequence[int], size: int) -> int:
+    """Of neighbours along an axis; none where there is but one."""
+    steps = [after - before for before, after in pairwise(sorted(set(starts)))]
+    return max(0, size - max(steps)) if steps else 0
+
+
+def _given_vectors(op: str, weights: Any, sizes: Sequence[int]) -> list[list[float]]:
+    """As lists, not as tensors: a trace can read them."""
+    try:
+        vectors = [[float(w) for w in _listed(v)] for v in (_listed(weights) if len(sizes) == 3 else [weights])]
+    except (TypeError, ValueError):
+        kind = "three vectors of numbers, for T, H and W" if len(sizes) == 3 else "a vector of numbers"
+        accepted = ", ".join(map(repr, get_args(WeightKind)))
+        raise ValueError(f"{op}: weights must be None, {accepted} or {kind}, got {weights!r}") from None
+    if len(vectors) != len(sizes):
+        raise ValueError(f"{op}: weights must be {len(sizes)} vectors, one for each of T, H, W, got {len(vectors)}")
+    for a, (vector, size) in enumerate(zip(vectors, sizes, strict=True)):
+        if len(vector) != size:
+            raise ValueError(f"{op}: weights[{a}] must have the {size} entries of its axis, got {len(vector)}")
+    if not all(0 < value < math.inf for vector in vectors for value in vector):
+        raise ValueError(f"{op}: weights must be positive and finite, got {vectors}")
+    return vectors
+
+
+def _listed(values: Any) -> list[Any]:
+    return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 def _space(corners: Sequence[Sequence[int]]) -> range:
@@ -383,34 +441,46 @@ VIDEOS = (
     _video("host_32x256", 32, 256, 8, cpu=True),
 )
 
+APART = (3, 5)  # odd, so that no load of several elements fits
 
-def draw_windows(scenario: Scenario, draw: Draw, batch: int) -> tuple[list[int], list[Tensor]]:
-    """The scenario's starts, and a prediction for each: separate tensors, as a loop over windows makes them."""
-    _, C, T, H, W = scenario.shape("BCTHW")
-    starts = window_starts(T, scenario.options["window"], scenario.options.get("overlap", 2))
-    return starts, [draw.activation(batch, C, scenario.options["window"], H, W) for _ in starts]
+
+def draw_cover(scenario: Scenario, draw: Draw, batch: int) -> dict[str, Any]:
+    """Windows, separate tensors as a loop over them makes them, their starts and their weights.
+
+    Options: "window" and "overlap" in frames; "in_space": windows lie in fours, APART rows and columns from each other;
+    "weighted": by vectors of the blended axes.
+    """
+    C, H, W = scenario.shape("CHW")
+    length = scenario.options["window"]
+    starts: list[Any] = _frames(scenario)
+    vectors = [torch.rand(n, generator=draw.generator) + 0.5 for n in (length, H, W)]
+    weights: Weights = vectors[0]
+    if scenario.options.get("in_space"):
+        starts, weights = list(product(starts, *((0, step) for step in APART))), vectors
+    windows = [draw.activation(batch, C, length, H, W) for _ in starts]
+    cover: dict[str, Any] = {"windows": windows, "starts": starts}
+    return {**cover, "weights": weights} if scenario.options.get("weighted") else cover
+
+
+def _frames(scenario: Scenario) -> list[int]:
+    return window_starts(scenario.sizes["T"], scenario.options["window"], scenario.options.get("overlap", 2))
+
+
+def video_shape(scenario: Scenario) -> tuple[int, ...]:
+    """Of what `draw_cover` covers."""
+    B, C, T, H, W = scenario.shape("BCTHW")
+    return (B, C, T, H + APART[0], W + APART[1]) if scenario.options.get("in_space") else (B, C, T, H, W)
 
 
 def _make_inputs(
     scenario: Scenario, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, Any]:
-    draw = Draw(device, dtype, generator)
-    starts, windows = draw_windows(scenario, draw, scenario.sizes["B"])
-    call: dict[str, Any] = {"windows": windows, "starts": starts, "num_frames": scenario.sizes["T"]}
-    if scenario.options.get("weighted"):
-        call["weights"] = torch.rand(scenario.options["window"], generator=generator) + 0.5
-    if scenario.options.get("in_space"):  # four times the windows, an odd number of rows and columns apart
-        call["starts"] = list(product(starts, (0, 3), (0, 5)))
-        call["windows"] = [draw.activation(*window.shape) for window in windows for _ in range(4)]
-        if "weights" in call:
-            sizes = windows[0].shape[3:]
-            call["weights"] = [call["weights"], *(torch.rand(n, generator=generator) + 0.5 for n in sizes)]
-    return call
+    cover = draw_cover(scenario, Draw(device, dtype, generator), scenario.sizes["B"])
+    return {**cover, "num_frames": scenario.sizes["T"]}
 
 
 def window_elements(scenario: Scenario) -> int:
-    window = scenario.options["window"]
-    return len(window_starts(scenario.sizes["T"], window)) * window * scenario.count("BCHW")
+    return len(_frames(scenario)) * scenario.options["window"] * scenario.count("BCHW")
 
 
 SPEC = OpSpec(
