@@ -228,7 +228,7 @@ def test_the_worker_knows_every_scenario_of_a_cpu() -> None:
     described = worker.describe("cpu")
     units = described["benchmarks"]
     assert described["machine"]["device"] == "cpu" and described["machine"]["versions"]["torch"] == torch.__version__
-    assert {unit["op"] for unit in units} == {*worker.benchmarked_ops(), "stunet", "pipeline"}
+    assert {unit["op"] for unit in units} == {*worker.benchmarked_ops(), *worker.MODELS}
     for unit in units:
         spec, _ = harness.benchmark_of(unit["op"])
         assert {s.name: s.cpu for s in spec.scenarios}[unit["scenario"]]
