@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lumiere_fast import ops
-from lumiere_fast.diffusion import Parameterization, Schedule, check_sampler, draw_noise, sampling_table
+from lumiere_fast import dispatch, ops
+from lumiere_fast.diffusion import NoiseLevel, Parameterization, Schedule, check_sampler, draw_noise, sampling_table
+from lumiere_fast.ops import _layout
 from lumiere_fast.ops.denoise_step import Threshold, _flat_threshold
+from lumiere_fast.pipelines.state import DenoisingState
 from lumiere_fast.pipelines.windows import Window, WindowPlan
 
 Predictor = Callable[[Tensor, Tensor, Window], Tensor]
@@ -18,6 +23,14 @@ Predictor = Callable[[Tensor, Tensor, Window], Tensor]
 With guidance its batch is doubled, conditional before unconditional."""
 
 CLAMP = Threshold("static")
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """A finished `clip`, and the `windows` that it was made in at last: smaller than asked for where memory ran out."""
+
+    clip: Tensor
+    windows: WindowPlan
 
 
 @dataclass(frozen=True)
@@ -54,44 +67,172 @@ class Denoiser:
         guidance_scale: float | None = None,
         generators: Sequence[torch.Generator] | None = None,
         on_step: Callable[[int, int], None] | None = None,
-    ) -> Tensor:
+        shrink: Callable[[WindowPlan], WindowPlan | None] | None = None,
+        resume: DenoisingState | None = None,
+        on_state: Callable[[DenoisingState], None] | None = None,
+    ) -> Denoised:
         """Denoise unit `noise` (B, C, T, H, W), drawn once a frame whatever the windows.
 
         At each step every window's prediction is made from the same latent, the predictions are averaged where windows
         overlap (paper, section 3.2: the least-squares reconciliation of MultiDiffusion), and one step is taken for the
-        whole clip, with noise drawn once a frame from `generators`, one a clip, where the sampler is stochastic.
-        `on_step(done, total)` counts the windows of all steps. The latent keeps the dtype of `noise`.
+        whole clip, with noise drawn once a frame from `generators`, one a clip, where the sampler is stochastic. The
+        latent keeps the dtype of `noise`, which is left as it is.
+
+        Videos in memory, beside what `predict` holds: the latent; between steps of a multistep sampler the last clean
+        clip; the predictions of one step; and while it is taken its clean clip and fresh noise.
+
+        Args:
+            on_step: called with (done, total), the windows of all steps; `total` grows where memory ran out.
+            shrink: gives the next smaller plan, or None. Where `predict` runs out of memory the step is made again
+                with it, and so are the steps after; without one the error goes on.
+            resume: go on from this state, on its windows and with `generators` set to where they were, as if there had
+                been no interruption. Of `noise` only shape, dtype and device count then.
+            on_state: called after each step. The state's tensors are the run's own, which the next step writes over.
+
+        Raises:
+            ValueError: a stochastic sampler without generators, or a state that does not fit the call.
         """
         levels = self.schedule.levels(num_inference_steps)
-        coefficients = sampling_table(self.sampler, levels, self.parameterization, eta=self.eta)
-        if generators is None and any(row.noise for row in coefficients):
+        table = sampling_table(self.sampler, levels, self.parameterization, eta=self.eta)
+        if generators is None and any(row.noise for row in table):
             raise ValueError(f"sampler {self.sampler!r} draws noise at every step: give generators, one a clip")
-        latent = noise * levels[0].sigma
+        first = 0
         history: Tensor | None = None
-        for step, row in enumerate(coefficients):
-            alpha, sigma = (torch.full((latent.shape[0],), value, device=latent.device) for value in levels[step])
-            scaled = self.parameterization.scale_input(latent, _per_clip(alpha), _per_clip(sigma))
-            timestep = self.parameterization.timestep(alpha, sigma)
-            predictions = []
-            for index, window in enumerate(windows):
-                predictions.append(predict(window.of(scaled), timestep, window))
-                if on_step is not None:
-                    on_step(step * len(windows) + index + 1, len(coefficients) * len(windows))
-            fresh = None
-            if generators is not None and row.noise:
-                fresh = draw_noise(latent.shape, latent.device, generators).to(latent.dtype)
-            latent, history = ops.denoise_step(
-                predictions,
-                windows.starts,
-                latent,
-                row,
-                guidance_scale=guidance_scale,
-                threshold=self.threshold,
-                weights=windows.weights,
-                noise=fresh,
-                history=history,
+        if resume is None:
+            latent = (noise * levels[0].sigma).contiguous(memory_format=_layout.video_format(noise))
+        else:
+            _check_fits(resume, noise, table, generators or ())
+            first, windows = resume.step, resume.windows
+            latent = resume.latent.to(noise.device, copy=True)
+            history = None if resume.history is None else resume.history.to(noise.device, copy=True)
+            for generator, state in zip(generators or (), resume.generators, strict=True):
+                generator.set_state(state)
+        progress = _Progress(on_step, first * len(windows))
+        for step in range(first, len(table)):
+            make = partial(self._predictions, predict, latent, levels[step], progress, len(table) - step)
+            predictions, windows = _within_memory(make, windows, shrink, latent.device)
+            latent, x0 = self._step(predictions, latent, table[step], windows, guidance_scale, generators, history)
+            del predictions, make
+            history = x0 if step + 1 < len(table) and table[step + 1].history else None
+            del x0
+            if on_state is not None:
+                states = tuple(generator.get_state() for generator in generators or ())
+                on_state(DenoisingState(step + 1, latent, history, states, windows))
+        return Denoised(latent, windows)
+
+    def _predictions(
+        self,
+        predict: Predictor,
+        latent: Tensor,
+        level: NoiseLevel,
+        progress: _Progress,
+        steps_left: int,
+        windows: WindowPlan,
+    ) -> list[Tensor]:
+        """One for each window. The network's input is scaled a window at a time."""
+        alpha, sigma = (torch.full((latent.shape[0],), value, device=latent.device) for value in level)
+        timestep = self.parameterization.timestep(alpha, sigma)
+        progress.left = steps_left * len(windows)
+        predictions = []
+        for window in windows:
+            scaled = self.parameterization.scale_input(window.of(latent), _per_clip(alpha), _per_clip(sigma))
+            predictions.append(predict(scaled, timestep, window))
+            progress.advance()
+        return predictions
+
+    def _step(
+        self,
+        predictions: list[Tensor],
+        latent: Tensor,
+        row: ops.StepCoefficients,
+        windows: WindowPlan,
+        guidance_scale: float | None,
+        generators: Sequence[torch.Generator] | None,
+        history: Tensor | None,
+    ) -> ops.DenoiseStep:
+        """In place, but where a gradient is needed."""
+        noise = None
+        if generators is not None and row.noise:
+            noise = draw_noise(latent.shape, latent.device, generators).to(latent.dtype)
+        return ops.denoise_step(
+            predictions,
+            windows.starts,
+            latent,
+            row,
+            guidance_scale=guidance_scale,
+            threshold=self.threshold,
+            weights=windows.weights,
+            noise=noise,
+            history=history,
+            out=None if dispatch.needs_gradient((predictions, latent, history)) else (latent, history),
+        )
+
+
+@dataclass
+class _Progress:
+    """Counts windows. Those of a step that is made again count once more, so that `done` never falls."""
+
+    on_step: Callable[[int, int], None] | None
+    done: int
+    left: int = 0
+
+    def advance(self) -> None:
+        self.done += 1
+        self.left -= 1
+        if self.on_step is not None:
+            self.on_step(self.done, self.done + self.left)
+
+
+def _within_memory(
+    make: Callable[[WindowPlan], list[Tensor]],
+    windows: WindowPlan,
+    shrink: Callable[[WindowPlan], WindowPlan | None] | None,
+    device: torch.device,
+) -> tuple[list[Tensor], WindowPlan]:
+    """What `make` makes of the first of `windows`, `shrink(windows)` and so on that memory suffices for, and that."""
+    while True:
+        try:
+            return make(windows), windows
+        except (MemoryError, RuntimeError) as error:
+            smaller = shrink(windows) if shrink is not None and _is_out_of_memory(error) else None
+            if smaller is None:
+                raise
+        # Only here, past the handler, are the frames gone that hold activations; those of a cycle go with the next line
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(f"out of memory with {windows}: the step is made again with {smaller}", stacklevel=4)
+        windows = smaller
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """The allocator of the CPU, unlike CUDA's, raises a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    message = str(error)
+    return message.startswith("[enforce fail at alloc_cpu.cpp") or "can't allocate memory" in message
+
+
+def _check_fits(
+    state: DenoisingState, noise: Tensor, table: Sequence[ops.StepCoefficients], generators: Sequence[torch.Generator]
+) -> None:
+    """Raise a ValueError unless a run of this table, from this noise, can go on from `state`."""
+    if not 0 <= state.step <= len(table):
+        raise ValueError(f"resume is after step {state.step}, the run has {len(table)}: give as many steps as before")
+    for name, tensor in (("latent", state.latent), ("history", state.history)):
+        if tensor is not None and (tensor.shape, tensor.dtype) != (noise.shape, noise.dtype):
+            raise ValueError(
+                f"resume.{name} must be like noise, {tuple(noise.shape)} {noise.dtype}, "
+                f"got {tuple(tensor.shape)} {tensor.dtype}"
             )
-        return latent
+    if state.history is None and state.step < len(table) and table[state.step].history:
+        raise ValueError("resume.history is missing, and the sampler's next step reads it: use the sampler of before")
+    found, wanted = ([tuple(x.shape) for x in xs] for xs in (state.generators, [g.get_state() for g in generators]))
+    if found != wanted:
+        raise ValueError(
+            f"resume holds {len(found)} generators, the call has {len(wanted)}: "
+            "give as many as before, on the same kind of device"
+        )
 
 
 def _per_clip(values: Tensor) -> Tensor:

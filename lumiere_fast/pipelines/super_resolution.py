@@ -75,4 +75,4 @@ class SuperResolution:
         windows = plan_windows(frames, self.window_frames, self.overlap)
         return self.denoiser(
             predict, noise, num_inference_steps, windows=windows, generators=generators, on_step=on_step
-        )
+        ).clip

@@ -353,7 +353,7 @@ def denoise_from_text(
         guidance_scale=guidance_scale if guided else None,
         generators=generators,
         on_step=on_step,
-    )
+    ).clip
 
 
 def shipped_names() -> list[str]:

@@ -146,7 +146,7 @@ def test_a_gaussian_is_sampled_through_the_whole_loop(
         return kind.target(x0, (x - alpha * x0) / sigma, alpha, sigma).float()
 
     denoiser = Denoiser(schedule, kind, sampler, threshold=None)
-    clip = denoiser(predict, noise, steps, windows=plan_windows(2, 2, 0), generators=generators)
+    clip = denoiser(predict, noise, steps, windows=plan_windows(2, 2, 0), generators=generators).clip
     levels = schedule.levels(steps)
     start = (0.0, levels[0].sigma ** 2)  # as the loop starts
     mean, variance = moments(SAMPLERS[sampler](levels, kind), levels, kind, start)

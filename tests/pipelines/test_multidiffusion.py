@@ -113,7 +113,7 @@ def test_a_step_takes_the_least_squares_solution(num_frames: int, window: int, g
         return predictions[list(windows).index(window)]
 
     denoiser = Denoiser(SCHEDULE, EDM, "ddim", threshold=None)
-    clip = denoiser(predict, noise, 1, windows=windows, guidance_scale=guidance_scale)
+    clip = denoiser(predict, noise, 1, windows=windows, guidance_scale=guidance_scale).clip
 
     selection = torch.cat([torch.eye(num_frames, dtype=torch.float64)[w.frames] for w in windows])
     stacked = torch.cat([p.transpose(0, 2).flatten(1) for p in predictions])
@@ -137,7 +137,7 @@ def test_windows_do_not_show_where_frames_are_predicted_alone(
     denoiser = Denoiser(schedule, EDM, sampler, threshold)
 
     def clip(predict: Predictor, windows: WindowPlan) -> Tensor:
-        return denoiser(predict, noise, 5, windows=windows, generators=clip_generators(seeded(), 2))
+        return denoiser(predict, noise, 5, windows=windows, generators=clip_generators(seeded(), 2)).clip
 
     whole = clip(of_each_frame, plan_windows(13, 13, 0))
     for window in (4, 5, 8):
@@ -152,7 +152,7 @@ def test_the_order_of_the_windows_does_not_matter(sampler: str) -> None:
     windows = plan_windows(16, 8)  # frames 8 to 13 are in two windows or three
     denoiser = Denoiser(SCHEDULE, EDM, sampler)
     one, two = (
-        denoiser(of_the_window, noise, 5, windows=order, generators=clip_generators(seeded(), 1))
+        denoiser(of_the_window, noise, 5, windows=order, generators=clip_generators(seeded(), 1)).clip
         for order in (windows, replace(windows, corners=(windows.corners[1], windows.corners[2], windows.corners[0])))
     )
     torch.testing.assert_close(one, two, rtol=0, atol=1e-10)
@@ -167,7 +167,7 @@ def test_a_clip_does_not_depend_on_its_batch(settings: dict[str, Any], schedule:
     def clips(generator: torch.Generator, count: int) -> Tensor:
         generators = clip_generators(generator, count)
         noise = draw_noise((count, 3, 10, 4, 4), "cpu", generators)
-        return denoiser(of_the_window, noise, 4, windows=plan_windows(10, 4), generators=generators)
+        return denoiser(of_the_window, noise, 4, windows=plan_windows(10, 4), generators=generators).clip
 
     generator = seeded()
     parts = torch.cat([clips(generator, 2), clips(generator, 3)])
@@ -250,12 +250,12 @@ def test_the_latent_stays_in_its_dtype_and_predictions_in_theirs(monkeypatch: py
     for sampler in SAMPLERS:
         denoiser = Denoiser(SCHEDULE, EDM, sampler)
         arguments = {"windows": plan_windows(10, 4), "generators": generators}
-        results[sampler] = denoiser(predict, noise, 4, **arguments)
+        results[sampler] = denoiser(predict, noise, 4, **arguments).clip
         assert results[sampler].dtype == torch.float32
     assert {step["windows"] for step in seen} == {torch.bfloat16}
     assert {step["latent"] for step in seen} == {torch.float32}
     assert {step["history"].dtype for step in seen if step["history"] is not None} == {torch.float32}
-    exact = Denoiser(SCHEDULE, EDM, "ddim")(of_each_frame, noise, 4, windows=plan_windows(10, 4))
+    exact = Denoiser(SCHEDULE, EDM, "ddim")(of_each_frame, noise, 4, windows=plan_windows(10, 4)).clip
     assert 0 < (results["ddim"] - exact).abs().max() < 0.02
 
 
@@ -271,10 +271,10 @@ def test_overlaps_are_as_varied_as_the_rest() -> None:
 
     denoiser = Denoiser(EDMSchedule(), EDM, threshold=None)
     noise = draw(1, 3, 14, 64, 64)
-    clip = denoiser(predict, noise, 60, windows=plan_windows(14, 8))
+    clip = denoiser(predict, noise, 60, windows=plan_windows(14, 8)).clip
     assert clip.var(dim=(0, 1, 3, 4)).tolist() == pytest.approx([EDM.sigma_data**2] * 14, rel=0.06)
 
-    alone = [denoiser(predict, draw(1, 3, 8, 64, 64, seed=s), 60, windows=plan_windows(8, 8, 0)) for s in (0, 1)]
+    alone = [denoiser(predict, draw(1, 3, 8, 64, 64, seed=s), 60, windows=plan_windows(8, 8, 0)).clip for s in (0, 1)]
     averaged = (alone[0][:, :, 6:8] + alone[1][:, :, 0:2]) / 2
     assert averaged.var().item() == pytest.approx(EDM.sigma_data**2 / 2, rel=0.06)
 
@@ -294,11 +294,11 @@ def test_the_clip_is_bounded_as_asked() -> None:
         return 40 * scaled
 
     whole = plan_windows(4, 4, 0)
-    assert Denoiser(SCHEDULE, EDM)(predict, noise, 3, windows=whole).abs().max() == 1
-    assert Denoiser(SCHEDULE, EDM, threshold=None)(predict, noise, 3, windows=whole).abs().max() > 2
-    dynamic = Denoiser(SCHEDULE, EDM, threshold=Threshold("dynamic", 0.9))(predict, noise, 3, windows=whole)
+    assert Denoiser(SCHEDULE, EDM)(predict, noise, 3, windows=whole).clip.abs().max() == 1
+    assert Denoiser(SCHEDULE, EDM, threshold=None)(predict, noise, 3, windows=whole).clip.abs().max() > 2
+    dynamic = Denoiser(SCHEDULE, EDM, threshold=Threshold("dynamic", 0.9))(predict, noise, 3, windows=whole).clip
     assert dynamic.abs().max() == 1
-    assert dynamic.abs().mean() < Denoiser(SCHEDULE, EDM)(predict, noise, 3, windows=whole).abs().mean()
+    assert dynamic.abs().mean() < Denoiser(SCHEDULE, EDM)(predict, noise, 3, windows=whole).clip.abs().mean()
 
 
 @pytest.mark.parametrize("per", ["clip", "frame"])
@@ -312,7 +312,7 @@ def test_a_dynamic_threshold_is_a_quantile_of_the_blended_clip(per: str, percent
 
     def step(threshold: Threshold | None) -> Tensor:
         denoiser = Denoiser(SCHEDULE, SampleParameterization(), "ddim", threshold)
-        return denoiser(lambda x, t, window: predictions[list(windows).index(window)], noise, 1, windows=windows)
+        return denoiser(lambda x, t, window: predictions[list(windows).index(window)], noise, 1, windows=windows).clip
 
     x0 = step(None).numpy()
     axes = (1, 2, 3, 4) if per == "clip" else (1, 3, 4)
