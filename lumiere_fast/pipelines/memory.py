@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from lumiere_fast.models import STUNet
 from lumiere_fast.pipelines.text_to_video import LumierePipeline
+
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?b)?|b)?", re.IGNORECASE)
 
 # Of one clip at full size, fp32: noise, latent, history, next latent, and the conditioning image.
 SSR_CLIPS = 5
@@ -59,3 +65,77 @@ def total_memory(device: torch.device) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still have of the device; None where the system does not tell.
+
+    On CUDA what no process has, and what torch's allocator keeps for reuse. On the CPU what Linux can give without
+    swapping, or less where a control group limits the process (a container, a batch job); what this process has freed
+    and its allocator keeps is not in it.
+
+    The CPU's figure matters the more: a GPU that is asked for too much says so and a smaller window is tried, Linux
+    grants more than there is and kills the process when it is used.
+    """
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    try:
+        available = re.search(r"^MemAvailable:\s+(\d+) kB$", (PROC / "meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if available is None else max(0, min([int(available[1]) * 1024, *_free_in_control_groups()]))
+
+
+def _free_in_control_groups() -> Iterator[int]:
+    """What each limit on this process leaves: those of its own group and of all above it, versions 2 and 1."""
+    try:
+        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage, cache = CGROUP, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        own = root / path.strip("/")
+        for group in (own, *own.parents):
+            if group.is_relative_to(root) and (group / limit).is_file():
+                yield from _left(group, limit, usage, cache)
+
+
+def _left(group: Path, limit: str, usage: str, cache: str) -> Iterator[int]:
+    """The limit less what is used; files that are only cached are given up when memory runs short."""
+    try:
+        most, used = (group / limit).read_text().strip(), int((group / usage).read_text())
+        cached = re.search(rf"^{cache} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+    except OSError:
+        return
+    if most != "max":
+        yield int(most) - used + (0 if cached is None else int(cached[1]))
+
+
+def parse_bytes(text: int | str) -> int:
+    """Bytes of "12GiB", "500 MB" or "1.5g"; of an integer itself.
+
+    KB, MB, GB and TB are powers of 1000; KiB, MiB, GiB and TiB, and K, M, G and T alone, of 1024. Case does not count.
+
+    Raises:
+        ValueError: it is none of these, or not above zero.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        count = text
+    else:
+        found = SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
+        if found is None:
+            raise ValueError(f"memory must be a number of bytes or a text such as '12GiB' or '500MB', got {text!r}")
+        number, prefix, unit = found.groups(default="")
+        base = 1000 if unit.lower() == "b" else 1024
+        count = int(float(number) * base ** " kmgt".index(prefix.lower() or " "))
+    if count < 1:
+        raise ValueError(f"memory must be above zero, got {text!r}")
+    return count
