@@ -99,7 +99,9 @@ def _checked(path: str | os.PathLike[str]) -> Path:
     if checked.is_dir():
         raise ValueError(f"checkpoint {str(path)!r} is a folder; name a file")
     if not checked.parent.is_dir():
-        raise ValueError(f"checkpoint {str(path)!r}: the folder {str(checked.parent)!r} does not exist; create it first")
+        raise ValueError(
+            f"checkpoint {str(path)!r}: the folder {str(checked.parent)!r} does not exist; create it first"
+        )
     return checked
 
 

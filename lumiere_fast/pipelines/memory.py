@@ -7,16 +7,19 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from lumiere_fast.models import STUNet
-from lumiere_fast.pipelines.text_to_video import LumierePipeline
+
+if TYPE_CHECKING:
+    from lumiere_fast.pipelines.text_to_video import LumierePipeline
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?b)?|b)?", re.IGNORECASE)
 
-# Of one clip at full size, fp32: noise, latent, history, next latent, and the conditioning image.
+# Of one clip at full size, fp32: noise, latent, the last clean clip, the windows' predictions and a step's fresh noise.
 SSR_CLIPS = 5
 
 

@@ -15,6 +15,7 @@ from lumiere_fast import ops
 from lumiere_fast.diffusion import Generators, clip_generators, draw_noise, noise_augmented
 from lumiere_fast.models import STUNet
 from lumiere_fast.models.stunet import check_num_frames
+from lumiere_fast.ops.blend_windows import WeightKind
 from lumiere_fast.pipelines.cuda_graph import Graphed
 from lumiere_fast.pipelines.denoising import Denoised, Denoiser, Predictor
 from lumiere_fast.pipelines.state import DenoisingState
@@ -44,7 +45,7 @@ class SuperResolution:
     factor: int
     overlap: int = 2
     augmentation_level: float = 0.1
-    weights: str | Vectors | None = None
+    weights: WeightKind | Vectors | None = None
     size_overlap: int | None = None
     cuda_graphs: bool = False
 
