@@ -176,7 +176,7 @@ def test_each_stage_has_its_schedule_and_its_parameterization(pipe: LumierePipel
     enlarge = SuperResolution(pipe.ssr, Denoiser(schedules[1], SampleParameterization(), "ddpm"), 4, factor=2)
     with torch.no_grad():
         clip = denoise_from_text(pipe.base, pipe.text_encoder, base, [BALL], noise, 3, 2.0, generators=generators)
-        frames = enlarge(clip, pipe.text_encoder.encode([BALL]), 2, clips)
+        frames = enlarge(clip, pipe.text_encoder.encode([BALL]), 2, clips).clip
     output = generate(mixed, num_inference_steps=3, guidance_scale=2.0, sampler="ddpm")
     torch.testing.assert_close(output.base_frames, clip.clamp(-1, 1), rtol=0, atol=1e-5)
     torch.testing.assert_close(output.frames, frames.clamp(-1, 1), rtol=0, atol=1e-5)
@@ -278,7 +278,7 @@ def test_the_text_is_read_once_a_stage(pipe: LumierePipeline, guidance_scale: fl
 
     with unprepared(pipe.base), unprepared(pipe.ssr), runs_of_text_layers(pipe.base) as base:
         assert torch.equal(generate(pipe, [BALL, STAR], **settings).frames, made)
-    assert len(base) == 3 * len(set(base))
+    assert len(base) == 3 * 4 * len(set(base))  # three steps of four windows
 
 
 def test_images_come_from_the_image_model() -> None:
@@ -342,8 +342,8 @@ def test_progress_counts_every_pass(pipe: LumierePipeline) -> None:
     pytest.importorskip("tokenizers")
     calls: list[tuple[str, int, int]] = []
     generate(pipe, num_frames=6, num_inference_steps=3, progress=lambda *call: calls.append(call))
-    base = [("base", done, 3) for done in range(1, 4)]
-    ssr = [("ssr", done, 4) for done in range(1, 5)]  # two windows a step
+    base = [("base", done, 6) for done in range(1, 7)]  # two windows a step
+    ssr = [("ssr", done, 4) for done in range(1, 5)]  # likewise
     assert calls == base + ssr
 
 
