@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,10 +78,12 @@ def load_state(path: str | os.PathLike[str]) -> tuple[DenoisingState, dict[str, 
     path = as_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing or not a file: there is no interrupted run to go on from")
-    with path.open("rb") as file:
-        if path.suffix in PICKLES or file.read(2).startswith(PICKLE_STARTS):
-            raise ValueError(f"{path} is a pickle, which can run any code when it is loaded, so it is not")
-    entries = read_safetensors(path)
+    try:
+        entries = read_safetensors(path)
+    except ValueError as error:
+        if path.suffix in PICKLES or _starts_as_pickle(path):
+            raise ValueError(f"{path} is a pickle, which can run any code when it is loaded, so it is not") from error
+        raise
     try:
         return _state_from(json.loads(read_metadata(path)[KEY]), entries)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -96,6 +99,12 @@ def check_same(about: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise ValueError(f"the interrupted run had other settings: {'; '.join(differing)}")
+
+
+def _starts_as_pickle(path: Path) -> bool:
+    """To be asked of what is no safetensors file: that begins with its header's length, which may be any number."""
+    with path.open("rb") as file:
+        return file.read(2).startswith(PICKLE_STARTS)
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

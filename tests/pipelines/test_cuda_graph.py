@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import count
 from typing import Any
 
 import pytest
@@ -83,7 +85,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         "current_stream": lambda: current,
         "Stream": Stream,
         "stream": on,
-        "graph_pool_handle": lambda: "pool",
+        "graph_pool_handle": partial(next, (f"pool {number}" for number in count())),
         "CUDAGraph": Recorder,
         "graph": capture,
         "device": lambda device: nullcontext(),
@@ -140,7 +142,7 @@ def test_it_is_captured_on_a_stream_of_its_own_after_warming_up(recorded: list[s
     graphed = Graphed(product)
     graphed(draw(2, 2), draw(2, 2))
     before = ["side waits for current", "on side", "off side", "current waits for side"]
-    assert recorded == [*before, "capture on side in pool", "replay"]
+    assert recorded == [*before, "capture on side in pool 0", "replay"]
     graphed(draw(3, 3), draw(3, 3))
     assert recorded[6:] == recorded[:6], "another capture, in the same memory"
 
@@ -171,6 +173,16 @@ def test_one_capture_for_each_signature(
         assert torch.equal(graphed(x), function(x))
         assert torch.equal(graphed(*args, **kwargs), function(*args, **kwargs))
         assert counted.calls == captures * PER_CAPTURE
+
+
+def test_graphs_made_in_inference_mode_are_of_it_alone(recorded: list[str]) -> None:
+    """Tensors made there cannot be written elsewhere."""
+    graphed = Graphed(product)
+    for _ in range(2):
+        for mode in (torch.inference_mode(), nullcontext()):
+            with mode:
+                x, y = draw(4, 5, seed=len(recorded)), draw(5, 3)
+                assert torch.equal(graphed(x, y), product(x, y))
 
 
 def test_what_is_no_tensor_is_read_where_it_lay(recorded: list[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -27,9 +29,12 @@ from lumiere_fast.diffusion import (
     augmented_conditioning,
     clip_generators,
     draw_noise,
+    sampling_table,
 )
-from lumiere_fast.ops.denoise_step import Threshold
-from lumiere_fast.pipelines.denoising import Denoiser, Predictor, resolve_threshold
+from lumiere_fast.ops import _layout
+from lumiere_fast.ops.denoise_step import StepCoefficients, Threshold
+from lumiere_fast.pipelines.denoising import Denoiser, Predictor, _within_memory, resolve_threshold
+from lumiere_fast.pipelines.state import DenoisingState
 from lumiere_fast.pipelines.super_resolution import SuperResolution
 from lumiere_fast.pipelines.windows import Window, WindowPlan, plan_windows
 from lumiere_fast.text import TextEmbedding
@@ -344,6 +349,266 @@ def test_bad_arguments_are_named() -> None:
         denoiser(of_each_frame, draw(1, 1, 10, 2, 2), 2, windows=WindowPlan(10, 4, 0, ((0,), (6,))))
     with pytest.raises(ValueError, match="num_inference_steps must be >= 1, got 0"):
         denoiser(of_each_frame, draw(1, 1, 4, 2, 2), 0, windows=plan_windows(4, 4, 0))
+
+
+# In place, within memory ---------------------------------------------------------------------------------------------
+
+
+def on_every_step(monkeypatch: pytest.MonkeyPatch, look: Callable[..., None]) -> None:
+    """`look(predictions, latent, row, results=None, **settings)` before each step, with its results after it."""
+    step = ops.denoise_step
+
+    def watched(windows: list[Tensor], starts: object, latent: Tensor, row: StepCoefficients, **settings: Any) -> Any:
+        look(windows, latent, row, **settings)
+        results = step(windows, starts, latent, row, **settings)
+        look(windows, latent, row, results=results, **settings)
+        return results
+
+    monkeypatch.setattr(ops, "denoise_step", watched)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last_3d),
+    "a slice": lambda x: torch.cat([x, x], dim=2).contiguous(memory_format=torch.channels_last_3d)[:, :, : x.shape[2]],
+    "expanded": lambda x: x[:, :, :1].expand_as(x),
+    "frames first": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_steps_are_taken_in_place_and_the_noise_is_left_as_it_is(
+    sampler: str, layout: Callable[[Tensor], Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = layout(draw(2, 3, 10, 4, 4, dtype=dtype))
+    kept = noise.clone()
+    wanted = Denoiser(SCHEDULE, EDM, sampler)(
+        of_the_window, kept.contiguous(), 4, windows=plan_windows(10, 4), generators=clip_generators(seeded(), 2)
+    ).clip
+    places: list[tuple[int, ...]] = []
+
+    def look(windows: list[Tensor], latent: Tensor, row: object, results: object = None, **settings: Any) -> None:
+        if results is not None:
+            assert settings["out"] == (latent, settings["history"])
+            places.append(tuple(x.data_ptr() for x in (latent, *results)))
+            assert len({*places[-1], noise.data_ptr()}) == 3
+
+    on_every_step(monkeypatch, look)
+    clip = (
+        Denoiser(SCHEDULE, EDM, sampler)(
+            of_the_window, noise, 4, windows=plan_windows(10, 4), generators=clip_generators(seeded(), 2)
+        )
+    ).clip
+    assert len({latent for latent, _, _ in places} | {latent for _, latent, _ in places}) == 1
+    if sampler == "dpm-solver++":
+        assert places[0] == places[1] == places[2], "the history is not written where it was read"
+    assert torch.equal(noise, kept)
+    assert clip.dtype == dtype
+    assert clip.is_contiguous(memory_format=_layout.video_format(noise))
+    torch.testing.assert_close(clip, wanted, rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_gradient_flows_where_one_is_asked_for() -> None:
+    noise, scale = draw(1, 3, 6, 4, 4).requires_grad_(), torch.ones((), dtype=torch.float64, requires_grad=True)
+    denoiser = Denoiser(SCHEDULE, EDM)
+    clip = denoiser(lambda *call: scale * of_the_window(*call), noise, 4, windows=plan_windows(6, 4)).clip
+    assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(clip.sum(), [noise, scale]))
+
+
+@pytest.fixture
+def alive() -> Iterator[Callable[[int], int]]:
+    """How many tensors of so many elements were made since and still are; those that share memory count once."""
+
+    def count(elements: int) -> int:
+        found = [x for x in gc.get_objects() if issubclass(type(x), Tensor) and x.numel() == elements]
+        return len({x.untyped_storage().data_ptr() for x in found})
+
+    gc.freeze()  # what is there already is not looked at, which would take a second a test
+    yield count
+    gc.unfreeze()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{"sampler": name} for name in SAMPLERS] + [{"sampler": "ddim", "eta": 0.7}])
+def test_no_video_is_held_but_those_that_are_read(
+    settings: dict[str, Any], alive: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the caller's noise: the latent, the history where it is read, the predictions of one step, one window's
+    input, the step's own noise."""
+    noise, windows = draw(1, 3, 14, 9, 11, dtype=torch.float32), plan_windows(14, 6)
+    video, part = noise.numel(), noise[:, :, :6].numel()
+    table = sampling_table(settings["sampler"], SCHEDULE.levels(4), EDM, eta=settings.get("eta", 0.0))
+    calls: list[tuple[int, int]] = []
+
+    def held() -> tuple[int, int]:
+        return alive(video) - 1, alive(part)
+
+    def predict(scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
+        step, index = divmod(len(calls), len(windows))
+        calls.append(held())
+        assert calls[-1] == (1 + (table[step].history != 0), 1 + index)
+        return of_the_window(scaled, timestep, window)
+
+    def look(predictions: object, latent: object, row: StepCoefficients, results: object = None, **kwargs: Any) -> None:
+        x0 = row.history != 0 or results is not None  # the new one is written over the old
+        assert held() == (1 + x0 + (row.noise != 0), len(windows))
+
+    def on_state(state: DenoisingState) -> None:
+        assert held() == (1 + (state.step < len(table) and table[state.step].history != 0), 0)
+
+    on_every_step(monkeypatch, look)
+    denoiser = Denoiser(SCHEDULE, EDM, **settings)
+    generators = clip_generators(seeded(), 1)
+    result = denoiser(predict, noise, 4, windows=windows, generators=generators, on_state=on_state)
+    assert len(calls) == 4 * len(windows)
+    assert held() == (1, 0)
+    assert result.windows == windows
+
+
+def out_of_cpu_memory() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def out_of_cuda_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def out_of_python_memory() -> None:
+    raise MemoryError
+
+
+LACKS = pytest.mark.parametrize("run_out", [out_of_cpu_memory, out_of_cuda_memory, out_of_python_memory])
+
+
+def halved(windows: WindowPlan) -> WindowPlan | None:
+    return plan_windows(windows.num_frames, windows.window_frames // 2) if windows.window_frames > 4 else None
+
+
+class Short:
+    """A prediction for which memory does not suffice, in its window `index` of step `step`, above `most` frames."""
+
+    def __init__(self, run_out: Callable[[], None], step: int = 2, index: int = 1, most: int = 4) -> None:
+        self.run_out, self.first, self.most = run_out, 3 * step + index, most
+        self.calls = 0
+        self.activations: list[weakref.ref[Tensor]] = []
+
+    def __call__(self, scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
+        assert all(activation() is None for activation in self.activations), "memory of the failure is not free"
+        self.calls += 1
+        if self.calls > self.first and scaled.shape[2] > self.most:
+            activation = scaled.clone()
+            self.activations += [weakref.ref(activation), weakref.ref(scaled)]
+            try:
+                self.run_out()
+            except (RuntimeError, MemoryError) as error:
+                cycle = error  # noqa: F841  # a frame that refers to the error that refers to the frame
+                raise
+        return of_the_window(scaled, timestep, window)
+
+
+@torch.no_grad()
+@LACKS
+@pytest.mark.parametrize("settings", [{"sampler": name} for name in SAMPLERS] + [{"sampler": "ddim", "eta": 0.7}])
+def test_a_step_without_memory_is_made_again_in_smaller_windows(
+    settings: dict[str, Any], run_out: Callable[[], None]
+) -> None:
+    """To the bit what two steps in large windows and the rest in small ones are, fresh noise included."""
+    large, small = plan_windows(16, 8), plan_windows(16, 4)
+    noise, denoiser = draw(1, 3, 16, 4, 4), Denoiser(SCHEDULE, EDM, **settings)
+    kept: list[DenoisingState] = []
+
+    def keep(state: DenoisingState) -> None:
+        history = None if state.history is None else state.history.clone()
+        kept.append(replace(state, latent=state.latent.clone(), history=history, windows=small))
+
+    def generators() -> list[torch.Generator]:
+        return clip_generators(seeded(), 1)
+
+    denoiser(of_the_window, noise, 5, windows=large, generators=generators(), on_state=keep)
+    wanted = denoiser(of_the_window, noise, 5, windows=large, generators=generators(), resume=kept[1])
+    short, states = Short(run_out), []
+    with pytest.warns(UserWarning, match="out of memory") as caught:
+        result = denoiser(
+            short, noise, 5, windows=large, generators=generators(), shrink=halved, on_state=states.append
+        )
+    assert torch.equal(result.clip, wanted.clip)
+    assert result.windows == wanted.windows == small
+    assert [state.windows for state in states] == [large] * 2 + [small] * 3
+    assert [str(warning.message) for warning in caught] == [
+        f"out of memory with {large}: the step is made again with {small}"
+    ]
+    assert short.calls == 6 + 2 + 3 * len(small)
+    assert short.activations
+
+
+@torch.no_grad()
+def test_windows_are_counted_on_where_a_step_is_made_again() -> None:
+    steps: list[tuple[int, int]] = []
+    windows = plan_windows(16, 8)
+    with pytest.warns(UserWarning, match="out of memory"):
+        Denoiser(SCHEDULE, EDM)(
+            Short(out_of_cuda_memory),
+            draw(1, 1, 16, 2, 2),
+            4,
+            windows=windows,
+            shrink=halved,
+            on_step=lambda *now: steps.append(now),
+        )
+    small = len(plan_windows(16, 4))
+    assert steps == [(done, 12) for done in range(1, 8)] + [(done, 7 + 2 * small) for done in range(8, 8 + 2 * small)]
+
+
+@torch.no_grad()
+@LACKS
+def test_memory_that_no_plan_suffices_for_is_an_error(run_out: Callable[[], None]) -> None:
+    noise, windows = draw(1, 1, 16, 2, 2), plan_windows(16, 8)
+    kinds = (torch.OutOfMemoryError, MemoryError, RuntimeError)
+    with pytest.raises(kinds):
+        Denoiser(SCHEDULE, EDM)(Short(run_out), noise, 4, windows=windows)
+    tried: list[WindowPlan] = []
+    with pytest.raises(kinds), pytest.warns(UserWarning, match="out of memory"):
+        Denoiser(SCHEDULE, EDM)(
+            Short(run_out, most=0), noise, 4, windows=windows, shrink=lambda plan: tried.append(plan) or halved(plan)
+        )
+    assert tried == [windows, plan_windows(16, 4)]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: an illegal memory access"), ValueError("memory"), KeyboardInterrupt()]
+)
+def test_other_errors_are_not_taken_for_a_lack_of_memory(error: BaseException) -> None:
+    def predict(scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
+        raise error
+
+    def shrink(plan: WindowPlan) -> WindowPlan:
+        raise AssertionError("the step would be made again")
+
+    with pytest.raises(type(error)) as caught:
+        Denoiser(SCHEDULE, EDM)(predict, draw(1, 1, 16, 2, 2), 4, windows=plan_windows(16, 8), shrink=shrink)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(("device", "calls"), [("cpu", []), ("cuda", [True])])
+def test_a_gpu_is_given_its_memory_back_once_nothing_holds_it(
+    device: str, calls: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Tensor]] = []
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(held[0]() is None))
+
+    def make(windows: WindowPlan) -> list[Tensor]:
+        activation = draw(4)
+        held.append(weakref.ref(activation))
+        if windows.window_frames > 4:
+            out_of_cuda_memory()
+        return [activation]
+
+    with pytest.warns(UserWarning, match="out of memory"):
+        _, windows = _within_memory(make, plan_windows(16, 8), halved, torch.device(device))
+    assert windows.window_frames == 4
+    assert emptied == calls
 
 
 # Super-resolution ----------------------------------------------------------------------------------------------------
