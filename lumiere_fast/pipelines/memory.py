@@ -40,13 +40,15 @@ def check_memory(pipe: LumierePipeline, num_frames: int | None, batch_size: int,
 def least_bytes(pipe: LumierePipeline, num_frames: int, batch_size: int, *, guided: bool = True) -> int:
     """The weights, and the larger of what either stage holds at once whatever the kernels.
 
-    The base model holds its skip connections, of the whole clip and with guidance twice, when it reaches its coarsest
+    The base model holds its skip connections, of a window and with guidance twice, when it reaches its coarsest
     level; super-resolution holds a few clips in fp32. What each layer needs besides is not counted.
     """
     weights = sum(p.numel() * p.element_size() for model in (pipe.base, pipe.ssr) for p in model.parameters())
     size = pipe.ssr.unet.config.sample_size
     clips = SSR_CLIPS * 3 * num_frames * size**2 * torch.float32.itemsize
-    skips = _skip_elements(pipe.base, num_frames) * pipe.dtype.itemsize * (2 if guided else 1)
+    skips = (
+        _skip_elements(pipe.base, min(num_frames, pipe.config.num_frames)) * pipe.dtype.itemsize * (2 if guided else 1)
+    )
     return weights + batch_size * max(clips, skips)
 
 
