@@ -46,7 +46,7 @@ def as_output(frames: Tensor, output_type: str) -> Any:
 def integer(name: str, value: object, least: int = 1) -> int:
     """An integer of any library as Python's own; no bool, which is one by descent only, and no float.
 
-    Whether it is at least `least` is for the caller to see.
+    Whether it is at least `least` is for `at_least`, or for who knows more to say.
     """
     try:
         if isinstance(value, bool):
@@ -56,11 +56,11 @@ def integer(name: str, value: object, least: int = 1) -> int:
         raise ValueError(f"{name} must be >= {least}, an integer, got {value!r}") from error
 
 
-def steps(name: str, value: object) -> int:
-    steps = integer(name, value)
-    if steps < 1:
-        raise ValueError(f"{name} must be >= 1, an integer, got {value!r}")
-    return steps
+def at_least(least: int, name: str, value: object) -> int:
+    number = integer(name, value, least)
+    if number < least:
+        raise ValueError(f"{name} must be >= {least}, an integer, got {value!r}")
+    return number
 
 
 def guidance(value: Any) -> float:

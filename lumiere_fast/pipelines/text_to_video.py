@@ -346,8 +346,8 @@ class LumierePipeline:
         prompts = arguments.check_prompts(prompt)
         num_frames = self.config.num_frames if num_frames is None else arguments.integer("num_frames", num_frames)
         check_num_frames(num_frames, self.temporal_factor)
-        steps = arguments.steps("num_inference_steps", num_inference_steps)
-        ssr_steps = arguments.steps("ssr_num_inference_steps", ssr_num_inference_steps)
+        steps = arguments.at_least(1, "num_inference_steps", num_inference_steps)
+        ssr_steps = arguments.at_least(1, "ssr_num_inference_steps", ssr_num_inference_steps)
         scale = arguments.guidance(guidance_scale)
         arguments.check_output_type(output_type)
         sampling = (sampler, resolve_threshold(threshold), eta)
@@ -419,7 +419,7 @@ class LumierePipeline:
         prompts = arguments.check_prompts(prompt)
         if len(prompts) != len(clips):
             raise ValueError(f"prompt must be a sentence for each of the {len(clips)} clips, got {len(prompts)}")
-        steps = arguments.steps("num_inference_steps", num_inference_steps)
+        steps = arguments.at_least(1, "num_inference_steps", num_inference_steps)
         arguments.check_output_type(output_type)
         sampling = (sampler, resolve_threshold(threshold), eta)
         ssr = self._super_resolution(sampling, window_frames, overlap, window_weights, size_overlap, cuda_graphs)
@@ -461,15 +461,15 @@ class LumierePipeline:
             Denoiser(config.ssr_schedule, config.ssr_parameterization, *sampling),
             config.window_frames if window_frames is None else arguments.integer("window_frames", window_frames),
             self.ssr.unet.config.sample_size // self.base.unet.config.sample_size,
-            arguments.integer("overlap", overlap, least=0),
+            arguments.at_least(0, "overlap", overlap),
             weights=weights,
-            size_overlap=None if size_overlap is None else arguments.integer("size_overlap", size_overlap, least=0),
+            size_overlap=None if size_overlap is None else arguments.at_least(0, "size_overlap", size_overlap),
             cuda_graphs=cuda_graphs,
         )
 
     def _base_windows(self, num_frames: int, overlap: int | None, weights: WeightKind | Vectors) -> WindowPlan:
         window = self.config.num_frames
-        overlap = window // 2 if overlap is None else arguments.integer("base_overlap", overlap, least=0)
+        overlap = window // 2 if overlap is None else arguments.at_least(0, "base_overlap", overlap)
         if overlap >= window:
             raise ValueError(f"base_overlap must be below the base model's window, {window} frames, got {overlap}")
         return plan_windows(num_frames, window, overlap, weights=weights if isinstance(weights, str) else "flat")
