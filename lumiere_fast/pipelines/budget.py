@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lumiere_fast import dispatch
 from lumiere_fast.models import STUNet
-from lumiere_fast.pipelines.activations import peak_bytes
-from lumiere_fast.pipelines.memory import SSR_CLIPS, free_memory
+from lumiere_fast.pipelines.activations import forward_bytes, linear_bytes
+from lumiere_fast.pipelines.memory import free_memory, video_bytes
 from lumiere_fast.pipelines.super_resolution import SuperResolution
 from lumiere_fast.pipelines.windows import WindowPlan, choose_windows, window_choices
 
-# A pass of any network here holds fewer tensors of its finest level at once: where this many fit nothing is measured,
-# which takes about a second.
+# A pass of any network here holds fewer tensors of its finest level at once: where this many fit nothing is measured.
 AMPLE = 64
-TOKENS = 32  # of a prompt: what the text takes does not show beside a clip
 
-_measured: WeakKeyDictionary[STUNet, dict[Hashable, tuple[int, int]]] = WeakKeyDictionary()
+_measured: WeakKeyDictionary[STUNet, dict[Hashable, Callable[[int], int]]] = WeakKeyDictionary()
 
 
 class Job(NamedTuple):
@@ -48,22 +47,21 @@ def within_memory(
     Raises:
         ValueError: not even the shortest windows fit into `max_memory`.
     """
-    videos = video_bytes(ssr, job)
-    if max_memory is not None:
-        choices, bytes_of = _choices(ssr, job), window_bytes(ssr, job)
-        budget = max_memory - resident - videos
-        least = bytes_of(choices[-1].window_frames)
-        if least > budget:
-            raise ValueError(
-                f"max_memory is {_gib(max_memory)}, and super-resolution takes at least "
-                f"{_gib(resident + videos + least)}: weights {_gib(resident)}, videos {_gib(videos)}, a window of "
-                f"{choices[-1].window_frames} frames {_gib(least)}; allow more, or ask for fewer frames or clips"
-            )
-        return choose_windows(choices, bytes_of, budget)
-    plan, free = ssr.plan(*job[1:]), free_memory(device)
-    if free is None or AMPLE * _finest(ssr, plan, job) <= free - arriving - videos:
-        return plan
-    return _within_free(plan, _choices(ssr, job), window_bytes(ssr, job), free - arriving - videos)
+    if max_memory is None:
+        plan, free = ssr.plan(*job[1:]), free_memory(device)
+        if free is None or AMPLE * _finest(ssr, plan, job) + _videos(ssr, plan, job) <= free - arriving:
+            return plan
+        choices = _choices(ssr, job)
+        return _within_free(plan, choices, job_bytes(ssr, choices, job), free - arriving)
+    choices = _choices(ssr, job)
+    bytes_of, shortest = job_bytes(ssr, choices, job), choices[-1].window_frames
+    if bytes_of(shortest) > max_memory - resident:
+        raise ValueError(
+            f"max_memory is {_gib(max_memory)}, and super-resolution takes about {_gib(resident + bytes_of(shortest))} "
+            f"in windows of {shortest} frames, the shortest, {_gib(resident)} of them weights; "
+            "allow more, or ask for fewer frames or clips"
+        )
+    return choose_windows(choices, bytes_of, max_memory - resident)
 
 
 def _within_free(
@@ -73,15 +71,15 @@ def _within_free(
     if bytes_of(plan.window_frames) <= budget:
         return plan
     fitting = [choice for choice in choices if bytes_of(choice.window_frames) <= budget]
-    smaller = fitting[0] if fitting else choose_windows(choices, bytes_of, budget)
-    if smaller != plan:
-        warnings.warn(
-            f"windows of {plan.window_frames} frames take about {_gib(bytes_of(plan.window_frames))}, and "
-            f"{_gib(budget)} are free for them: super-resolution goes by {smaller}",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-    return smaller
+    if not fitting:
+        return choose_windows(choices, bytes_of, budget)  # which says so
+    warnings.warn(
+        f"windows of {plan.window_frames} frames take about {_gib(bytes_of(plan.window_frames))}, and {_gib(budget)} "
+        f"are free: super-resolution goes by {fitting[0]}",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+    return fitting[0]
 
 
 def _choices(ssr: SuperResolution, job: Job) -> list[WindowPlan]:
@@ -93,35 +91,31 @@ def _choices(ssr: SuperResolution, job: Job) -> list[WindowPlan]:
     return window_choices(job.frames, factor, ssr.overlap, at_most=ssr.window_frames, **settings)
 
 
-def window_bytes(ssr: SuperResolution, job: Job) -> Callable[[int], int]:
-    """What the network takes for a window of so many frames. Linear in them: two lengths tell, measured once."""
-    factor = ssr.model.temporal_factor
+def job_bytes(ssr: SuperResolution, choices: list[WindowPlan], job: Job) -> Callable[[int], int]:
+    """What the stage takes for a job in windows of so many frames of `choices`, the weights apart."""
+    window = _window_bytes(ssr, job)
+    videos = {plan.window_frames: _videos(ssr, plan, job) for plan in choices}
+    return lambda frames: window(frames) + videos[frames]
+
+
+def _window_bytes(ssr: SuperResolution, job: Job) -> Callable[[int], int]:
+    """Of the network alone, measured once: it takes about a second."""
     height, width = _window_size(ssr, job)
-    parameter = next(ssr.model.parameters())
-
-    def measured(frames: int) -> int:
-        clip = torch.empty(job.batch, 3, frames, height, width, device="meta")
-        text = torch.empty(job.batch, TOKENS, ssr.model.unet.config.text_embed_dim, device="meta")
-        tensors = (clip, text, torch.empty(job.batch, device="meta"))
-        return peak_bytes(run, *(torch.empty_like(tensor, device=parameter.device) for tensor in tensors))
-
-    def run(clip: Tensor, text: Tensor, level: Tensor) -> Tensor:
-        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        prepared = ssr.model.prepare_text(text, mask)
-        result: Tensor = ssr.model(clip, level, prepared, image_conditioning=clip, augmentation_level=level)
-        return result
-
+    factor, weight = ssr.model.temporal_factor, next(ssr.model.parameters())
+    longest = max(2 * factor, ssr.window_frames)
+    key = (job.batch, height, width, longest, weight.dtype, weight.device, dispatch.current_backend())
     known = _measured.setdefault(ssr.model, {})
-    key = (job.batch, height, width, parameter.dtype, dispatch.current_backend())
     if key not in known:
-        known[key] = (measured(factor), measured(2 * factor))
-    one, two = known[key]
-    return lambda frames: one + (two - one) * (frames - factor) // factor
+        measured = partial(forward_bytes, ssr.model, job.batch, height=height, width=width)
+        known[key] = linear_bytes(measured, factor, longest)
+    return known[key]
 
 
-def video_bytes(ssr: SuperResolution, job: Job) -> int:
-    pixels = job.frames * job.height * job.width * ssr.factor**2
-    return SSR_CLIPS * 3 * job.batch * pixels * torch.float32.itemsize
+def _videos(ssr: SuperResolution, plan: WindowPlan, job: Job) -> int:
+    """With the unit noise that the clip began as."""
+    size, weight = (job.height * ssr.factor, job.width * ssr.factor), next(ssr.model.parameters())
+    noise = 3 * job.frames * size[0] * size[1] * torch.float32.itemsize
+    return job.batch * (noise + video_bytes(plan, size, weight.dtype, stochastic=True))
 
 
 def weight_bytes(*models: nn.Module) -> int:

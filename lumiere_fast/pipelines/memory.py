@@ -1,4 +1,4 @@
-"""A lower bound of the memory that a clip takes, to refuse at once what could only end in an allocation error."""
+"""What memory there is, and a lower bound of what a clip takes: what could only end in an error is refused at once."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from typing import TYPE_CHECKING
 import torch
 
 from lumiere_fast.models import STUNet
+from lumiere_fast.pipelines.windows import WindowPlan
 
 if TYPE_CHECKING:
     from lumiere_fast.pipelines.text_to_video import LumierePipeline
 
+OVERLAP = 2  # of windows of frames: the paper's, and the pipelines' default
+
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?b)?|b)?", re.IGNORECASE)
 
-# Of one clip at full size, fp32: noise, latent, the last clean clip, the windows' predictions and a step's fresh noise.
-SSR_CLIPS = 5
 
-
-def check_memory(pipe: LumierePipeline, num_frames: int | None, batch_size: int, *, guided: bool = True) -> None:
+def check_memory(
+    pipe: LumierePipeline, num_frames: int | None, batch_size: int, *, guided: bool = True, stochastic: bool = False
+) -> None:
     """Raise a ValueError if clips of `num_frames` cannot fit into the memory of the pipeline's device.
 
     Passing does not mean that they fit: see `least_bytes`.
     """
     frames = pipe.config.num_frames if num_frames is None else num_frames
-    needed, memory = least_bytes(pipe, frames, batch_size, guided=guided), total_memory(pipe.device)
+    needed = least_bytes(pipe, frames, batch_size, guided=guided, stochastic=stochastic)
+    memory = total_memory(pipe.device)
     if memory is not None and needed > memory:
         raise ValueError(
             f"{batch_size} x {frames} frames need more than {needed / 2**30:,.1f} GiB of memory, and "
@@ -37,19 +40,38 @@ def check_memory(pipe: LumierePipeline, num_frames: int | None, batch_size: int,
         )
 
 
-def least_bytes(pipe: LumierePipeline, num_frames: int, batch_size: int, *, guided: bool = True) -> int:
+def least_bytes(
+    pipe: LumierePipeline, num_frames: int, batch_size: int, *, guided: bool = True, stochastic: bool = False
+) -> int:
     """The weights, and the larger of what either stage holds at once whatever the kernels.
 
-    The base model holds its skip connections, of a window and with guidance twice, when it reaches its coarsest
-    level; super-resolution holds a few clips in fp32. What each layer needs besides is not counted.
+    The base model holds its skip connections, of a window and with guidance twice, when it reaches its coarsest level;
+    super-resolution holds videos, see `video_bytes`. What each layer needs besides is not counted.
     """
     weights = sum(p.numel() * p.element_size() for model in (pipe.base, pipe.ssr) for p in model.parameters())
-    size = pipe.ssr.unet.config.sample_size
-    clips = SSR_CLIPS * 3 * num_frames * size**2 * torch.float32.itemsize
-    skips = (
-        _skip_elements(pipe.base, min(num_frames, pipe.config.num_frames)) * pipe.dtype.itemsize * (2 if guided else 1)
-    )
-    return weights + batch_size * max(clips, skips)
+    window, stride = pipe.config.window_frames, max(1, pipe.config.window_frames - OVERLAP)
+    windows = -((OVERLAP - num_frames) // stride)  # counted, since a plan would list them
+    predicted = num_frames if num_frames <= window else windows * window
+    frame, dtype = 3 * pipe.ssr.unet.config.sample_size**2, pipe.ssr.unet.conv_in.weight.dtype
+    videos = _held_bytes(num_frames * frame, predicted * frame, dtype, stochastic)
+    base_frames = min(num_frames, pipe.config.num_frames)
+    skips = _skip_elements(pipe.base, base_frames) * pipe.dtype.itemsize * (2 if guided else 1)
+    return weights + batch_size * max(videos, skips)
+
+
+def video_bytes(windows: WindowPlan, size: tuple[int, int], dtype: torch.dtype, *, stochastic: bool = False) -> int:
+    """What sampling holds of one clip with frames of `size`, (height, width), when it takes a step.
+
+    The latent and the clean clip in fp32, with a stochastic sampler as much fresh noise, and the predictions of all
+    windows, which overlap, in the network's `dtype`.
+    """
+    clip = 3 * windows.num_frames * math.prod(size)
+    predicted = 3 * len(windows) * windows.window_frames * math.prod(windows.window_size or size)
+    return _held_bytes(clip, predicted, dtype, stochastic)
+
+
+def _held_bytes(clip: int, predicted: int, dtype: torch.dtype, stochastic: bool) -> int:
+    return (3 if stochastic else 2) * clip * torch.float32.itemsize + predicted * dtype.itemsize
 
 
 def _skip_elements(model: STUNet, num_frames: int) -> int:

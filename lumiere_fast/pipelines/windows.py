@@ -210,7 +210,8 @@ def choose_windows(choices: Sequence[WindowPlan], bytes_of: Callable[[int], int]
     """The plan that computes the fewest frames, then the fewest windows, of those that fit into `budget` bytes.
 
     `bytes_of` tells what a window of so many frames takes. Where none fits it is the one of the shortest windows, with
-    a warning; a budget of None fits all.
+    a warning; a budget of None fits all. On the CPU leave room: what a GPU has not is refused and smaller windows are
+    tried, but Linux promises more memory than it has, and ends the process that uses it.
     """
     fitting = [plan for plan in choices if budget is None or bytes_of(plan.window_frames) <= budget]
     if fitting:
@@ -220,7 +221,7 @@ def choose_windows(choices: Sequence[WindowPlan], bytes_of: Callable[[int], int]
     warnings.warn(
         f"even windows of {shortest.window_frames} frames, the shortest, take about "
         f"{bytes_of(shortest.window_frames) / 2**30:,.2f} GiB, and {budget / 2**30:,.2f} are to be had: "
-        "memory may run out",
+        "memory may run out, which on the CPU ends the process",
         RuntimeWarning,
         stacklevel=2,
     )

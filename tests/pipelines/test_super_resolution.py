@@ -16,10 +16,10 @@ from torch import Tensor
 from lumiere_fast import LumiereOutput, LumierePipeline, STUNet, inflate, ops
 from lumiere_fast.diffusion import SAMPLERS, augmented_conditioning, clip_generators, draw_noise
 from lumiere_fast.pipelines import budget
-from lumiere_fast.pipelines.budget import Job, video_bytes, weight_bytes, window_bytes
+from lumiere_fast.pipelines.budget import Job, job_bytes, weight_bytes
 from lumiere_fast.pipelines.denoising import Denoiser
 from lumiere_fast.pipelines.super_resolution import SuperResolution, padded
-from lumiere_fast.pipelines.windows import plan_windows
+from lumiere_fast.pipelines.windows import plan_windows, window_choices
 from lumiere_fast.text import TextEmbedding
 from tests.models.tiny import draw_inputs, randomise, tiny_unet
 from tests.pipelines.test_multidiffusion import EDM, SCHEDULE, draw, seeded
@@ -290,55 +290,56 @@ def test_bad_clips_are_named(pipe: LumierePipeline, frames: Any, message: str) -
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
-def job_of(pipe: LumierePipeline, **settings: Any) -> tuple[SuperResolution, Job]:
-    ssr = SuperResolution(pipe.ssr, Denoiser(SCHEDULE, EDM), settings.pop("window_frames", 8), 2, **settings)
-    return ssr, Job(1, 16, 8, 8)
+def bytes_of_long_clip(pipe: LumierePipeline) -> Callable[[int], int]:
+    """What 16 frames in windows of so many take: in windows of 8 the fewest are computed."""
+    ssr = SuperResolution(pipe.ssr, Denoiser(SCHEDULE, EDM), 8, 2)
+    return job_bytes(ssr, window_choices(16, 2, at_most=8), Job(1, 16, 8, 8))
+
+
+def window_frames(pipe: LumierePipeline, **settings: Any) -> int:
+    settings = {"window_frames": 8, "num_inference_steps": 1} | settings
+    return upscale(pipe, torch.zeros(3, 16, 8, 8), **settings).windows["ssr"].window_frames
 
 
 def test_windows_are_the_best_that_max_memory_holds(pipe: LumierePipeline) -> None:
-    ssr, job = job_of(pipe)
-    of_window = window_bytes(ssr, job)
-    clip = torch.zeros(3, 16, 8, 8)
-    taken = video_bytes(ssr, job) + weight_bytes(pipe.base, pipe.ssr)
-    for frames in (8, 6, 4):
-        output = upscale(pipe, clip, window_frames=8, max_memory=taken + of_window(frames), num_inference_steps=1)
-        assert output.windows["ssr"].window_frames == frames
-    with pytest.raises(ValueError, match=r"max_memory is 0.00 GiB, and super-resolution takes at least .* of 4 frames"):
-        upscale(pipe, clip, max_memory=taken + of_window(4) - 1)
-    assert upscale(pipe, clip, max_memory="1GiB", num_inference_steps=1).windows["ssr"].window_frames == 4
-    text = f"{(taken + of_window(4)) / 1024 + 1}KiB"
-    assert upscale(pipe, clip, max_memory=text, num_inference_steps=1).windows["ssr"].window_frames == 4
+    needed, weights = bytes_of_long_clip(pipe), weight_bytes(pipe.base, pipe.ssr)
+    assert window_frames(pipe, max_memory="1GiB") == 8
+    assert window_frames(pipe, max_memory=weights + needed(8) - 1) == 6
+    assert window_frames(pipe, max_memory=weights + needed(4)) == 4
+    message = r"max_memory is .* takes about .* in windows of 4 frames, the shortest.*; allow more, or ask for fewer"
+    with pytest.raises(ValueError, match=message):
+        window_frames(pipe, max_memory=weights + needed(4) - 1)
+    pipe.enable_model_cpu_offload("cpu:0")
+    assert window_frames(pipe, max_memory=weight_bytes(pipe.ssr) + needed(8)) == 8
+    pipe.to("cpu")
 
 
 def test_what_is_free_decides_where_nothing_is_said(pipe: LumierePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    ssr, job = job_of(pipe)
-    clip, needed = torch.zeros(3, 16, 8, 8), video_bytes(ssr, job) + window_bytes(ssr, job)(6)
+    needed = bytes_of_long_clip(pipe)
 
     def windows(free: int | None) -> int:
         monkeypatch.setattr(budget, "free_memory", lambda device: free)
-        return upscale(pipe, clip, window_frames=8, num_inference_steps=1).windows["ssr"].window_frames
+        return window_frames(pipe)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for free in (None, 2**40, video_bytes(ssr, job) + window_bytes(ssr, job)(8)):
+        for free in (None, 2**40, needed(8)):
             assert windows(free) == 8
-    with pytest.warns(RuntimeWarning, match="windows of 8 frames take about .* are free for them.*by 4 windows of 6"):
-        assert windows(needed) == 6
-    with pytest.warns(RuntimeWarning, match="the shortest.*memory may run out"):
+    with pytest.warns(RuntimeWarning, match=r"windows of 8 frames take about .* are free: .* by 4 windows of 6 frames"):
+        assert windows(needed(8) - 1) == 6
+    with pytest.warns(RuntimeWarning, match=r"the shortest.*memory may run out"):
         assert windows(1) == 4
 
 
 @pytest.mark.parametrize("make", [make_pipeline, LumierePipeline.from_pretrained], ids=["tiny", "demo"])
-def test_activations_grow_by_the_frame_and_are_ample_where_said(make: Callable[[], LumierePipeline]) -> None:
+def test_what_counts_as_ample_is_more_than_a_pass_takes(make: Callable[[], LumierePipeline]) -> None:
     pytest.importorskip("tokenizers")
     pipe = make()
     factor, size = pipe.ssr.temporal_factor, pipe.base.unet.config.sample_size
-    ssr = SuperResolution(pipe.ssr, Denoiser(SCHEDULE, EDM), 3 * factor, 2)
-    job = Job(1, 3 * factor, size, size)
-    short, long = (window_bytes(ssr, job)(n * factor) for n in (1, 3))
-    assert long == pytest.approx(3 * short, rel=0.2)
+    ssr = SuperResolution(pipe.ssr, Denoiser(SCHEDULE, EDM), 2 * factor, 2)
+    job = Job(1, 2 * factor, size, size)
     finest = budget._finest(ssr, ssr.plan(*job[1:]), job)
-    assert finest < long < budget.AMPLE * finest
+    assert finest < budget._window_bytes(ssr, job)(2 * factor) < budget.AMPLE * finest
 
 
 def test_memory_that_runs_out_in_the_middle_makes_windows_smaller(

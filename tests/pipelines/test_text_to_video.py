@@ -677,6 +677,13 @@ class Interrupted(Exception):
     pass
 
 
+class Calls(list[tuple[str, int, int]]):
+    """Of a progress function."""
+
+    def __call__(self, *call: Any) -> None:
+        self.append(call)
+
+
 def interrupted_at(number: int) -> Any:
     """A progress function that raises at a call."""
     calls: list[int] = []
@@ -703,8 +710,8 @@ def test_an_interrupted_call_goes_on_bit_for_bit(pipe: LumierePipeline, tmp_path
         with pytest.raises(Interrupted):
             generate(pipe, **settings, checkpoint=path, progress=interrupted_at(number))
         assert path.exists() == (number > 2)  # two windows make the first step
-        calls: list[tuple[str, int, int]] = []
-        found = generate(pipe, **settings, checkpoint=path, progress=lambda *call: calls.append(call))
+        calls = Calls()
+        found = generate(pipe, **settings, checkpoint=path, progress=calls)
         assert len(calls) == 10 - (number - 1) // 2 * 2, "steps that were done are made again"
         assert torch.equal(found.frames, wanted.frames)
         assert torch.equal(found.base_frames, wanted.base_frames)
@@ -726,7 +733,7 @@ def test_an_upscaled_clip_goes_on_bit_for_bit(pipe: LumierePipeline, tmp_path: P
     wanted = make()
     with pytest.raises(Interrupted):
         make(checkpoint=path, progress=interrupted_at(7))
-    with pytest.raises(ValueError, match="clip was '.*' and is '.*'; give the same, or remove the file"):
+    with pytest.raises(ValueError, match=r"clip was '.*' and is '.*'; give the same, or remove the file"):
         make(checkpoint=path, clip=-clip)
     with pytest.raises(ValueError, match="call was 'upscale' and is 'generate'"):
         generate(pipe, checkpoint=path)
@@ -808,7 +815,7 @@ def interrupted(pipe: LumierePipeline, tmp_path_factory: pytest.TempPathFactory)
 def test_other_weights_are_refused(interrupted: Path) -> None:
     with pytest.raises(ValueError, match="weights was"):
         generate(make_pipeline(seed=1), **RESUMED, checkpoint=interrupted)
-    with pytest.raises(ValueError, match="dtype was 'torch.float32' and is 'torch.float16'"):
+    with pytest.raises(ValueError, match=r"dtype was 'torch.float32' and is 'torch.float16'"):
         generate(make_pipeline().to(torch.float16), **RESUMED, checkpoint=interrupted)
 
 
@@ -831,8 +838,8 @@ def test_a_file_may_be_kept_for_its_caller_to_remove(pipe: LumierePipeline, tmp_
     pytest.importorskip("tokenizers")
     path = tmp_path / "a.safetensors"
     first = generate(pipe, checkpoint=Checkpoint(path, keep=True))
-    calls: list[object] = []
-    again = generate(pipe, checkpoint=Checkpoint(path, keep=True), progress=lambda *call: calls.append(call))
+    calls = Calls()
+    again = generate(pipe, checkpoint=Checkpoint(path, keep=True), progress=calls)
     assert calls == []
     assert torch.equal(again.frames, first.frames)
     assert path.exists()
