@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +24,7 @@ from lumiere_fast import benchmark, dispatch, info, selftest, training, tune
 from lumiere_fast._malloc import keep_freed_memory
 from lumiere_fast.diffusion import PREDICTION_TYPES, SAMPLERS
 from lumiere_fast.models import PRESETS, Preset
-from lumiere_fast.pipelines import LumiereOutput, LumierePipeline
-from lumiere_fast.pipelines.checkpoint import Checkpoint
+from lumiere_fast.pipelines import Checkpoint, LumiereOutput, LumierePipeline
 from lumiere_fast.pipelines.memory import check_memory
 from lumiere_fast.text import PromptWarning, T5TextEncoder, TextEncoder
 from lumiere_fast.text.encoder import as_prompts
@@ -230,7 +230,8 @@ def generate(
     place = selftest.checked_device(device)
     with _threads(threads), _backend(backend), warnings.catch_warnings():
         pipe = _pipeline(weights, dtype, place, offload)
-        check_memory(pipe, frames, min(batch_size, len(texts)), guided=guidance != 1)
+        clips = min(batch_size, len(texts))
+        check_memory(pipe, frames, clips, guided=guidance != 1, stochastic=sampler == "ddpm")
         warnings.simplefilter("always", PromptWarning)
         pipe.text_encoder.encode(texts)  # to be told which prompts will not reach the model whole,
         warnings.simplefilter("ignore", PromptWarning)  # of all of them, in their order, and once
@@ -309,6 +310,8 @@ def _read(source: Path, frames: int | None) -> tuple[Pixels, float]:
     """A video's pixels and frames a second."""
     if not source.is_file():
         raise FileNotFoundError(f"INPUT {str(source)!r} is not a file")
+    if find_spec("av") is None:
+        raise ModuleNotFoundError("reading a video needs av, which is not installed: pip install av", name="av")
     try:
         return read_video(source, frames)
     except (ValueError, OSError) as error:

@@ -57,8 +57,8 @@ def within_memory(
     bytes_of, shortest = job_bytes(ssr, choices, job), choices[-1].window_frames
     if bytes_of(shortest) > max_memory - resident:
         raise ValueError(
-            f"max_memory is {_gib(max_memory)}, and super-resolution takes about {_gib(resident + bytes_of(shortest))} "
-            f"in windows of {shortest} frames, the shortest, {_gib(resident)} of them weights; "
+            f"max_memory is {_size(max_memory)}, and super-resolution takes about {_size(resident + bytes_of(shortest))} "
+            f"in windows of {shortest} frames, the shortest, {_size(resident)} of them weights; "
             "allow more, or ask for fewer frames or clips"
         )
     return choose_windows(choices, bytes_of, max_memory - resident)
@@ -74,7 +74,7 @@ def _within_free(
     if not fitting:
         return choose_windows(choices, bytes_of, budget)  # which says so
     warnings.warn(
-        f"windows of {plan.window_frames} frames take about {_gib(bytes_of(plan.window_frames))}, and {_gib(budget)} "
+        f"windows of {plan.window_frames} frames take about {_size(bytes_of(plan.window_frames))}, and {_size(budget)} "
         f"are free: super-resolution goes by {fitting[0]}",
         RuntimeWarning,
         stacklevel=5,
@@ -137,5 +137,5 @@ def _window_size(ssr: SuperResolution, job: Job) -> tuple[int, int]:
     return size
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:,.2f} GiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:,.2f} MiB"

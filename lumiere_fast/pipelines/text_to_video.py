@@ -513,6 +513,7 @@ class LumierePipeline:
             about: dict[str, Any] = {
                 "prompts": prompts,
                 "text_encoder": self.text_encoder.name,
+                "config": str(self.config),
                 "weights": [fingerprint(model) for model in (self.base, self.ssr)],
                 "dtype": str(self.dtype),
                 "device": self.device.type,
