@@ -55,10 +55,11 @@ def within_memory(
         return _within_free(plan, choices, job_bytes(ssr, choices, job), free - arriving)
     choices = _choices(ssr, job)
     bytes_of, shortest = job_bytes(ssr, choices, job), choices[-1].window_frames
-    if bytes_of(shortest) > max_memory - resident:
+    least = resident + bytes_of(shortest)
+    if least > max_memory:
         raise ValueError(
-            f"max_memory is {_size(max_memory)}, and super-resolution takes about {_size(resident + bytes_of(shortest))} "
-            f"in windows of {shortest} frames, the shortest, {_size(resident)} of them weights; "
+            f"max_memory is {_size(max_memory)}, and super-resolution takes about {_size(least)} in windows "
+            f"of {shortest} frames, the shortest, {_size(resident)} of them weights; "
             "allow more, or ask for fewer frames or clips"
         )
     return choose_windows(choices, bytes_of, max_memory - resident)

@@ -819,7 +819,7 @@ def interrupted(pipe: LumierePipeline, tmp_path_factory: pytest.TempPathFactory)
 
 def test_other_weights_are_refused(interrupted: Path) -> None:
     pipe = make_pipeline()
-    with pytest.raises(ValueError, match="config was .*sigma_max=20.0.* and is .*sigma_max=30.0"):
+    with pytest.raises(ValueError, match=r"config was .*sigma_max=20.0.* and is .*sigma_max=30.0"):
         generate(with_schedules(pipe, EDMSchedule(sigma_max=30.0), SCHEDULE), **RESUMED, checkpoint=interrupted)
     with pytest.raises(ValueError, match="weights was"):
         generate(make_pipeline(seed=1), **RESUMED, checkpoint=interrupted)
