@@ -16,9 +16,13 @@ Quantile = Callable[[Tensor, float], Tensor]
 
 
 class Composed:
-    """A loop that accumulates, then diffusers-style guidance, dynamic thresholding and DPM-Solver++(2M)."""
+    """A loop that accumulates, then diffusers-style guidance, thresholding and DPM-Solver++(2M).
 
-    def __init__(self, quantile: Quantile, windows: Sequence[Tensor], latent: Tensor) -> None:
+    Args:
+        quantile: how that of a dynamic threshold is found; not for a static one.
+    """
+
+    def __init__(self, quantile: Quantile | None, windows: Sequence[Tensor], latent: Tensor) -> None:
         self.quantile = quantile
         self.accumulate = Accumulate(windows, latent.shape[2])
         self.x0, self.magnitude, self.following, self.scratch = (torch.empty_like(latent) for _ in range(4))
@@ -37,17 +41,24 @@ class Composed:
         conditional, unconditional = self.accumulate(windows, starts, latent.shape[2]).chunk(2)
         torch.sub(conditional, unconditional, out=x0).mul_(guidance_scale).add_(unconditional)
         x0.mul_(coefficients.x0_prediction).add_(torch.mul(latent, coefficients.x0_latent, out=scratch))
-        limit = self.limit(threshold)
-        torch.clamp(x0, -limit, limit, out=x0).div_(limit)
+        if self.quantile is None:
+            x0.clamp_(-1, 1)
+        else:
+            limit = self.limit(self.quantile, threshold)
+            torch.clamp(x0, -limit, limit, out=x0).div_(limit)
         torch.mul(latent, coefficients.latent, out=following)
         following.add_(torch.mul(x0, coefficients.x0, out=scratch))
         following.add_(torch.mul(history, coefficients.history, out=scratch))
         return following, x0
 
-    def limit(self, threshold: Threshold) -> Tensor:
-        rows = torch.abs(self.x0, out=self.magnitude).permute(0, 2, 3, 4, 1)  # as stored: flattening is a view
-        flat = rows.flatten(2) if threshold.per == "frame" else rows.flatten(1)[:, None]
-        return self.quantile(flat, threshold.percentile).clamp(min=1)[:, None, :, None, None]
+    def limit(self, quantile: Quantile, threshold: Threshold) -> Tensor:
+        return limit_of(torch.abs(self.x0, out=self.magnitude), quantile, threshold)
+
+
+def limit_of(magnitude: Tensor, quantile: Quantile, threshold: Threshold) -> Tensor:
+    rows = magnitude.permute(0, 2, 3, 4, 1)  # as stored: flattening is a view
+    flat = rows.flatten(2) if threshold.per == "frame" else rows.flatten(1)[:, None]
+    return quantile(flat, threshold.percentile).clamp(min=1)[:, None, :, None, None]
 
 
 class BySorting:
@@ -66,17 +77,46 @@ class BySorting:
 
 
 def by_selection(flat: Tensor, fraction: float) -> Tensor:
+    """Without the rest sorted, which is most of it; with `kthvalue` it takes torch longer."""
     position = fraction * (flat.shape[-1] - 1)
     below = int(position)
-    lower = flat.kthvalue(below + 1, dim=-1).values
-    return torch.lerp(lower, flat.kthvalue(min(below + 2, flat.shape[-1]), dim=-1).values, position - below)
+    top = flat.topk(flat.shape[-1] - below, dim=-1).values
+    return torch.lerp(top[..., -1], top[..., max(-2, -top.shape[-1])], position - below)
+
+
+def composed(
+    windows: Sequence[Tensor],
+    starts: Sequence[int],
+    latent: Tensor,
+    coefficients: StepCoefficients,
+    guidance_scale: float,
+    threshold: Threshold,
+    history: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same without held buffers, which torch.compile would not need."""
+    total, count = (latent.new_zeros((windows[0].shape[0], *latent.shape[1:])) for _ in range(2))
+    for window, start in zip(windows, starts, strict=True):
+        total[:, :, start : start + window.shape[2]] += window
+        count[:, :, start : start + window.shape[2]] += 1
+    conditional, unconditional = (total / count).chunk(2)
+    prediction = unconditional + guidance_scale * (conditional - unconditional)
+    x0 = coefficients.x0_latent * latent + coefficients.x0_prediction * prediction
+    if threshold.kind == "static":
+        x0 = x0.clamp(-1, 1)
+    else:
+        limit = limit_of(x0.abs(), by_selection, threshold)
+        x0 = torch.clamp(x0, -limit, limit) / limit
+    return coefficients.latent * latent + coefficients.x0 * x0 + coefficients.history * history, x0
 
 
 @each_scenario(SPEC)
 def test_denoise_step(case: Case) -> None:
-    windows, latent = case.inputs["windows"], case.inputs["latent"]
-    quantiles: dict[str, Quantile] = {"composed, sort": BySorting(), "composed, kthvalue": by_selection}
+    windows, latent, threshold = (case.inputs[name] for name in ("windows", "latent", "threshold"))
+    quantiles: dict[str, Quantile | None] = {"composed": None}
+    if threshold.kind == "dynamic":
+        quantiles = {"composed, sort": BySorting(), "composed, topk": by_selection}
     case.compare(
         {name: partial(Composed(quantile, windows, latent), **case.inputs) for name, quantile in quantiles.items()},
         limits=case.copy(),
+        compiled=composed,
     )

@@ -441,34 +441,46 @@ VIDEOS = (
     _video("host_32x256", 32, 256, 8, cpu=True),
 )
 
+APART = (3, 5)  # odd, so that no load of several elements fits
 
-def draw_windows(scenario: Scenario, draw: Draw, batch: int) -> tuple[list[int], list[Tensor]]:
-    """The scenario's starts, and a prediction for each: separate tensors, as a loop over windows makes them."""
-    _, C, T, H, W = scenario.shape("BCTHW")
-    starts = window_starts(T, scenario.options["window"], scenario.options.get("overlap", 2))
-    return starts, [draw.activation(batch, C, scenario.options["window"], H, W) for _ in starts]
+
+def draw_cover(scenario: Scenario, draw: Draw, batch: int) -> dict[str, Any]:
+    """Windows, separate tensors as a loop over them makes them, their starts and their weights.
+
+    Options: "window" and "overlap" in frames; "in_space": windows lie in fours, APART rows and columns from each other;
+    "weighted": by vectors of the blended axes.
+    """
+    C, H, W = scenario.shape("CHW")
+    length = scenario.options["window"]
+    starts: list[Any] = _frames(scenario)
+    vectors = [torch.rand(n, generator=draw.generator) + 0.5 for n in (length, H, W)]
+    weights: Weights = vectors[0]
+    if scenario.options.get("in_space"):
+        starts, weights = list(product(starts, *((0, step) for step in APART))), vectors
+    windows = [draw.activation(batch, C, length, H, W) for _ in starts]
+    cover: dict[str, Any] = {"windows": windows, "starts": starts}
+    return {**cover, "weights": weights} if scenario.options.get("weighted") else cover
+
+
+def _frames(scenario: Scenario) -> list[int]:
+    return window_starts(scenario.sizes["T"], scenario.options["window"], scenario.options.get("overlap", 2))
+
+
+def video_shape(scenario: Scenario) -> tuple[int, ...]:
+    """Of what `draw_cover` covers."""
+    B, C, T, H, W = scenario.shape("BCTHW")
+    return (B, C, T, H + APART[0], W + APART[1]) if scenario.options.get("in_space") else (B, C, T, H, W)
 
 
 def _make_inputs(
     scenario: Scenario, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, Any]:
-    draw = Draw(device, dtype, generator)
-    starts, windows = draw_windows(scenario, draw, scenario.sizes["B"])
-    call: dict[str, Any] = {"windows": windows, "starts": starts, "num_frames": scenario.sizes["T"]}
-    if scenario.options.get("weighted"):
-        call["weights"] = torch.rand(scenario.options["window"], generator=generator) + 0.5
-    if scenario.options.get("in_space"):  # four times the windows, an odd number of rows and columns apart
-        call["starts"] = list(product(starts, (0, 3), (0, 5)))
-        call["windows"] = [draw.activation(*window.shape) for window in windows for _ in range(4)]
-        if "weights" in call:
-            sizes = windows[0].shape[3:]
-            call["weights"] = [call["weights"], *(torch.rand(n, generator=generator) + 0.5 for n in sizes)]
-    return call
+    cover = draw_cover(scenario, Draw(device, dtype, generator), scenario.sizes["B"])
+    return {**cover, "num_frames": scenario.sizes["T"]}
 
 
 def window_elements(scenario: Scenario) -> int:
-    window = scenario.options["window"]
-    return len(window_starts(scenario.sizes["T"], window)) * window * scenario.count("BCHW")
+    return len(_frames(scenario)) * scenario.options["window"] * scenario.count("BCHW")
 
 
 SPEC = OpSpec(

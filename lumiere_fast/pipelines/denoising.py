@@ -112,7 +112,7 @@ class Denoiser:
             make = partial(self._predictions, predict, latent, levels[step], progress, len(table) - step)
             predictions, windows = _within_memory(make, windows, shrink, latent.device)
             latent, x0 = self._step(predictions, latent, table[step], windows, guidance_scale, generators, history)
-            del predictions, make
+            del predictions
             history = x0 if step + 1 < len(table) and table[step + 1].history else None
             del x0
             if on_state is not None:
@@ -201,7 +201,7 @@ def _within_memory(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        warnings.warn(f"out of memory with {windows}: the step is made again with {smaller}", stacklevel=4)
+        warnings.warn(f"out of memory with {windows}: the step is made again with {smaller}", stacklevel=3)
         windows = smaller
 
 

@@ -133,8 +133,6 @@ def _state_from(header: dict[str, Any], entries: dict[str, Tensor]) -> tuple[Den
         stored = entries.pop(name).clone()  # out of the file, which is replaced while the run goes on
         videos[name] = stored.permute(0, 4, 1, 2, 3) if channels_last else stored
     generators = tuple(entries.pop(GENERATOR.format(i)) for i in range(len(entries)))
-    if entries:
-        raise ValueError(f"unknown entries {', '.join(entries)}")
     plan = _plan_from(header["windows"])
     history, source = videos.get("history"), videos.get("source")
     return DenoisingState(header["step"], videos["latent"], history, generators, plan, source), header["about"]

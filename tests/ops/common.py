@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lumiere_fast import dispatch
+from lumiere_fast import dispatch, native
+from lumiere_fast.ops import _registry
 from lumiere_fast.ops._selfcheck import FLOORS, relative_error
 
 CHANNELS_LAST = torch.channels_last_3d
@@ -68,6 +70,30 @@ def device_of(backend: str) -> str:
     if not torch.cuda.is_available():
         pytest.skip(f"the {backend} backend needs a GPU")
     return "cuda"
+
+
+def interpreted(backend: str) -> bool:
+    """Whether its kernels run here only because Triton's interpreter does: never in bfloat16, which it gets wrong."""
+    return backend == "triton" and not torch.cuda.is_available()
+
+
+def launch_on(public: Callable[..., Any], backend: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
+    """What the backend writes over NaN, or over `out`; Triton's kernels in the interpreter where there is no GPU.
+
+    A backend that the op does not have, or that cannot be used here, skips the test.
+    """
+    registered = _registry._REGISTERED[public.__name__]
+    if backend not in (*dispatch.COMPOSED, *registered.op.backends):
+        pytest.skip(f"{public.__name__} has no backend {backend!r}")
+    if backend == "cpu" and native.why_not("cpu"):
+        pytest.skip("; ".join(native.why_not("cpu")))
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    arguments = arguments_of(public, *inputs, **options)
+    rooms = registered.allocate(arguments, out)
+    for room in flatten(rooms) if out is None else ():
+        room.fill_(float("nan"))
+    return registered.launch(backend, arguments, rooms)
 
 
 def in_layout(x: Tensor, kind: int) -> Tensor:

@@ -20,6 +20,7 @@ from tests.ops.common import (
     check_out,
     device_of,
     in_layout,
+    launch_on,
 )
 
 PAPER_STARTS = [0, 6, 12]  # windows of 8 frames, overlap 2, over 20 frames
@@ -106,15 +107,45 @@ def test_order_of_the_windows_does_not_matter(draw: Draw) -> None:
     torch.testing.assert_close(shuffled, blend_windows(windows, PAPER_STARTS, 20), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_partition_of_unity_within_one_ulp(weighted: bool, draw: Draw) -> None:
-    starts = [0, 1, 2, 5, 6, 7, 12]
-    weights = draw(8).abs() + 0.01 if weighted else None
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+
+
+@BACKENDS
+@pytest.mark.parametrize("kind", ["flat", "trapezoid", "pyramid", "drawn"])
+@pytest.mark.parametrize("starts", [PAPER_STARTS, [0, 1, 2, 5, 6, 7, 12]], ids=["paper", "crowded"])
+def test_partition_of_unity_within_one_ulp(backend: str, starts: list[int], kind: str, draw: Draw) -> None:
+    """Equal windows keep their value to the bit, and the shares that are really applied add up to one.
+
+    A window's shares are what the blend makes of ones in that window and zeros in all others.
+    """
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    weights = (draw(8).abs() + 0.01).tolist() if kind == "drawn" else window_weights(kind, 8)
+    given = None if kind == "flat" else weights
     for value in (1.0, 3.1415927, -1e-3):
-        windows = torch.full((len(starts), 1, 2, 8, 2, 2), value)
-        blended = blend_windows(windows, starts, 20, weights=weights)
-        ulp = torch.nextafter(windows[0, 0, 0, 0, 0, 0].abs(), torch.tensor(torch.inf)) - abs(windows.flatten()[0])
-        assert (blended - value).abs().max() <= ulp
+        windows = torch.full((len(starts), 1, 2, 8, 2, 2), value, device=device)
+        blended = launch_on(blend_windows, backend, windows, starts, 20, weights=given)
+        assert torch.equal(blended, windows[0, :, :, :1].expand_as(blended))
+    shares = []
+    for i in range(len(starts)):
+        windows = torch.zeros(len(starts), 1, 1, 8, 1, 4, device=device)
+        windows[i] = 1
+        shares.append(launch_on(blend_windows, backend, windows, starts, 20, weights=given).double())
+    total = torch.stack(shares).sum(0)
+    assert (total - 1).abs().max() <= torch.finfo(torch.float32).eps
+    exact = torch.zeros(len(starts), 20, dtype=torch.float64)
+    for i, start in enumerate(starts):
+        exact[i, start : start + 8] = torch.tensor(weights, dtype=torch.float64)
+    ours = torch.stack(shares)[:, 0, 0, :, 0, 0].cpu()
+    torch.testing.assert_close(ours, exact / exact.sum(0), rtol=0, atol=1e-6)
+
+
+@BACKENDS
+def test_the_same_call_gives_the_same_bits(backend: str, draw: Draw) -> None:
+    windows = draw(6, 1, 3, 8, 5, 7).float()
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    call = windows.to(device), [0, 1, 3, 4, 9, 12], 20
+    once, again = (launch_on(blend_windows, backend, *call, weights="pyramid") for _ in range(2))
+    assert torch.equal(once, again)
 
 
 def test_accumulates_half_precision_in_fp32(draw: Draw) -> None:
@@ -175,6 +206,7 @@ def test_operator(memory_format: torch.memory_format, backend: str, draw: Draw) 
     check_operator_gradient(blend_windows, *weighted, weights=weights, backend=backend)
     with use_backend(backend):
         check_compiled(blend_windows, windows, [0, 2, 4], 8)
+        check_compiled(blend_windows, *weighted, weights="pyramid")
         with torch.no_grad():
             check_out(blend_windows, windows, [0, 2, 4], 8)
 

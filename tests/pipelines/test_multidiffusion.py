@@ -441,6 +441,12 @@ def test_no_video_is_held_but_those_that_are_read(
     def held() -> tuple[int, int]:
         return alive(video) - 1, alive(part)
 
+    class Watched(EDMParameterization):
+        def scale_input(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+            assert x.numel() == part
+            assert held()[0] == 1 + (table[len(calls) // len(windows)].history != 0)
+            return super().scale_input(x, alpha, sigma)
+
     def predict(scaled: Tensor, timestep: Tensor, window: Window) -> Tensor:
         step, index = divmod(len(calls), len(windows))
         calls.append(held())
@@ -455,7 +461,7 @@ def test_no_video_is_held_but_those_that_are_read(
         assert held() == (1 + (state.step < len(table) and table[state.step].history != 0), 0)
 
     on_every_step(monkeypatch, look)
-    denoiser = Denoiser(SCHEDULE, EDM, **settings)
+    denoiser = Denoiser(SCHEDULE, Watched(), **settings)
     generators = clip_generators(seeded(), 1)
     result = denoiser(predict, noise, 4, windows=windows, generators=generators, on_state=on_state)
     assert len(calls) == 4 * len(windows)
@@ -473,6 +479,14 @@ def out_of_cuda_memory() -> None:
 
 def out_of_python_memory() -> None:
     raise MemoryError
+
+
+def out_of_memory_by_another_allocator() -> None:
+    raise RuntimeError("[enforce fail at CPUAllocator.cpp:64] . DefaultCPUAllocator: can't allocate memory: you tried")
+
+
+def out_of_memory_on_windows() -> None:
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried")
 
 
 LACKS = pytest.mark.parametrize("run_out", [out_of_cpu_memory, out_of_cuda_memory, out_of_python_memory])
@@ -537,6 +551,16 @@ def test_a_step_without_memory_is_made_again_in_smaller_windows(
     ]
     assert short.calls == 6 + 2 + 3 * len(small)
     assert short.activations
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("run_out", [out_of_memory_by_another_allocator, out_of_memory_on_windows])
+def test_allocators_say_it_in_their_own_words(run_out: Callable[[], None]) -> None:
+    with pytest.warns(UserWarning, match="out of memory"):
+        result = Denoiser(SCHEDULE, EDM)(
+            Short(run_out), draw(1, 1, 16, 2, 2), 4, windows=plan_windows(16, 8), shrink=halved
+        )
+    assert result.windows.window_frames == 4
 
 
 @torch.no_grad()
