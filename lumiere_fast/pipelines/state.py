@@ -30,6 +30,7 @@ class DenoisingState:
         history: the clean clip predicted at the last of them; None where the next step does not read it.
         generators: the state of each clip's generator; none where the run was given none.
         windows: the plan in use, which may be smaller than the one that the run began with.
+        source: the clip that the run enlarges, where it is one that an earlier stage made.
     """
 
     step: int
@@ -37,6 +38,7 @@ class DenoisingState:
     history: Tensor | None
     generators: tuple[Tensor, ...]
     windows: WindowPlan
+    source: Tensor | None = None
 
 
 def save_state(path: str | os.PathLike[str], state: DenoisingState, about: Mapping[str, Any]) -> None:
@@ -53,7 +55,8 @@ def save_state(path: str | os.PathLike[str], state: DenoisingState, about: Mappi
     path = as_path(path)
     if not _survives_json(about):
         raise ValueError(f"about must hold strings, finite numbers, booleans, None and lists of these, got {about!r}")
-    tensors = {"latent": state.latent} if state.history is None else {"latent": state.latent, "history": state.history}
+    videos = {"latent": state.latent, "history": state.history, "source": state.source}
+    tensors = {name: video for name, video in videos.items() if video is not None}
     header = {
         "step": state.step,
         "channels_last": {name: _is_channels_last(tensor) for name, tensor in tensors.items()},
@@ -130,10 +133,9 @@ def _state_from(header: dict[str, Any], entries: dict[str, Tensor]) -> tuple[Den
         stored = entries.pop(name).clone()  # out of the file, which is replaced while the run goes on
         videos[name] = stored.permute(0, 4, 1, 2, 3) if channels_last else stored
     generators = tuple(entries.pop(GENERATOR.format(i)) for i in range(len(entries)))
-    state = DenoisingState(
-        header["step"], videos["latent"], videos.get("history"), generators, _plan_from(header["windows"])
-    )
-    return state, header["about"]
+    plan = _plan_from(header["windows"])
+    history, source = videos.get("history"), videos.get("source")
+    return DenoisingState(header["step"], videos["latent"], history, generators, plan, source), header["about"]
 
 
 def _plan_from(values: dict[str, Any]) -> WindowPlan:
