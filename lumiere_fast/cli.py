@@ -244,7 +244,7 @@ def generate(
                     **settings,
                     **state,
                 )
-                _write(result, outputs, fps or pipe.default_fps, overwrite)
+                _write(result, outputs, fps or pipe.default_fps, overwrite, window_frames or pipe.config.window_frames)
 
 
 @app.command()
@@ -303,7 +303,7 @@ def upscale(
         result = pipe.upscale(
             clip, text, generator=_generators(seed, 1), progress=_shows_progress(quiet), **settings, **state
         )
-        _write(result, [output], fps or rate, overwrite)
+        _write(result, [output], fps or rate, overwrite, window_frames or pipe.config.window_frames)
 
 
 def _read(source: Path, frames: int | None) -> tuple[Pixels, float]:
@@ -385,18 +385,21 @@ def _generators(seed: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + index) for index in range(count)]
 
 
-def _write(result: LumiereOutput, outputs: list[Path], fps: float, overwrite: bool) -> None:
+def _write(result: LumiereOutput, outputs: list[Path], fps: float, overwrite: bool, window_frames: int) -> None:
     started = time.perf_counter()
     for clip, output in zip(result.frames, outputs, strict=True):
         write_video(clip, output, fps, overwrite)
-    print(_summary(result, fps, time.perf_counter() - started, outputs))
+    print(_summary(result, fps, time.perf_counter() - started, outputs, window_frames))
 
 
-def _summary(result: LumiereOutput, fps: float, writing: float, outputs: list[Path]) -> str:
+def _summary(result: LumiereOutput, fps: float, writing: float, outputs: list[Path], window_frames: int) -> str:
+    """What was made and how, with the windows where memory made them shorter than `window_frames`."""
     _, _, frames, height, width = result.frames.shape
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in {**result.seconds, "writing": writing}.items())
     names = ", ".join(map(str, outputs))
-    return f"{frames} frames of {width}x{height} at {fps:g} fps; {seconds}; backend {result.backend}; {names}"
+    plan = result.windows["ssr"]
+    shorter = f"ssr in {plan}; " if plan.window_frames < min(window_frames, plan.num_frames) else ""
+    return f"{frames} frames of {width}x{height} at {fps:g} fps; {seconds}; {shorter}backend {result.backend}; {names}"
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -113,10 +113,8 @@ def _window_bytes(ssr: SuperResolution, job: Job) -> Callable[[int], int]:
 
 
 def _videos(ssr: SuperResolution, plan: WindowPlan, job: Job) -> int:
-    """With the unit noise that the clip began as."""
     size, weight = (job.height * ssr.factor, job.width * ssr.factor), next(ssr.model.parameters())
-    noise = 3 * job.frames * size[0] * size[1] * torch.float32.itemsize
-    return job.batch * (noise + video_bytes(plan, size, weight.dtype, stochastic=True))
+    return job.batch * video_bytes(plan, size, weight.dtype, stochastic=ssr.denoiser.stochastic)
 
 
 def weight_bytes(*models: nn.Module) -> int:

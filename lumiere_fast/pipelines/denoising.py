@@ -14,15 +14,13 @@ from torch import Tensor
 from lumiere_fast import dispatch, ops
 from lumiere_fast.diffusion import NoiseLevel, Parameterization, Schedule, check_sampler, draw_noise, sampling_table
 from lumiere_fast.ops import _layout
-from lumiere_fast.ops.denoise_step import Threshold, _flat_threshold
+from lumiere_fast.ops.denoise_step import Bound, _flat_threshold
 from lumiere_fast.pipelines.state import DenoisingState
 from lumiere_fast.pipelines.windows import Window, WindowPlan
 
 Predictor = Callable[[Tensor, Tensor, Window], Tensor]
 """`predict(scaled, timestep, window)`: the network's output for the scaled clip of a window, in any floating dtype.
 With guidance its batch is doubled, conditional before unconditional."""
-
-CLAMP = Threshold("static")
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,8 @@ class Denoiser:
     Args:
         schedule, parameterization: those of the network's training.
         sampler: a name in `lumiere_fast.diffusion.SAMPLERS`.
-        threshold: how the predicted clean clip is bounded at every step, once, after blending; None for not at all.
+        threshold: how the predicted clean clip is bounded at every step, once, after blending, as
+            `lumiere_fast.ops.denoise_step` takes it; None for not at all.
         eta: of sampler "ddim": 0 deterministic, 1 ancestral.
 
     Raises:
@@ -50,12 +49,17 @@ class Denoiser:
     schedule: Schedule
     parameterization: Parameterization
     sampler: str = "dpm-solver++"
-    threshold: Threshold | None = CLAMP
+    threshold: Bound = "static"
     eta: float = 0.0
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.eta)
         _flat_threshold(self.threshold)  # refuses what the op would, before there is work
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw fresh noise."""
+        return self.sampler == "ddpm" or self.eta > 0
 
     def __call__(
         self,
@@ -73,10 +77,13 @@ class Denoiser:
     ) -> Denoised:
         """Denoise unit `noise` (B, C, T, H, W), drawn once a frame whatever the windows.
 
+        The noise becomes the latent, in its own memory: pass a clone to keep it. Where a gradient of it is needed, or
+        its elements do not lie densely, it is left as it is.
+
         At each step every window's prediction is made from the same latent, the predictions are averaged where windows
         overlap (paper, section 3.2: the least-squares reconciliation of MultiDiffusion), and one step is taken for the
         whole clip, with noise drawn once a frame from `generators`, one a clip, where the sampler is stochastic. The
-        latent keeps the dtype of `noise`, which is left as it is.
+        latent keeps the dtype of `noise`.
 
         Videos in memory, beside what `predict` holds: the latent; between steps of a multistep sampler the last clean
         clip; the predictions of one step; and while it is taken its clean clip and fresh noise.
@@ -99,11 +106,13 @@ class Denoiser:
         first = 0
         history: Tensor | None = None
         if resume is None:
-            latent = (noise * levels[0].sigma).contiguous(memory_format=_layout.video_format(noise))
+            sigma = levels[0].sigma
+            latent = _dense(noise)
+            latent = latent * sigma if dispatch.needs_gradient((noise,)) else latent.mul_(sigma)
         else:
             _check_fits(resume, noise, table, generators or ())
             first, windows = resume.step, resume.windows
-            latent = resume.latent.to(noise.device, copy=True)
+            latent = _dense(noise.detach()).copy_(resume.latent)
             history = None if resume.history is None else resume.history.to(noise.device, copy=True)
             for generator, state in zip(generators or (), resume.generators, strict=True):
                 generator.set_state(state)
@@ -235,17 +244,11 @@ def _check_fits(
         )
 
 
+def _dense(video: Tensor) -> Tensor:
+    """In the layout of a video, itself where it is in one."""
+    return video.contiguous(memory_format=_layout.video_format(video))
+
+
 def _per_clip(values: Tensor) -> Tensor:
     """(B,) to broadcast against (B, C, T, H, W)."""
     return values[:, None, None, None, None]
-
-
-def resolve_threshold(threshold: Threshold | str | None) -> Threshold | None:
-    """The `Threshold` of a name, "static" or "dynamic", with its defaults; a `Threshold` or None as it is."""
-    if threshold is None or isinstance(threshold, Threshold):
-        return threshold
-    if threshold == "static":
-        return CLAMP
-    if threshold == "dynamic":
-        return Threshold("dynamic")
-    raise ValueError(f"threshold must be 'static', 'dynamic', None or a Threshold, got {threshold!r}")

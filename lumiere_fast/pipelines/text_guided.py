@@ -50,7 +50,7 @@ class TextGuided:
         resume: DenoisingState | None = None,
         on_state: Callable[[DenoisingState], None] | None = None,
     ) -> Denoised:
-        """Unit `noise` (B, 3, T, H, W) to clips; `text` is that of `texts`, the same in every window.
+        """Unit `noise` (B, 3, T, H, W) to clips, in its memory; `text` is that of `texts`, the same in every window.
 
         Windows are not made smaller where memory runs out: a model of motion would show it in fewer frames.
         """

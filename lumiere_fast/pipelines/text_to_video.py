@@ -29,13 +29,13 @@ from lumiere_fast.models.io import as_path, check_is_folder, load_stunet, replac
 from lumiere_fast.models.pretrained import MAX_SHARD_SIZE
 from lumiere_fast.models.stunet import check_num_frames
 from lumiere_fast.ops.blend_windows import WeightKind
-from lumiere_fast.ops.denoise_step import Threshold
+from lumiere_fast.ops.denoise_step import Bound
 from lumiere_fast.pipelines import arguments
 from lumiere_fast.pipelines import folder as layout
 from lumiere_fast.pipelines.arguments import as_clips, as_output
 from lumiere_fast.pipelines.budget import Job, weight_bytes, within_memory
 from lumiere_fast.pipelines.checkpoint import Checkpoint, Resumption, content, fingerprint
-from lumiere_fast.pipelines.denoising import Denoised, Denoiser, resolve_threshold
+from lumiere_fast.pipelines.denoising import Denoised, Denoiser
 from lumiere_fast.pipelines.memory import parse_bytes
 from lumiere_fast.pipelines.progress import OnStep, ProgressCallback, Stages
 from lumiere_fast.pipelines.super_resolution import SuperResolution, padded
@@ -293,7 +293,7 @@ class LumierePipeline:
         guidance_scale: float = 3.0,
         sampler: str = "dpm-solver++",
         eta: float = 0.0,
-        threshold: Threshold | Literal["static", "dynamic"] | None = "static",
+        threshold: Bound = "static",
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         progress: bool | ProgressCallback = False,
         output_type: Literal["pt", "np", "pil"] = "pt",
@@ -350,7 +350,7 @@ class LumierePipeline:
         ssr_steps = arguments.at_least(1, "ssr_num_inference_steps", ssr_num_inference_steps)
         scale = arguments.guidance(guidance_scale)
         arguments.check_output_type(output_type)
-        sampling = (sampler, resolve_threshold(threshold), eta)
+        sampling = (sampler, threshold, eta)
         base = self._text_guided(sampling, scale, cuda_graphs)
         plan = self._base_windows(num_frames, base_overlap, window_weights)
         ssr = self._super_resolution(sampling, window_frames, overlap, window_weights, None, cuda_graphs)
@@ -389,7 +389,7 @@ class LumierePipeline:
         num_inference_steps: int = 8,
         sampler: str = "dpm-solver++",
         eta: float = 0.0,
-        threshold: Threshold | Literal["static", "dynamic"] | None = "static",
+        threshold: Bound = "static",
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         progress: bool | ProgressCallback = False,
         output_type: Literal["pt", "np", "pil"] = "pt",
@@ -421,7 +421,7 @@ class LumierePipeline:
             raise ValueError(f"prompt must be a sentence for each of the {len(clips)} clips, got {len(prompts)}")
         steps = arguments.at_least(1, "num_inference_steps", num_inference_steps)
         arguments.check_output_type(output_type)
-        sampling = (sampler, resolve_threshold(threshold), eta)
+        sampling = (sampler, threshold, eta)
         ssr = self._super_resolution(sampling, window_frames, overlap, window_weights, size_overlap, cuda_graphs)
         small = padded(clips, ssr.padding(*clips.shape[2:]))
         call = self._begin(
@@ -583,7 +583,7 @@ class LumierePipeline:
             return self.text_encoder.encode(texts)
 
 
-_Sampling = tuple[str, Threshold | None, float]
+_Sampling = tuple[str, Bound, float]
 """Sampler, threshold and eta of both stages."""
 
 
@@ -610,7 +610,8 @@ def denoise_from_text(
 ) -> Tensor:
     """Unit `noise` (B, 3, T, H, W) to the clips, or with a `UNet2D` the images, of B prompts, in one window.
 
-    `generators`, one a prompt, are what a stochastic sampler draws from.
+    `generators`, one a prompt, are what a stochastic sampler draws from. The noise becomes the clips: pass a clone to
+    keep it.
     """
     guided = TextGuided(model, denoiser, guidance_scale)
     text = text_encoder.encode(guided.texts(prompts))

@@ -27,7 +27,7 @@ from tests.pipelines.tiny import SCHEDULE
 SIZE, WINDOW = 16, 8
 FRAME = 3 * SIZE**2 * 4  # bytes of a full-size one
 SHORT, LONG = 14, 44  # frames, tiled exactly by 2 and 7 windows
-HELD = 3  # videos that stay while a window is denoised: the noise, the latent, the clean clip of the step before
+HELD = 2  # videos that stay while a window is denoised: the latent and the clean clip of the step before
 
 Peak = Callable[..., int]
 
