@@ -6,6 +6,10 @@
 
 #include <type_traits>
 
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
+
 #include "common/blocks.h"
 #include "lumiere_fast.h"
 
@@ -213,6 +217,16 @@ template <> inline uint32_t bits_over(const int32_t* keys, int32_t low) {
 }
 #endif
 
+inline int lowest_bit(uint32_t bits) {
+#if defined(_MSC_VER)
+  unsigned long at;
+  _BitScanForward(&at, bits);
+  return static_cast<int>(at);
+#else
+  return __builtin_ctz(bits);
+#endif
+}
+
 template <class A> void count_block(const A* x0, int64_t n, Count<A>& count) {
   Key<A> keys[kBlock], kept[kBlock];
   int64_t num_kept = 0;
@@ -220,7 +234,7 @@ template <class A> void count_block(const A* x0, int64_t n, Count<A>& count) {
   for (int64_t i = n; i % kSubBlock != 0; ++i) keys[i] = -1;  // below all
   for (int64_t begin = 0; begin < n; begin += kSubBlock) {
     for (uint32_t bits = bits_over(keys + begin, count.low); bits != 0; bits &= bits - 1) {
-      const Key<A> key = keys[begin + __builtin_ctz(bits)];
+      const Key<A> key = keys[begin + lowest_bit(bits)];
       kept[num_kept] = key;
       num_kept += key <= count.high;
       count.above += key > count.high;

@@ -210,15 +210,15 @@ class RegisteredOp:
             return
         read = [(i, _Lying(tensor)) for i, value in enumerate(arguments) for tensor in dispatch.tensors_in(value)]
         written = [(i, _Lying(room)) for i, room in rooms]
-        for i, room in written:
-            self._check_memory(names[i], room, i, read)
-        if any(room.overlaps(other) for i, room in written for j, other in written if j < i):
+        for i, lying in written:
+            self._check_memory(names[i], lying, i, read)
+        if any(lying.overlaps(other) for i, lying in written for j, other in written if j < i):
             raise ValueError(f"{name}: the tensors of out must not lie in one another's memory; give each its own")
 
     def _check_room(self, what: str, room: Any, result: Result, gradient: bool) -> None:
         name = self.op.name
         check_is_tensor(name, what, room)
-        if gradient or dispatch.needs_gradient((room,)):
+        if gradient or (room.requires_grad and torch.is_grad_enabled()):
             raise ValueError(f"{name}: {what} was given where a gradient is needed; drop it, or use torch.no_grad()")
         if (tuple(room.shape), room.dtype, room.device) != (result.shape, result.dtype, result.device):
             raise ValueError(
