@@ -1,4 +1,5 @@
-// denoise_step on a CPU: in one walk over the video, and for a dynamic threshold a few more that find its quantile.
+// denoise_step on a CPU: in one walk over the video, and for a dynamic threshold a few more that find its quantile. Where
+// what has one threshold is small they are over its x0 alone, which the first one leaves in the cache.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "common/cover.h"
+#include "common/memory.h"
 #include "common/parallel.h"
 #include "common/processor.h"
 #include "common/runs.h"
@@ -55,9 +57,10 @@ template <class K> class Kept {
  public:
   explicit Kept(int64_t room) : room_(room), keys_(room) {}
 
-  void clear() { size_ = 0, least_ = std::numeric_limits<K>::max(); }
+  void clear() { size_ = 0, least_ = std::numeric_limits<K>::max(), most_ = -1; }
   int64_t size() const { return size_; }
   K least() const { return least_; }
+  K most() const { return most_; }
   bool complete() const { return size_ <= room_; }
   K* begin() const { return keys_.get(); }
   K* end() const { return begin() + std::min<int64_t>(size_, room_); }
@@ -66,8 +69,10 @@ template <class K> class Kept {
     Kept& to = *static_cast<Kept*>(kept);
     const int64_t at = to.size_.fetch_add(n);
     if (at < to.room_) std::copy_n(keys, std::min(n, to.room_ - at), to.begin() + at);
-    const K least = *std::min_element(keys, keys + n);
-    for (K known = to.least_; least < known && !to.least_.compare_exchange_weak(known, least);) {
+    const auto [least, most] = std::minmax_element(keys, keys + n);
+    for (K known = to.least_; *least < known && !to.least_.compare_exchange_weak(known, *least);) {
+    }
+    for (K known = to.most_; *most > known && !to.most_.compare_exchange_weak(known, *most);) {
     }
   }
 
@@ -82,12 +87,14 @@ template <class K> class Kept {
   const int64_t room_;
   Buffer<K> keys_;
   std::atomic<int64_t> size_{0};
-  std::atomic<K> least_{std::numeric_limits<K>::max()};
+  std::atomic<K> least_{std::numeric_limits<K>::max()}, most_{-1};
 };
 
 constexpr int64_t kLeastRoom = 1 << 15, kMostRoom = 1 << 20;  // keys that are kept, 1 / kRoomShare of a unit's between
 constexpr int64_t kRoomShare = 32;
 constexpr int64_t kSmallUnit = 1 << 12;  // of so few elements no sample is taken
+constexpr int64_t kMostHeld = 1 << 18;   // and of at most so many x0 is held
+constexpr int64_t kHeldPiece = 1 << 15;
 
 template <class A> class DenoiseStep {
  public:
@@ -111,21 +118,43 @@ template <class A> class DenoiseStep {
   }
 
   void run() {
-    if (!dynamic()) return apply(units_[0], threads_, 0, call_.bound == LF_BOUND_STATIC ? 1 : 0);
+    if (!dynamic()) return apply({&units_[0], 0, threads_}, call_.bound == LF_BOUND_STATIC ? 1 : 0, nullptr);
     const int64_t units = units_.size();
     // Where there are units enough for the threads each takes whole ones, which are then still in its cache when they
     // are walked over again; else the threads share a unit.
     const bool apart = units % threads_ == 0 || units >= 4 * threads_;
     const int64_t room = std::clamp(units_[0].elements / kRoomShare, kLeastRoom, kMostRoom);
-    std::deque<Kept<K>> kept;
-    for (int64_t i = 0; i < (apart ? threads_ : 1); ++i) kept.emplace_back(room);
+    std::deque<Scratch> scratch;  // of as many units as are searched at a time
+    for (int64_t i = 0; i < (apart ? threads_ : 1); ++i) scratch.emplace_back(room, units_[0].elements);
     for_each_piece(units, apart ? threads_ : 1, [&](int64_t worker, int64_t unit) {
-      const int64_t threads = apart ? 1 : threads_;
-      apply(units_[unit], threads, worker, limit(units_[unit], threads, worker, kept[worker]));
+      Search search{{&units_[unit], worker, apart ? 1 : threads_}, scratch[worker].kept, scratch[worker].x0.get()};
+      if (search.x0) predict(search);
+      apply(search.part, limit(search), search.x0);
     });
   }
 
  private:
+  // A unit, and who walks over it: so many threads, or a single one, with the scratch memory of `worker`.
+  struct Part {
+    const Unit* unit;
+    int64_t worker, threads;
+  };
+
+  struct Scratch {
+    Scratch(int64_t room, int64_t elements) : kept(room) {
+      if (elements <= kMostHeld) x0 = Buffer<A>(elements);
+    }
+    Kept<K> kept;
+    Buffer<A> x0;  // of the whole unit, where that is small
+  };
+
+  // For the threshold of one unit.
+  struct Search {
+    Part part;
+    Kept<K>& kept;
+    A* x0;  // null where it is not held
+  };
+
   bool dynamic() const { return call_.bound == LF_BOUND_CLIP || call_.bound == LF_BOUND_FRAME; }
 
   void cut() {
@@ -153,109 +182,134 @@ template <class A> class DenoiseStep {
 
   void add_box(const Box& box) {
     boxes_.push_back(box);
+    places_.push_back(units_.back().elements);
     pieces_.push_back(pieces_.back() + box.pieces());
     units_.back().end_box = boxes_.size();
     units_.back().elements += box.elements();
   }
 
-  // Calls work(run, piece's number) for all runs of a unit, on so many threads; a single one's scratch memory is that of
-  // `worker`.
-  template <class Work> void over(const Unit& unit, int64_t threads, int64_t worker, const Work& work) {
-    const int64_t first = pieces_[unit.first_box];
-    for_each_piece(pieces_[unit.end_box] - first, threads, [&](int64_t member, int64_t index) {
+  // Calls work(runs) for all pieces of a part, with runs(each) to call each(run, its place in the unit).
+  template <class Work> void over(const Part& part, const Work& work) {
+    const int64_t first = pieces_[part.unit->first_box];
+    for_each_piece(pieces_[part.unit->end_box] - first, part.threads, [&](int64_t member, int64_t index) {
       const int64_t piece = first + index;
       const int64_t box = std::upper_bound(pieces_.begin(), pieces_.end(), piece) - pieces_.begin() - 1;
-      work(walks_[threads > 1 ? member : worker], boxes_[box], piece - pieces_[box], pieces_[box + 1] - pieces_[box]);
+      work([&](const auto& each) {
+        walks_[part.threads > 1 ? member : part.worker].each_run(
+            boxes_[box], piece - pieces_[box], pieces_[box + 1] - pieces_[box],
+            [&](const Run<A>& run) { each(run, places_[box] + run.place); });
+      });
     });
   }
 
-  // `limit`: 0 for none.
-  void apply(const Unit& unit, int64_t threads, int64_t worker, A limit) {
-    over(unit, threads, worker, [&](Walk<A>& walk, const Box& box, int64_t share, int64_t of) {
-      walk.each_run(box, share, of,
-                    [&](const Run<A>& run) { kernels_.step(run, settings_, limit == 0 ? nullptr : &limit); });
+  // `limit`: 0 for none. `x0`: the unit's, not bounded, which is written over; null where it is not held.
+  void apply(const Part& part, A limit, A* x0) {
+    over(part, [&](const auto& runs) {
+      runs([&](const Run<A>& run, int64_t place) {
+        kernels_.step(run, settings_, limit == 0 ? nullptr : &limit, x0 ? x0 + place : nullptr);
+      });
+    });
+  }
+
+  void predict(const Search& in) {
+    over(in.part, [&](const auto& runs) {
+      runs([&](const Run<A>& run, int64_t place) { kernels_.predict(run, settings_, in.x0 + place); });
     });
   }
 
   // The number of keys above `high`; those in (low, high] are kept.
-  int64_t count(const Unit& unit, int64_t threads, int64_t worker, K low, K high, int64_t every, Kept<K>& kept) {
+  int64_t count(const Search& in, K low, K high, int64_t every = 1) {
     std::atomic<int64_t> above{0};
-    kept.clear();
-    over(unit, threads, worker, [&](Walk<A>& walk, const Box& box, int64_t share, int64_t of) {
-      Count<A> found{low, high, every, 0, 0, &Kept<K>::add, &kept};
-      walk.each_run(box, share, of, [&](const Run<A>& run) { kernels_.count(run, settings_, found); });
+    in.kept.clear();
+    const auto counted = [&](const auto& work) {
+      Count<A> found{low, high, every, 0, 0, &Kept<K>::add, &in.kept};
+      work(found);
       above += found.above;
-    });
+    };
+    if (in.x0) {
+      const int64_t elements = in.part.unit->elements;
+      for_each_piece((elements + kHeldPiece - 1) / kHeldPiece, in.part.threads, [&](int64_t, int64_t piece) {
+        const int64_t begin = piece * kHeldPiece, n = std::min(kHeldPiece, elements - begin);
+        counted([&](Count<A>& found) { kernels_.count_predicted(in.x0 + begin, n, found); });
+      });
+    } else {
+      over(in.part, [&](const auto& runs) {
+        counted([&](Count<A>& found) {
+          runs([&](const Run<A>& run, int64_t) { kernels_.count(run, settings_, found); });
+        });
+      });
+    }
     return above;
   }
 
   // max(quantile, 1) of a unit, exactly. The key of the lower neighbour is looked for in a bracket, which a sample
   // suggests: what lies above is counted, and what lies within is kept and selected from. A bracket that missed, or
   // held too much, is followed by others that bisect what is left; most often the first one does.
-  A limit(const Unit& unit, int64_t threads, int64_t worker, Kept<K>& kept) {
-    const Place<A> place(call_.percentile, unit.elements);
-    const int64_t wanted = place.from_top;
+  A limit(const Search& in) {
+    const Place<A> place(call_.percentile, in.part.unit->elements);
     K below = kOne - 1, least_above = kMost;  // the key is in (below, least_above]; all at most 1 count as equal
-    Bracket trial = suggested(unit, threads, worker, wanted, kept);
+    Bracket trial = suggested(in, place.from_top);
     for (;;) {
-      const int64_t above = count(unit, threads, worker, trial.low, trial.high, 1, kept);
-      const int64_t over_low = above + kept.size();
+      const int64_t above = count(in, trial.low, trial.high), over_low = above + in.kept.size();
       bool missed = true;
-      if (wanted <= above) {
+      if (place.from_top <= above) {
         below = trial.high;
-      } else if (wanted > over_low) {
-        least_above = trial.low;
-        if (least_above == kOne) {
-          if (wanted - 1 > over_low) return 1;
-          below = -1;  // only the upper neighbour is over 1
-        }
-      } else {
-        if (kept.complete()) return at_least_one(selected(unit, threads, worker, place, above, kept));
+      } else if (place.from_top <= over_low) {
+        if (in.kept.complete()) return at_least_one(selected(in, place, above));
         below = trial.low, least_above = trial.high;
         missed = false;
+      } else if (trial.low > kOne) {
+        least_above = trial.low;
+      } else {
+        return at_least_one(from_below_one(in, place, over_low));
       }
-      if (least_above - below == 1) {
-        return at_least_one(with_upper(unit, threads, worker, place, least_above, kept));
-      }
-      const K least = below == -1 ? below : std::max(below, kOne);
-      trial = {missed && least < least_above ? least : below + (least_above - below) / 2, least_above};
+      if (least_above - below == 1) return at_least_one(with_upper(in, place, least_above));
+      trial = {std::max(missed ? below : below + (least_above - below) / 2, kOne), least_above};
     }
   }
 
   struct Bracket {
-    K low, high;
+    K low, high;  // (low, high], with low >= kOne
   };
 
-  // Around the key's place in a sample, four standard deviations to each side.
-  Bracket suggested(const Unit& unit, int64_t threads, int64_t worker, int64_t wanted, Kept<K>& kept) {
-    if (unit.elements <= kSmallUnit) return {kOne, kMost};
-    const int64_t size = std::min(unit.elements / kRoomShare, std::max<int64_t>(kLeastRoom, unit.elements / 512));
-    count(unit, threads, worker, -1, kMost, unit.elements / size, kept);
-    const double taken = static_cast<double>(kept.end() - kept.begin());
-    const double share = static_cast<double>(wanted) / static_cast<double>(unit.elements);
-    const double expected = share * taken, reach = 4 * std::sqrt(expected * (1 - share)) + 8;
+  // Around the key's place in a sample, three standard deviations to each side.
+  Bracket suggested(const Search& in, int64_t from_top) {
+    const int64_t elements = in.part.unit->elements;
+    if (elements <= kSmallUnit) return {kOne, kMost};
+    const int64_t size = std::min(elements / kRoomShare, std::max<int64_t>(kLeastRoom, elements / 512));
+    count(in, -1, kMost, elements / size);
+    const double taken = static_cast<double>(in.kept.end() - in.kept.begin());
+    const double share = static_cast<double>(from_top) / static_cast<double>(elements);
+    const double expected = share * taken, reach = 3 * std::sqrt(expected * (1 - share)) + 4;
     const auto low_place = static_cast<int64_t>(std::ceil(expected + reach));
     const auto high_place = static_cast<int64_t>(expected - reach);
     if (low_place > taken) return {kOne, kMost};
-    const K low = std::max<K>(*kept.select(low_place) - 1, kOne);
+    const K low = std::max<K>(*in.kept.select(low_place) - 1, kOne);
     if (high_place < 1) return {low, kMost};
-    return {low, std::max<K>(*kept.select(high_place), low + 1)};
+    return {low, std::max<K>(*in.kept.select(high_place), low + 1)};
   }
 
   // The quantile, whose lower neighbour is among those kept; `above` are over them.
-  A selected(const Unit& unit, int64_t threads, int64_t worker, const Place<A>& place, int64_t above, Kept<K>& kept) {
+  A selected(const Search& in, const Place<A>& place, int64_t above) {
     const int64_t from_top = place.from_top - above;
-    K* const lower = kept.select(from_top);
-    if (from_top == 1 && above > 0) return with_upper(unit, threads, worker, place, *lower, kept);
-    const K upper = from_top == 1 ? *lower : *std::min_element(lower + 1, kept.end());
+    K* const lower = in.kept.select(from_top);
+    if (from_top == 1 && above > 0) return with_upper(in, place, *lower);
+    const K upper = from_top == 1 ? *lower : *std::min_element(lower + 1, in.kept.end());
     return place.between(value_of<A>(*lower), value_of<A>(upper));
   }
 
+  // The quantile, or 1 where it is not over 1, from a lower neighbour that is not; `over_one` are.
+  A from_below_one(const Search& in, const Place<A>& place, int64_t over_one) {
+    if (place.from_top == 1 || place.from_top - 1 > over_one) return 1;  // nor is the upper one
+    count(in, -1, kOne);
+    return with_upper(in, place, in.kept.most());
+  }
+
   // The quantile from its lower neighbour alone.
-  A with_upper(const Unit& unit, int64_t threads, int64_t worker, const Place<A>& place, K lower, Kept<K>& kept) {
+  A with_upper(const Search& in, const Place<A>& place, K lower) {
     if (place.from_top == 1) return value_of<A>(lower);
-    count(unit, threads, worker, lower, kMost, 1, kept);
-    const K upper = kept.size() == place.from_top - 1 ? kept.least() : lower;
+    count(in, lower, kMost);
+    const K upper = in.kept.size() == place.from_top - 1 ? in.kept.least() : lower;
     return place.between(value_of<A>(lower), value_of<A>(upper));
   }
 
@@ -270,6 +324,7 @@ template <class A> class DenoiseStep {
   const StepKernels<A>& kernels_;
   std::vector<Unit> units_;
   std::vector<Box> boxes_;
+  std::vector<int64_t> places_;     // of each box's first element in its unit
   std::vector<int64_t> pieces_{0};  // of the boxes before each box
   std::vector<Walk<A>> walks_;
   int64_t threads_;

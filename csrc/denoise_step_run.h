@@ -6,6 +6,10 @@
 
 #include <type_traits>
 
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
+
 #include "common/blocks.h"
 #include "lumiere_fast.h"
 
@@ -38,9 +42,14 @@ template <class A> struct Count {
 };
 
 template <class A> struct StepKernels {
-  // Writes the next latent and x0, bounded by `limit` (1 for a static threshold) where that is not null.
-  void (*step)(const Run<A>& run, const StepSettings<A>& of, const A* limit);
+  // Writes the next latent and x0, bounded by `limit` (1 for a static threshold) where that is not null. `predicted`, if
+  // not null, is x0 before that, and is written over.
+  void (*step)(const Run<A>& run, const StepSettings<A>& of, const A* limit, A* predicted);
+  // Writes x0, not bounded, without gaps.
+  void (*predict)(const Run<A>& run, const StepSettings<A>& of, A* x0);
   void (*count)(const Run<A>& run, const StepSettings<A>& of, Count<A>& count);
+  // The same of x0 as `predict` left it.
+  void (*count_predicted)(const A* x0, int64_t n, Count<A>& count);
 };
 
 template <class A> const StepKernels<A>& step_kernels_avx2() noexcept;
@@ -148,13 +157,14 @@ template <class A> class StepBlock {
   const int64_t begin_, n_;
 };
 
-template <class A> void step_run(const Run<A>& run, const StepSettings<A>& of, const A* limit) {
-  A room[kBlock], x0[kBlock], next[kBlock];
+template <class A> void step_run(const Run<A>& run, const StepSettings<A>& of, const A* limit, A* predicted) {
+  A room[kBlock], x0_room[kBlock], next[kBlock];
   for (int64_t begin = 0; begin < run.length; begin += kBlock) {
     const int64_t n = run.length - begin < kBlock ? run.length - begin : kBlock;
     const StepBlock<A> block(run, of, begin, n);
     const A* const latent = block.clip(kLatent, room);
-    block.predict_x0(latent, x0);
+    A* const x0 = predicted ? predicted + begin : x0_room;
+    if (!predicted) block.predict_x0(latent, x0);
     if (limit) bound(x0, *limit, n);
     combine(next, of.latent, latent, of.x0, x0, n);
     if (of.reads_history) add(next, of.history, block.clip(kHistory, room), n);
@@ -162,6 +172,15 @@ template <class A> void step_run(const Run<A>& run, const StepSettings<A>& of, c
     // Each of them may lie where one was read: all that is needed of the block has been.
     block.write(kNext, next);
     block.write(kX0, x0);
+  }
+}
+
+template <class A> void predict_run(const Run<A>& run, const StepSettings<A>& of, A* x0) {
+  A room[kBlock];
+  for (int64_t begin = 0; begin < run.length; begin += kBlock) {
+    const int64_t n = run.length - begin < kBlock ? run.length - begin : kBlock;
+    const StepBlock<A> block(run, of, begin, n);
+    block.predict_x0(block.clip(kLatent, room), x0 + begin);
   }
 }
 
@@ -177,42 +196,78 @@ inline int64_t key_of(double x) {
   return bits & INT64_MAX;
 }
 
-template <class K> inline K count_over(const K* keys, K low, int64_t n) {
+// Bit i: keys[i] is above `low`, of kSubBlock keys.
+template <class K> inline uint32_t bits_over(const K* keys, K low) {
   K count = 0;
-  for (int64_t i = 0; i < n; ++i) count += keys[i] > low ? 1 : 0;
-  return count;
+  for (int64_t i = 0; i < kSubBlock; ++i) count += keys[i] > low ? 1 : 0;
+  uint32_t bits = 0;
+  for (int64_t i = 0; count > 0 && i < kSubBlock; ++i) bits |= static_cast<uint32_t>(keys[i] > low) << i;
+  return bits;
+}
+
+#if defined(__AVX2__) && defined(__F16C__)
+template <> inline uint32_t bits_over(const int32_t* keys, int32_t low) {
+  const __m256i least = _mm256_set1_epi32(low);
+  uint32_t bits = 0;
+  for (int i = 0; i < kSubBlock; i += 8) {
+    const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + i));
+    bits |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(eight, least)))) << i;
+  }
+  return bits;
+}
+#endif
+
+inline int lowest_bit(uint32_t bits) {
+#if defined(_MSC_VER)
+  unsigned long at;
+  _BitScanForward(&at, bits);
+  return static_cast<int>(at);
+#else
+  return __builtin_ctz(bits);
+#endif
 }
 
 template <class A> void count_block(const A* x0, int64_t n, Count<A>& count) {
   Key<A> keys[kBlock], kept[kBlock];
   int64_t num_kept = 0;
   for (int64_t i = 0; i < n; ++i) keys[i] = key_of(x0[i]);
+  for (int64_t i = n; i % kSubBlock != 0; ++i) keys[i] = -1;  // below all
   for (int64_t begin = 0; begin < n; begin += kSubBlock) {
-    const int64_t end = n - begin < kSubBlock ? n : begin + kSubBlock;
-    // Of a number of elements that the compiler knows, almost always.
-    const bool any = end - begin == kSubBlock ? count_over(keys + begin, count.low, kSubBlock) != 0 : true;
-    for (int64_t i = begin; any && i < end; ++i) {
-      kept[num_kept] = keys[i];
-      num_kept += keys[i] > count.low && keys[i] <= count.high;
-      count.above += keys[i] > count.high;
+    for (uint32_t bits = bits_over(keys + begin, count.low); bits != 0; bits &= bits - 1) {
+      const Key<A> key = keys[begin + lowest_bit(bits)];
+      kept[num_kept] = key;
+      num_kept += key <= count.high;
+      count.above += key > count.high;
     }
   }
   if (num_kept > 0) count.keep(count.where, kept, num_kept);
 }
 
-template <class A> void count_run(const Run<A>& run, const StepSettings<A>& of, Count<A>& count) {
-  A room[kBlock], x0[kBlock];
+// Counts among `length` elements; x0(begin, n) is where a part of them can be read.
+template <class A, class X0> inline void count_among(int64_t length, Count<A>& count, const X0& x0) {
   const int64_t size = count.every == 1 ? kBlock : kChunk;
-  for (int64_t begin = 0; begin < run.length; begin += size) {
+  for (int64_t begin = 0; begin < length; begin += size) {
     if (count.chunk++ % count.every != 0) continue;
-    const int64_t n = run.length - begin < size ? run.length - begin : size;
-    const StepBlock<A> block(run, of, begin, n);
-    block.predict_x0(block.clip(kLatent, room), x0);
-    count_block(x0, n, count);
+    const int64_t n = length - begin < size ? length - begin : size;
+    count_block(x0(begin, n), n, count);
   }
 }
 
-template <class A> constexpr StepKernels<A> kStepKernels = {step_run<A>, count_run<A>};
+template <class A> void count_run(const Run<A>& run, const StepSettings<A>& of, Count<A>& count) {
+  A room[kBlock], x0[kBlock];
+  count_among(run.length, count, [&](int64_t begin, int64_t n) -> const A* {
+    const StepBlock<A> block(run, of, begin, n);
+    block.predict_x0(block.clip(kLatent, room), x0);
+    return x0;
+  });
+}
+
+template <class A> void count_predicted(const A* x0, int64_t n, Count<A>& count) {
+  count_among(n, count, [&](int64_t begin, int64_t) { return x0 + begin; });
+}
+
+template <class A> constexpr StepKernels<A> kStepKernels = {step_run<A>, predict_run<A>, count_run<A>,
+                                                           count_predicted<A>};
 
 }  // namespace
 }  // namespace lf

@@ -455,7 +455,7 @@ class _Call(NamedTuple):
     def pointers(self, part: Part) -> list[Tensor]:
         """Windows and weights; those of empty slots cover nothing, and what stands for no weights is not read."""
         found = [self.windows[i] for i in part.windows]
-        table = torch.empty(0, device=found[0].device) if self.table is None else self.table
+        table = torch.empty(0, dtype=torch.float32, device=found[0].device) if self.table is None else self.table
         return [*found, *[found[0]] * (SLOTS.value - len(found)), table]
 
     def cover(self, part: Part) -> Integers:

@@ -9,7 +9,6 @@ there and return nothing, so they also take numpy arrays and any object with ``_
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -280,10 +279,14 @@ def _operands(
     if type(first) is Tensor and (first.is_cpu or first.is_cuda) and first.dtype in _TORCH_NAMES:
         dtype, device = first.dtype, first.get_device()
         # The usual case, told at a fraction of the cost.
-        if all(type(x) in _PLAIN and x.dtype is dtype and x.get_device() == device and not x.is_neg() for x in tensors):
-            with contextlib.suppress(RuntimeError):  # of one without strides or memory, which _operand refuses
+        if all(
+            [type(x) in _PLAIN and x.dtype is dtype and x.get_device() == device and not x.is_neg() for x in tensors]
+        ):
+            try:
                 views = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
                 return _TORCH_NAMES[dtype], None if device < 0 else device, views, tensors
+            except RuntimeError:  # of one without strides or memory, which _operand refuses
+                pass
     operands = [_operand(op, name_of(i), x, i < written) for i, x in enumerate(tensors)]
     kinds = [f"{x.dtype} on {'the CPU' if x.device is None else f'cuda:{x.device}'}" for x in operands]
     for i, kind in enumerate(kinds):

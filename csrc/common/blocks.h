@@ -24,6 +24,7 @@ template <class A> struct Run {
   int64_t num_parts;       // windows
   const A* shares;         // of part k: shares[k], or of its i-th element shares[k * share_stride + i]
   int64_t share_stride;    // 0 where a part's share is the same along the run
+  int64_t place;           // elements of its box that the walk has before it
 };
 
 namespace {

@@ -81,7 +81,7 @@ template <class A> class Walk {
     int64_t iterations = 1;
     for (int loop = 0; loop < inner; ++loop) iterations *= nest.sizes[loop];
     const int64_t runs = (nest.length() + nest.cut - 1) / nest.cut * iterations;
-    Run<A> run{0, at_.data(), strides_.data(), box.cell->count, shares_.data(), 0};
+    Run<A> run{0, at_.data(), strides_.data(), box.cell->count, shares_.data(), 0, 0};
     for (int64_t i = runs * share / of; i < runs * (share + 1) / of; ++i) {
       Shape position{};
       position[inner] = i / iterations * nest.cut;
@@ -89,6 +89,7 @@ template <class A> class Walk {
         position[loop] = rest % nest.sizes[loop];
       }
       run.length = std::min(nest.cut, nest.length() - position[inner]);
+      run.place = position[inner] * iterations + i % iterations * run.length;
       move_to(position, nest.depth, nest.steps);
       work(run);
     }
@@ -102,14 +103,17 @@ template <class A> class Walk {
       strides_[i] = joined > 1 ? 1 : bases_[i].strides[kWidth];
       std::copy(bases_[i].strides.begin(), bases_[i].strides.end(), steps_.begin() + i * kAxes);
     }
-    const Run<A> run{length, at_.data(), strides_.data(), box.cell->count, shares_.data(), length};
+    const int64_t runs = box.shape[kBatch] * box.shape[kChannel] / joined;  // of a row
+    Run<A> run{length, at_.data(), strides_.data(), box.cell->count, shares_.data(), length, 0};
     for (int64_t row = rows * share / of; row < rows * (share + 1) / of; ++row) {
       const int64_t frame = row / box.shape[kHeight], line = row % box.shape[kHeight];
       shares_of_row(box, frame, line, joined);
+      run.place = row * runs * length;
       for (int64_t b = 0; b < box.shape[kBatch]; ++b) {
         for (int64_t c = 0; c < box.shape[kChannel]; c += joined) {
           move_to({b, c, frame, line, 0}, kAxes, steps_.data());
           work(run);
+          run.place += length;
         }
       }
     }

@@ -103,6 +103,8 @@ def check_scale(op: str, scale: Any) -> float | None:
 
 def check_number(op: str, name: str, value: Any, *, or_none: bool = False) -> Any:
     """A finite number as a float, numpy's too; no bool, no tensor. None where that is accepted."""
+    if type(value) is float and abs(value) <= sys.float_info.max:
+        return value  # the usual case, told at a fraction of the cost
     if value is None and or_none:
         return None
     plain = value.item() if isinstance(value, np.generic) else value  # numpy's own comparison warns of the bound

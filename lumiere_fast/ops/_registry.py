@@ -201,36 +201,42 @@ class RegisteredOp:
         described = (results,) if isinstance(results, Result) else results
         if isinstance(out, tuple) and len(out) != len(described):
             raise ValueError(f"{name}: out must be a tensor, or {len(described)} for the results, got {len(out)}")
-        for i, room in enumerate(_rooms(out)):
-            if room is not None:
-                self._check_room(f"out[{i}]" if isinstance(out, tuple) else "out", room, described[i], i, arguments)
-        rooms = _given(out)
-        if not torch.compiler.is_compiling() and any(_overlaps(room, rooms[:i]) for i, room in enumerate(rooms)):
+        names = [f"out[{i}]" if isinstance(out, tuple) else "out" for i in range(len(described))]
+        rooms = [(i, room) for i, room in enumerate(_rooms(out)) if room is not None]
+        gradient = dispatch.needs_gradient(arguments)
+        for i, room in rooms:
+            self._check_room(names[i], room, described[i], gradient)
+        if torch.compiler.is_compiling() or any(isinstance(room, FakeTensor) for _, room in rooms):
+            return
+        read = [(i, _Lying(tensor)) for i, value in enumerate(arguments) for tensor in dispatch.tensors_in(value)]
+        written = [(i, _Lying(room)) for i, room in rooms]
+        for i, lying in written:
+            self._check_memory(names[i], lying, i, read)
+        if any(lying.overlaps(other) for i, lying in written for j, other in written if j < i):
             raise ValueError(f"{name}: the tensors of out must not lie in one another's memory; give each its own")
 
-    def _check_room(self, what: str, room: Any, result: Result, index: int, arguments: tuple[Any, ...]) -> None:
+    def _check_room(self, what: str, room: Any, result: Result, gradient: bool) -> None:
         name = self.op.name
         check_is_tensor(name, what, room)
-        if dispatch.needs_gradient((*arguments, room)):
+        if gradient or (room.requires_grad and torch.is_grad_enabled()):
             raise ValueError(f"{name}: {what} was given where a gradient is needed; drop it, or use torch.no_grad()")
         if (tuple(room.shape), room.dtype, room.device) != (result.shape, result.dtype, result.device):
             raise ValueError(
                 f"{name}: {what} must be {result.shape} {result.dtype} on {result.device}, "
                 f"got {tuple(room.shape)} {room.dtype} on {room.device}"
             )
-        if torch.compiler.is_compiling() or isinstance(room, FakeTensor):
-            return
-        if _overlaps(room, self._kept_apart(room, index, arguments)):
-            raise ValueError(f"{name}: {what} must not lie in the memory of an input; give a tensor of its own")
-        if _folds(room):
-            raise ValueError(
-                f"{name}: {what} has several elements in one place, strides {room.stride()}; give a plain one"
-            )
 
-    def _kept_apart(self, room: Tensor, index: int, arguments: tuple[Any, ...]) -> list[Any]:
-        """All arguments that a result may not be written over: not the very tensor that it takes the place of."""
+    def _check_memory(self, what: str, room: _Lying, index: int, read: Sequence[tuple[int, _Lying]]) -> None:
+        """`read`: the tensors that the call reads, each with the number of its argument. A result may take the place of
+        one, the very same elements, and otherwise lie in the memory of none."""
+        name = self.op.name
         taken = self.in_place[index] if index < len(self.in_place) else None
-        return [value for i, value in enumerate(arguments) if i != taken or not _coincide(room, value)]
+        if any(room.overlaps(other) and not (i == taken and room.coincides(other)) for i, other in read):
+            raise ValueError(f"{name}: {what} must not lie in the memory of an input; give a tensor of its own")
+        if _folds(room.tensor):
+            raise ValueError(
+                f"{name}: {what} has several elements in one place, strides {room.tensor.stride()}; give a plain one"
+            )
 
 
 def register(
@@ -407,25 +413,26 @@ def _is_fake(results: Any) -> bool:
     return isinstance(results if isinstance(results, Tensor) else results[0], FakeTensor)
 
 
-def _overlaps(out: Tensor, arguments: Sequence[Any]) -> bool:
-    """Whether the span of `out` in memory meets that of an input."""
-    storage = out.untyped_storage().data_ptr()
-    for value in arguments:
-        for tensor in dispatch.tensors_in(value):
-            if tensor.untyped_storage().data_ptr() == storage:
-                (low, high), (first, end) = _span(tensor), _span(out)
-                if low < end and first < high:
-                    return True
-    return False
+class _Lying:
+    """A tensor, and the addresses of its storage, which two that share memory need not share as an object."""
 
+    def __init__(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.tensor = tensor
+        self.low = storage.data_ptr()
+        self.high = self.low + storage.nbytes()
 
-def _coincide(out: Tensor, value: Any) -> bool:
-    """Whether these are the same elements in the same places."""
-    return (
-        isinstance(value, Tensor)
-        and (out.data_ptr(), out.dtype, out.shape, out.stride())
-        == (value.data_ptr(), value.dtype, value.shape, value.stride())
-    )  # fmt: skip
+    def overlaps(self, other: _Lying) -> bool:
+        """Whether the spans of the two in memory meet."""
+        if self.high <= other.low or other.high <= self.low:
+            return False
+        (low, high), (first, end) = _span(self.tensor), _span(other.tensor)
+        return low < end and first < high
+
+    def coincides(self, other: _Lying) -> bool:
+        """Whether these are the same elements in the same places."""
+        a, b = self.tensor, other.tensor
+        return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
 
 
 def _folds(out: Tensor) -> bool:

@@ -121,16 +121,17 @@ def blend(
     weights: Sequence[float] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The reference with the result's dtype free, so that `denoise_step` can go on without a rounding."""
+    """The reference with the result's dtype free, so that `denoise_step` can go on without a rounding, in that of its
+    own arithmetic where it is the wider one."""
     blended = _result(windows, extent, dtype).empty()
-    accumulation = _layout.accumulation_dtype(windows[0].dtype)
+    accumulation = _layout.accumulation_dtype(torch.promote_types(windows[0].dtype, dtype))
     for cell in _plan(windows, starts, extent).cells:
         parts = [_crop(windows[i], box) for i, box in zip(cell.windows, cell.boxes, strict=True)]
         mean = parts[0]
         if len(parts) > 1:
             # Steps away from the first window: what the windows agree on survives the rounding of the shares.
             first = mean = mean.to(accumulation)
-            for part, share in zip(parts[1:], _shares(cell, weights, windows[0])[1:], strict=True):
+            for part, share in zip(parts[1:], _shares(cell, weights, windows[0], accumulation)[1:], strict=True):
                 mean = mean + share * (part.to(accumulation) - first)
         _crop(blended, cell.box).copy_(mean)
     return blended
@@ -187,7 +188,7 @@ def _shifted(box: Box, corner: tuple[int, ...]) -> Box:
     return tuple((lo - c, hi - c) for (lo, hi), c in zip(box, corner, strict=True))
 
 
-def _shares(cell: Cell, weights: Sequence[float] | None, like: Tensor) -> list[Any]:
+def _shares(cell: Cell, weights: Sequence[float] | None, like: Tensor, dtype: torch.dtype) -> list[Any]:
     """What each covering window contributes to a cell: together one. To be multiplied with (B, C, T, H, W)."""
     if weights is None:
         return [1 / len(cell.windows)] * len(cell.windows)
@@ -201,7 +202,7 @@ def _shares(cell: Cell, weights: Sequence[float] | None, like: Tensor) -> list[A
             weight = vector[lo:hi].reshape(-1, *[1] * weight.dim()) * weight
         raw.append(weight)
     total = torch.stack(raw).sum(0)
-    return [(weight / total).to(_layout.accumulation_dtype(like.dtype)) for weight in raw]
+    return [(weight / total).to(dtype) for weight in raw]
 
 
 def _crop(x: Tensor, box: Box) -> Tensor:
@@ -263,10 +264,12 @@ def check_windows(op: str, windows: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if not parts:
         raise ValueError(f"{op}: windows needs at least one window, got none")
     for i, part in enumerate(parts):
-        check_is_tensor(op, f"windows[{i}]", part)
+        if not isinstance(part, Tensor) or part.layout is not torch.strided or part.is_nested:
+            check_is_tensor(op, f"windows[{i}]", part)
     first = parts[0]
+    shape, dtype, device = first.shape, first.dtype, first.device
     for i, part in enumerate(parts):
-        if i > 0 and part.shape == first.shape and part.dtype is first.dtype and part.device == first.device:
+        if i > 0 and part.shape == shape and part.dtype is dtype and part.device == device:
             continue
         name = f"windows[{i}]"
         if part.dim() != 5 or part.shape[:2] != parts[0].shape[:2] or 0 in part.shape[1:]:
@@ -284,19 +287,19 @@ def check_starts(
     op: str, starts: Tensor | Sequence[int] | Sequence[Sequence[int]], windows: Sequence[Tensor]
 ) -> list[tuple[int, ...]]:
     values = starts.tolist() if hasattr(starts, "tolist") else list(starts)
-    corners = [tuple(value) if isinstance(value, Sequence) else (value,) for value in values]
+    corners = [tuple(v) if type(v) is not int and isinstance(v, Sequence) else (v,) for v in values]
     if len(corners) != len(windows):
         raise ValueError(f"{op}: {len(windows)} windows came with {len(corners)} starts; each window needs one")
-    if any(type(n) is not int for corner in corners for n in corner):
+    if any([type(n) is not int for corner in corners for n in corner]):
         corners = [tuple(check_integer(op, "starts", n) for n in corner) for corner in corners]
-    if {len(corner) for corner in corners} not in ({1}, {3}):
+    if {*map(len, corners)} not in ({1}, {3}):
         raise ValueError(f"{op}: starts must be integers, (N,) frames or (N, 3) corners (t, h, w), got {values}")
     if len(set(corners)) < len(corners):
         corner = next(corner for i, corner in enumerate(corners) if corner in corners[:i])
         raise ValueError(f"{op}: start {corner[0] if len(corner) == 1 else corner} is given twice")
     first = windows[0].shape
-    for i, window in enumerate(windows):
-        if len(corners[0]) == 1 and window.shape != first and window.shape[3:] != first[3:]:
+    for i, window in enumerate(windows[1:] if len(corners[0]) == 1 else (), 1):
+        if window.shape != first and window.shape[3:] != first[3:]:
             raise ValueError(
                 f"{op}: windows[{i}] must have the H and W of windows[0] {tuple(windows[0].shape)} where only frames "
                 f"are blended, got shape {tuple(window.shape)}; (N, 3) starts blend in space"
@@ -382,9 +385,12 @@ def blend_windows_backward(
     """Of any backend: the gradient of a window is its share of the result's, wherever it lies."""
     (gradient,) = gradients
     found = [torch.empty_like(window) if window.requires_grad else None for window in windows]
+    accumulation = _layout.accumulation_dtype(gradient.dtype)
     for cell in _plan(windows, starts, extent).cells:
-        part = _crop(gradient, cell.box).to(_layout.accumulation_dtype(gradient.dtype))
-        for i, box, share in zip(cell.windows, cell.boxes, _shares(cell, weights, windows[0]), strict=True):
+        part = _crop(gradient, cell.box).to(accumulation)
+        for i, box, share in zip(
+            cell.windows, cell.boxes, _shares(cell, weights, windows[0], accumulation), strict=True
+        ):
             if (target := found[i]) is not None:
                 _crop(target, box).copy_(share * part)
     return found, None, None, None

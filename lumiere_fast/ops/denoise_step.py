@@ -170,7 +170,8 @@ def _bounded(x0: Tensor, bound: str, percentile: float) -> Tensor:
 
 
 def quantile(x: Tensor, fraction: float, axes: Sequence[int]) -> Tensor:
-    """`torch.quantile` over several axes, which are kept with size 1. Its own limit is 2**24 elements; here is none."""
+    """`torch.quantile` over several axes, which are kept with size 1; but NaN counts as the largest, and is the result
+    only where the quantile lies there. Its own limit is 2**24 elements; here is none."""
     kept = [axis for axis in range(x.dim()) if axis not in axes]
     flat = x.permute(*kept, *axes).flatten(len(kept))
     position = fraction * (flat.shape[-1] - 1)

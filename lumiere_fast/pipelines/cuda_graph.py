@@ -47,14 +47,19 @@ class Graphed:
         graph = self._graphs.get(signature)
         with torch.cuda.device(_tensors(leaves)[0].device):
             if graph is None:
-                graph = self._graphs[signature] = self._capture(leaves, structure)
+                try:
+                    graph = self._graphs[signature] = self._capture(leaves, structure)
+                except RuntimeError:  # of memory: nothing else could free what the graphs hold
+                    self._graphs.clear()
+                    self._pool = None
+                    raise
             return graph(_tensors(leaves))
 
     def _capture(self, leaves: Sequence[Any], structure: Any) -> _Graph:
         """On a stream beside the current one, where nothing but the graph's own work may run.
 
         The graphs share their memory: each one's results are copied before another is started, so none of it outlives
-        a call, and a smaller graph fits where a larger one worked.
+        a call. Other threads may allocate meanwhile.
         """
         own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(own, structure)
@@ -67,7 +72,7 @@ class Graphed:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=side):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             results = self.function(*args, **kwargs)
         return _Graph(graph, _tensors(own), results)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,14 @@ from lumiere_fast.pipelines.windows import Window, WindowPlan
 Predictor = Callable[[Tensor, Tensor, Window], Tensor]
 """`predict(scaled, timestep, window)`: the network's output for the scaled clip of a window, in any floating dtype.
 With guidance its batch is doubled, conditional before unconditional."""
+
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|_STATUS_ALLOC_FAILED|could not create a memory object"
+    r"|^\[enforce fail at alloc_cpu\.cpp"
+)
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -90,8 +100,8 @@ class Denoiser:
 
         Args:
             on_step: called with (done, total), the windows of all steps; `total` grows where memory ran out.
-            shrink: gives the next smaller plan, or None. Where `predict` runs out of memory the step is made again
-                with it, and so are the steps after; without one the error goes on.
+            shrink: gives the next smaller plan, or None. Where a step runs out of memory it is made again with that,
+                from the same latent and the same noise, and so are the steps after; without one the error goes on.
             resume: go on from this state, on its windows and with `generators` set to where they were, as if there had
                 been no interruption. Of `noise` only shape, dtype and device count then.
             on_state: called after each step. The state's tensors are the run's own, which the next step writes over.
@@ -116,65 +126,70 @@ class Denoiser:
             history = None if resume.history is None else resume.history.to(noise.device, copy=True)
             for generator, state in zip(generators or (), resume.generators, strict=True):
                 generator.set_state(state)
-        progress = _Progress(on_step, first * len(windows))
+        run = _Run(self, predict, levels, table, guidance_scale, generators, _Progress(on_step, first * len(windows)))
+        states = run.generator_states()
         for step in range(first, len(table)):
-            make = partial(self._predictions, predict, latent, levels[step], progress, len(table) - step)
-            predictions, windows = _within_memory(make, windows, shrink, latent.device)
-            latent, x0 = self._step(predictions, latent, table[step], windows, guidance_scale, generators, history)
-            del predictions
+            take = partial(run.take, step, latent, history, states)
+            (latent, x0), windows = _within_memory(take, windows, shrink, latent.device)
             history = x0 if step + 1 < len(table) and table[step + 1].history else None
-            del x0
+            del take, x0
+            states = run.generator_states()
             if on_state is not None:
-                states = tuple(generator.get_state() for generator in generators or ())
                 on_state(DenoisingState(step + 1, latent, history, states, windows))
         return Denoised(latent, windows)
 
-    def _predictions(
-        self,
-        predict: Predictor,
-        latent: Tensor,
-        level: NoiseLevel,
-        progress: _Progress,
-        steps_left: int,
-        windows: WindowPlan,
-    ) -> list[Tensor]:
-        """One for each window. The network's input is scaled a window at a time."""
-        alpha, sigma = (torch.full((latent.shape[0],), value, device=latent.device) for value in level)
-        timestep = self.parameterization.timestep(alpha, sigma)
-        progress.left = steps_left * len(windows)
-        predictions = []
-        for window in windows:
-            scaled = self.parameterization.scale_input(window.of(latent), _per_clip(alpha), _per_clip(sigma))
-            predictions.append(predict(scaled, timestep, window))
-            progress.advance()
-        return predictions
 
-    def _step(
-        self,
-        predictions: list[Tensor],
-        latent: Tensor,
-        row: ops.StepCoefficients,
-        windows: WindowPlan,
-        guidance_scale: float | None,
-        generators: Sequence[torch.Generator] | None,
-        history: Tensor | None,
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from step to step."""
+
+    denoiser: Denoiser
+    predict: Predictor
+    levels: Sequence[NoiseLevel]
+    table: Sequence[ops.StepCoefficients]
+    guidance_scale: float | None
+    generators: Sequence[torch.Generator] | None
+    progress: _Progress
+
+    def generator_states(self) -> tuple[Tensor, ...]:
+        return tuple(generator.get_state() for generator in self.generators or ())
+
+    def take(
+        self, step: int, latent: Tensor, history: Tensor | None, states: Sequence[Tensor], windows: WindowPlan
     ) -> ops.DenoiseStep:
-        """In place, but where a gradient is needed."""
-        noise = None
-        if generators is not None and row.noise:
-            noise = draw_noise(latent.shape, latent.device, generators).to(latent.dtype)
+        """In place, but where a gradient is needed. Where memory runs out the latent is as it was: all that a step
+        takes is there before it writes. `states`: of the generators, before the step."""
+        for generator, state in zip(self.generators or (), states, strict=True):
+            generator.set_state(state)
+        self.progress.left = (len(self.table) - step) * len(windows)
+        predictions = self.predictions(latent, self.levels[step], windows)
+        row, noise = self.table[step], None
+        if self.generators is not None and row.noise:
+            noise = draw_noise(latent.shape, latent.device, self.generators).to(latent.dtype)
         return ops.denoise_step(
             predictions,
             windows.starts,
             latent,
             row,
-            guidance_scale=guidance_scale,
-            threshold=self.threshold,
+            guidance_scale=self.guidance_scale,
+            threshold=self.denoiser.threshold,
             weights=windows.weights,
             noise=noise,
             history=history,
             out=None if dispatch.needs_gradient((predictions, latent, history)) else (latent, history),
         )
+
+    def predictions(self, latent: Tensor, level: NoiseLevel, windows: WindowPlan) -> list[Tensor]:
+        """One for each window. The network's input is scaled a window at a time."""
+        parameterization = self.denoiser.parameterization
+        alpha, sigma = (torch.full((latent.shape[0],), value, device=latent.device) for value in level)
+        timestep = parameterization.timestep(alpha, sigma)
+        predictions = []
+        for window in windows:
+            scaled = parameterization.scale_input(window.of(latent), _per_clip(alpha), _per_clip(sigma))
+            predictions.append(self.predict(scaled, timestep, window))
+            self.progress.advance()
+        return predictions
 
 
 @dataclass
@@ -193,11 +208,11 @@ class _Progress:
 
 
 def _within_memory(
-    make: Callable[[WindowPlan], list[Tensor]],
+    make: Callable[[WindowPlan], _Made],
     windows: WindowPlan,
     shrink: Callable[[WindowPlan], WindowPlan | None] | None,
     device: torch.device,
-) -> tuple[list[Tensor], WindowPlan]:
+) -> tuple[_Made, WindowPlan]:
     """What `make` makes of the first of `windows`, `shrink(windows)` and so on that memory suffices for, and that."""
     while True:
         try:
@@ -215,11 +230,9 @@ def _within_memory(
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """The allocator of the CPU, unlike CUDA's, raises a plain RuntimeError."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    message = str(error)
-    return message.startswith("[enforce fail at alloc_cpu.cpp") or "can't allocate memory" in message
+    """Only torch's CUDA allocator has an error of its own; its CPU allocator, the CUDA driver and the libraries say it
+    in words."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def _check_fits(

@@ -566,6 +566,24 @@ def test_quantiles_at_the_edges(per: str, backend: str, draw: Draw) -> None:
     assert torch.equal(kept.cpu(), small)
 
 
+@pytest.mark.parametrize("sides", [(2, 9, 11), (4, 33, 61), (6, 150, 151)], ids=["counted", "held", "walked over"])
+@pytest.mark.parametrize("percentile", [0.5, 0.995, 1.0])
+@pytest.mark.parametrize("per", ["clip", "frame"])
+def test_quantiles_of_any_size(per: str, percentile: float, sides: tuple[int, ...], draw: Draw) -> None:
+    """As the native core searches them: of a few elements, of some that are held, of many that are predicted again."""
+    plain = draw(2, 3, *sides).float()
+    largest = plain.abs().max()
+    scales = {"within one": 0.99 / largest, "just above one": 1.01 / largest, "at one": 1 / largest, "loud": 3.0}
+    middle = plain.abs().flatten(2 if per == "frame" else 1).median()
+    scales["neighbours on both sides of one"] = 1.0001 / middle
+    for scale in scales.values():
+        call = clip_of(plain * scale, "cpu") | {"threshold": Threshold("dynamic", percentile, per)}
+        for mine, wanted in zip(
+            denoise_step(**call, backend="cpu"), denoise_step(**call, backend="reference"), strict=True
+        ):
+            torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("bound", THRESHOLDS)
 def test_what_is_not_finite_stays_where_it_is(bound: str, backend: str, draw: Draw) -> None:

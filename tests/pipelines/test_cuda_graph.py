@@ -5,6 +5,8 @@ Like a graph, it runs again what ran at the capture, on the tensors of the captu
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -74,7 +76,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         log.append(f"off {stream.name}")
 
     @contextmanager
-    def capture(graph: Recorder, *, pool: str, stream: Stream) -> Iterator[None]:
+    def capture(graph: Recorder, *, pool: str, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         log.append(f"capture on {stream.name} in {pool}")
         with graph:
             yield
@@ -145,6 +147,19 @@ def test_it_is_captured_on_a_stream_of_its_own_after_warming_up(recorded: list[s
     assert recorded == [*before, "capture on side in pool 0", "replay"]
     graphed(draw(3, 3), draw(3, 3))
     assert recorded[6:] == recorded[:6], "another capture, in the same memory"
+
+
+def test_graphs_are_dropped_where_one_more_has_no_memory(recorded: list[str]) -> None:
+    """The allocator cannot free what they hold, and the smaller call that comes next needs it."""
+    graphed = Graphed(lambda x: x + 1 if x.numel() < 8 else torch.empty(2**60))
+    graphed(draw(2, 2))
+    (graph,) = [weakref.ref(graph.inputs[0]) for graph in graphed._graphs.values()]
+    with pytest.raises(RuntimeError, match="allocate"):
+        graphed(draw(4, 4))
+    gc.collect()
+    assert graph() is None
+    assert torch.equal(graphed(draw(2, 2)), draw(2, 2) + 1)
+    assert recorded.count("capture on side in pool 1") == 1
 
 
 @pytest.mark.parametrize(

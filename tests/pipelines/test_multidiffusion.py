@@ -481,14 +481,6 @@ def out_of_python_memory() -> None:
     raise MemoryError
 
 
-def out_of_memory_by_another_allocator() -> None:
-    raise RuntimeError("[enforce fail at CPUAllocator.cpp:64] . DefaultCPUAllocator: can't allocate memory: you tried")
-
-
-def out_of_memory_on_windows() -> None:
-    raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried")
-
-
 LACKS = pytest.mark.parametrize("run_out", [out_of_cpu_memory, out_of_cuda_memory, out_of_python_memory])
 
 
@@ -554,13 +546,48 @@ def test_a_step_without_memory_is_made_again_in_smaller_windows(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("run_out", [out_of_memory_by_another_allocator, out_of_memory_on_windows])
-def test_allocators_say_it_in_their_own_words(run_out: Callable[[], None]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at CPUAllocator.cpp:64] . DefaultCPUAllocator: can't allocate memory: you tried",
+        "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried",
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "could not create a memory object",
+    ],
+)
+def test_libraries_say_it_in_their_own_words(words: str) -> None:
+    def run_out() -> None:
+        raise RuntimeError(words)
+
     with pytest.warns(UserWarning, match="out of memory"):
         result = Denoiser(SCHEDULE, EDM)(
             Short(run_out), draw(1, 1, 16, 2, 2), 4, windows=plan_windows(16, 8), shrink=halved
         )
     assert result.windows.window_frames == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_memory_may_run_out_after_the_network(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the step itself, when its noise is drawn: it is made again with the same noise."""
+    large, small = plan_windows(16, 8), plan_windows(16, 4)
+    noise, denoiser = draw(1, 3, 16, 4, 4), Denoiser(SCHEDULE, EDM, sampler)
+    wanted = denoiser(of_the_window, noise.clone(), 3, windows=small, generators=clip_generators(seeded(), 1)).clip
+
+    def run_out(windows: list[Tensor], *_: object, results: object = None, **settings: Any) -> None:
+        if windows[0].shape[2] > 4:
+            out_of_cuda_memory()
+
+    on_every_step(monkeypatch, run_out)
+    with pytest.warns(UserWarning, match="out of memory"):
+        result = denoiser(
+            of_the_window, noise, 3, windows=large, generators=clip_generators(seeded(), 1), shrink=halved
+        )
+    assert result.windows == small
+    assert torch.equal(result.clip, wanted)
 
 
 @torch.no_grad()

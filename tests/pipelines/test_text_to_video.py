@@ -29,7 +29,7 @@ from lumiere_fast.diffusion import (
 from lumiere_fast.dispatch import BACKENDS
 from lumiere_fast.ops import Threshold
 from lumiere_fast.pipelines import budget
-from lumiere_fast.pipelines.checkpoint import Checkpoint
+from lumiere_fast.pipelines.checkpoint import Checkpoint, fingerprint
 from lumiere_fast.pipelines.denoising import Denoiser
 from lumiere_fast.pipelines.progress import _Bar
 from lumiere_fast.pipelines.state import DenoisingState, save_state
@@ -831,6 +831,18 @@ def test_other_weights_are_refused(interrupted: Path) -> None:
         generate(make_pipeline(seed=1), **RESUMED, checkpoint=interrupted)
     with pytest.raises(ValueError, match=r"dtype was 'torch.float32' and is 'torch.float16'"):
         generate(make_pipeline().to(torch.float16), **RESUMED, checkpoint=interrupted)
+
+
+def test_a_change_of_any_weight_shows() -> None:
+    model = make_pipeline().ssr
+    before = fingerprint(model)
+    for parameter in model.parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter += 1e-3
+            assert fingerprint(model) != before
+            parameter.copy_(kept)
+    assert fingerprint(model) == before
 
 
 def test_what_is_no_state_of_a_call_is_refused(pipe: LumierePipeline, tmp_path: Path) -> None:
