@@ -69,18 +69,12 @@ template <class K> class Kept {
     Kept& to = *static_cast<Kept*>(kept);
     const int64_t at = to.size_.fetch_add(n);
     if (at < to.room_) std::copy_n(keys, std::min(n, to.room_ - at), to.begin() + at);
-    const auto [least, most] = std::minmax_element(keys, keys + n);
-    for (K known = to.least_; *least < known && !to.least_.compare_exchange_weak(known, *least);) {
+    K least = keys[0], most = keys[0];
+    for (int64_t i = 1; i < n; ++i) least = std::min(least, keys[i]), most = std::max(most, keys[i]);
+    for (K known = to.least_; least < known && !to.least_.compare_exchange_weak(known, least);) {
     }
-    for (K known = to.most_; *most > known && !to.most_.compare_exchange_weak(known, *most);) {
+    for (K known = to.most_; most > known && !to.most_.compare_exchange_weak(known, most);) {
     }
-  }
-
-  // The key that `from_top` - 1 others are not below; those from there on are the larger ones then.
-  K* select(int64_t from_top) {
-    K* const found = end() - from_top;
-    std::nth_element(begin(), found, end());
-    return found;
   }
 
  private:
@@ -284,18 +278,22 @@ template <class A> class DenoiseStep {
     const auto low_place = static_cast<int64_t>(std::ceil(expected + reach));
     const auto high_place = static_cast<int64_t>(expected - reach);
     if (low_place > taken) return {kOne, kMost};
-    const K low = std::max<K>(*in.kept.select(low_place) - 1, kOne);
+    const K low = std::max<K>(select(in.kept, low_place) - 1, kOne);
     if (high_place < 1) return {low, kMost};
-    return {low, std::max<K>(*in.kept.select(high_place), low + 1)};
+    return {low, std::max<K>(select(in.kept, high_place), low + 1)};
   }
 
   // The quantile, whose lower neighbour is among those kept; `above` are over them.
   A selected(const Search& in, const Place<A>& place, int64_t above) {
     const int64_t from_top = place.from_top - above;
-    K* const lower = in.kept.select(from_top);
-    if (from_top == 1 && above > 0) return with_upper(in, place, *lower);
-    const K upper = from_top == 1 ? *lower : *std::min_element(lower + 1, in.kept.end());
-    return place.between(value_of<A>(*lower), value_of<A>(upper));
+    const K lower = select(in.kept, from_top);
+    if (from_top == 1 && above > 0) return with_upper(in, place, lower);
+    const K upper = from_top == 1 ? lower : select(in.kept, from_top - 1);
+    return place.between(value_of<A>(lower), value_of<A>(upper));
+  }
+
+  K select(const Kept<K>& kept, int64_t from_top) const {
+    return kernels_.select(kept.begin(), kept.end() - kept.begin(), from_top);
   }
 
   // The quantile, or 1 where it is not over 1, from a lower neighbour that is not; `over_one` are.

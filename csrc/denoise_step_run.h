@@ -6,10 +6,6 @@
 
 #include <type_traits>
 
-#if defined(_MSC_VER)
-#include <intrin.h>
-#endif
-
 #include "common/blocks.h"
 #include "lumiere_fast.h"
 
@@ -50,14 +46,15 @@ template <class A> struct StepKernels {
   void (*count)(const Run<A>& run, const StepSettings<A>& of, Count<A>& count);
   // The same of x0 as `predict` left it.
   void (*count_predicted)(const A* x0, int64_t n, Count<A>& count);
+  // Of `n` keys the one in place `from_top`, from 1, of descending order.
+  Key<A> (*select)(const Key<A>* keys, int64_t n, int64_t from_top);
 };
 
 template <class A> const StepKernels<A>& step_kernels_avx2() noexcept;
 
 namespace {
 
-constexpr int64_t kChunk = 64;      // elements that are looked at together where not all are
-constexpr int64_t kSubBlock = 32;   // and that are passed over together where none is to be kept
+constexpr int64_t kChunk = 64;  // elements that are looked at together where not all are
 
 template <class T, class A> inline const A* load_as(const char* at, int64_t stride, int64_t n, A* room) {
   const T* const from = reinterpret_cast<const T*>(at);
@@ -196,51 +193,89 @@ inline int64_t key_of(double x) {
   return bits & INT64_MAX;
 }
 
-// Bit i: keys[i] is above `low`, of kSubBlock keys.
-template <class K> inline uint32_t bits_over(const K* keys, K low) {
-  K count = 0;
-  for (int64_t i = 0; i < kSubBlock; ++i) count += keys[i] > low ? 1 : 0;
-  uint32_t bits = 0;
-  for (int64_t i = 0; count > 0 && i < kSubBlock; ++i) bits |= static_cast<uint32_t>(keys[i] > low) << i;
-  return bits;
+// Which keys are to be kept is as good as random: a branch on it would be mistaken each time. Of `n` keys those in
+// (low, high] go to `kept`, which has room for kLanes more. Returns their number; `above` are over `high`.
+template <class K> inline int64_t keep_keys(const K* keys, int64_t n, K low, K high, K* kept, int64_t& above) {
+  int64_t num_kept = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    kept[num_kept] = keys[i];
+    num_kept += keys[i] > low && keys[i] <= high;
+    above += keys[i] > high;
+  }
+  return num_kept;
 }
+
+constexpr int64_t kLanes = 8;
 
 #if defined(__AVX2__) && defined(__F16C__)
-template <> inline uint32_t bits_over(const int32_t* keys, int32_t low) {
-  const __m256i least = _mm256_set1_epi32(low);
-  uint32_t bits = 0;
-  for (int i = 0; i < kSubBlock; i += 8) {
-    const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + i));
-    bits |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(eight, least)))) << i;
-  }
-  return bits;
-}
-#endif
+// For each set of lanes, their numbers one after the other, a byte each.
+struct Packing {
+  uint64_t lanes[1 << kLanes];
 
-inline int lowest_bit(uint32_t bits) {
-#if defined(_MSC_VER)
-  unsigned long at;
-  _BitScanForward(&at, bits);
-  return static_cast<int>(at);
-#else
-  return __builtin_ctz(bits);
-#endif
-}
-
-template <class A> void count_block(const A* x0, int64_t n, Count<A>& count) {
-  Key<A> keys[kBlock], kept[kBlock];
-  int64_t num_kept = 0;
-  for (int64_t i = 0; i < n; ++i) keys[i] = key_of(x0[i]);
-  for (int64_t i = n; i % kSubBlock != 0; ++i) keys[i] = -1;  // below all
-  for (int64_t begin = 0; begin < n; begin += kSubBlock) {
-    for (uint32_t bits = bits_over(keys + begin, count.low); bits != 0; bits &= bits - 1) {
-      const Key<A> key = keys[begin + lowest_bit(bits)];
-      kept[num_kept] = key;
-      num_kept += key <= count.high;
-      count.above += key > count.high;
+  constexpr Packing() : lanes{} {
+    for (int set = 0; set < 1 << kLanes; ++set) {
+      for (int lane = 0, at = 0; lane < kLanes; ++lane) {
+        if (set >> lane & 1) lanes[set] |= static_cast<uint64_t>(lane) << 8 * at++;
+      }
     }
   }
+};
+constexpr Packing kPacking;
+
+inline int lanes_of(__m256i mask) { return _mm256_movemask_ps(_mm256_castsi256_ps(mask)); }
+
+template <>
+inline int64_t keep_keys(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32_t* kept, int64_t& above) {
+  const __m256i least = _mm256_set1_epi32(low), most = _mm256_set1_epi32(high);
+  int64_t num_kept = 0, i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + i));
+    const __m256i over = _mm256_cmpgt_epi32(key, most);
+    const int set = lanes_of(_mm256_andnot_si256(over, _mm256_cmpgt_epi32(key, least)));
+    const __m128i order = _mm_cvtsi64_si128(static_cast<int64_t>(kPacking.lanes[set]));
+    const __m256i packed = _mm256_permutevar8x32_epi32(key, _mm256_cvtepu8_epi32(order));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(kept + num_kept), packed);
+    num_kept += __builtin_popcount(set);
+    above += __builtin_popcount(lanes_of(over));
+  }
+  for (; i < n; ++i) {
+    kept[num_kept] = keys[i];
+    num_kept += keys[i] > low && keys[i] <= high;
+    above += keys[i] > high;
+  }
+  return num_kept;
+}
+#endif
+
+template <class A> void count_block(const A* x0, int64_t n, Count<A>& count) {
+  Key<A> keys[kBlock], kept[kBlock + kLanes];
+  for (int64_t i = 0; i < n; ++i) keys[i] = key_of(x0[i]);
+  const int64_t num_kept = keep_keys(keys, n, count.low, count.high, kept, count.above);
   if (num_kept > 0) count.keep(count.where, kept, num_kept);
+}
+
+template <class K> inline int64_t count_over(const K* keys, int64_t n, K low) {
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = n - begin < kBlock ? n : begin + kBlock;
+    K some = 0;  // as wide as a key, for the compiler's sake
+    for (int64_t i = begin; i < end; ++i) some += keys[i] > low ? 1 : 0;
+    count += some;
+  }
+  return count;
+}
+
+// The key in place `from_top`, from 1, of descending order: the least that fewer others are above. It is found by halving
+// the range that it lies in, since counting takes no branches.
+template <class K> K select_key(const K* keys, int64_t n, int64_t from_top) {
+  K low = keys[0], high = keys[0];
+  for (int64_t i = 0; i < n; ++i) low = keys[i] < low ? keys[i] : low;
+  for (int64_t i = 0; i < n; ++i) high = keys[i] > high ? keys[i] : high;
+  while (low < high) {
+    const K middle = low + (high - low) / 2;
+    count_over(keys, n, middle) < from_top ? high = middle : low = middle + 1;
+  }
+  return low;
 }
 
 // Counts among `length` elements; x0(begin, n) is where a part of them can be read.
@@ -267,7 +302,7 @@ template <class A> void count_predicted(const A* x0, int64_t n, Count<A>& count)
 }
 
 template <class A> constexpr StepKernels<A> kStepKernels = {step_run<A>, predict_run<A>, count_run<A>,
-                                                           count_predicted<A>};
+                                                           count_predicted<A>, select_key<Key<A>>};
 
 }  // namespace
 }  // namespace lf
