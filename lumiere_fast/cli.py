@@ -25,11 +25,10 @@ from lumiere_fast._malloc import keep_freed_memory
 from lumiere_fast.diffusion import PREDICTION_TYPES, SAMPLERS
 from lumiere_fast.models import PRESETS, Preset
 from lumiere_fast.pipelines import Checkpoint, LumiereOutput, LumierePipeline
-from lumiere_fast.pipelines.memory import check_memory
 from lumiere_fast.text import PromptWarning, T5TextEncoder, TextEncoder
 from lumiere_fast.text.encoder import as_prompts
 from lumiere_fast.training.evaluation import EVALUATION_SEED
-from lumiere_fast.video import MAX_FPS, Pixels, check_output, numbered_outputs, read_video, write_video
+from lumiere_fast.video import MAX_FPS, Pixels, check_output, numbered_outputs, read_array, read_video, write_video
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 REFUSED = 2
@@ -230,8 +229,6 @@ def generate(
     place = selftest.checked_device(device)
     with _threads(threads), _backend(backend), warnings.catch_warnings():
         pipe = _pipeline(weights, dtype, place, offload)
-        clips = min(batch_size, len(texts))
-        check_memory(pipe, frames, clips, guided=guidance != 1, stochastic=sampler == "ddpm")
         warnings.simplefilter("always", PromptWarning)
         pipe.text_encoder.encode(texts)  # to be told which prompts will not reach the model whole,
         warnings.simplefilter("ignore", PromptWarning)  # of all of them, in their order, and once
@@ -249,7 +246,9 @@ def generate(
 
 @app.command()
 def upscale(
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="A video of any length and size.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A video of any length and size, or an .npy as generate writes it.")
+    ],
     output: Annotated[
         Path,
         typer.Option(
@@ -271,7 +270,12 @@ def upscale(
     ] = None,
     fps: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_FPS, help="Of the file made.  [default: those of INPUT]", show_default=False),
+        typer.Option(
+            min=1,
+            max=MAX_FPS,
+            help="Of the file made.  [default: those of INPUT; of an .npy the model's]",
+            show_default=False,
+        ),
     ] = None,
     window_frames: WindowFrames = None,
     overlap: Overlap = None,
@@ -303,13 +307,16 @@ def upscale(
         result = pipe.upscale(
             clip, text, generator=_generators(seed, 1), progress=_shows_progress(quiet), **settings, **state
         )
-        _write(result, [output], fps or rate, overwrite, window_frames or pipe.config.window_frames)
+        rate = fps or rate or pipe.default_fps
+        _write(result, [output], rate, overwrite, window_frames or pipe.config.window_frames)
 
 
-def _read(source: Path, frames: int | None) -> tuple[Pixels, float]:
-    """A video's pixels and frames a second."""
+def _read(source: Path, frames: int | None) -> tuple[Pixels, float | None]:
+    """A video's pixels and frames a second, which an array does not tell."""
     if not source.is_file():
         raise FileNotFoundError(f"INPUT {str(source)!r} is not a file")
+    if source.suffix.lower() == ".npy":
+        return read_array(source, frames), None
     if find_spec("av") is None:
         raise ModuleNotFoundError("reading a video needs av, which is not installed: pip install av", name="av")
     try:

@@ -415,6 +415,31 @@ def test_upscale_raises_a_video_of_any_size(
     )
 
 
+def test_upscale_raises_what_generate_wrote_as_an_array(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 10, 3), dtype=np.uint8)
+    np.save(tmp_path / "clip.npy", pixels)
+    pipe = LumierePipeline.from_pretrained(weights)
+    code, out, _ = upscale(capsys, weights, tmp_path / "clip.npy", tmp_path / "a.npy", "--frames", "4")
+    assert code == 0
+    assert f"4 frames of 20x12 at {pipe.default_fps:g} fps" in out
+    wanted = pipe.upscale(pixels[:4], PROMPT, num_inference_steps=2, generator=cli._generators(0, 1))
+    assert np.array_equal(np.load(tmp_path / "a.npy"), video.to_uint8(wanted.frames[0]))
+
+
+def test_upscale_refuses_other_arrays(capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.npy"
+    for name, array in {"real": np.zeros((2, 4, 4, 3)), "flat": np.zeros((4, 4), np.uint8)}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        assert_refused(upscale(capsys, weights, tmp_path / f"{name}.npy", output), "uint8 array (T, H, W, 3)", "got")
+    np.save(tmp_path / "objects.npy", np.array([{}, ""], dtype=object), allow_pickle=True)
+    assert_refused(upscale(capsys, weights, tmp_path / "objects.npy", output), "objects.npy", "holds no array")
+    (tmp_path / "text.npy").write_text("text")
+    assert_refused(upscale(capsys, weights, tmp_path / "text.npy", output), "text.npy", "holds no array")
+    assert not output.exists()
+
+
 def test_upscale_goes_on(
     capsys: pytest.CaptureFixture[str],
     weights: Path,

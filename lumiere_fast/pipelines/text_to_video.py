@@ -36,7 +36,7 @@ from lumiere_fast.pipelines.arguments import as_clips, as_output
 from lumiere_fast.pipelines.budget import Job, weight_bytes, within_memory
 from lumiere_fast.pipelines.checkpoint import Checkpoint, Resumption, content, fingerprint
 from lumiere_fast.pipelines.denoising import Denoised, Denoiser
-from lumiere_fast.pipelines.memory import parse_bytes
+from lumiere_fast.pipelines.memory import check_memory, parse_bytes
 from lumiere_fast.pipelines.progress import OnStep, ProgressCallback, Stages
 from lumiere_fast.pipelines.super_resolution import SuperResolution, padded
 from lumiere_fast.pipelines.text_guided import TextGuided
@@ -340,7 +340,8 @@ class LumierePipeline:
             cuda_graphs: replay the networks as CUDA graphs; no effect on the CPU.
 
         Raises:
-            ValueError: an argument is not as above, a prompt is empty, or `checkpoint` holds another call.
+            ValueError: an argument is not as above, a prompt is empty, `checkpoint` holds another call, or the device
+                has less memory than the clips take at least.
             BackendUnavailable: the backend asked for by name cannot run an op of the model.
         """
         prompts = arguments.check_prompts(prompt)
@@ -352,6 +353,7 @@ class LumierePipeline:
         arguments.check_output_type(output_type)
         sampling = (sampler, threshold, eta)
         base = self._text_guided(sampling, scale, cuda_graphs)
+        check_memory(self, num_frames, len(prompts), guided=scale != 1, stochastic=base.denoiser.stochastic)
         plan = self._base_windows(num_frames, base_overlap, window_weights)
         ssr = self._super_resolution(sampling, window_frames, overlap, window_weights, None, cuda_graphs)
         size = self.base.unet.config.sample_size
