@@ -233,6 +233,7 @@ def generate(
         pipe.text_encoder.encode(texts)  # to be told which prompts will not reach the model whole,
         warnings.simplefilter("ignore", PromptWarning)  # of all of them, in their order, and once
         for first, outputs in batches:
+            begun = _is_begun(outputs, resume)
             with _state_beside(outputs[0], resume) as state:
                 result = pipe(
                     texts[first : first + len(outputs)],
@@ -241,7 +242,8 @@ def generate(
                     **settings,
                     **state,
                 )
-                _write(result, outputs, fps or pipe.default_fps, overwrite, window_frames or pipe.config.window_frames)
+                length = window_frames or pipe.config.window_frames
+                _write(result, outputs, fps or pipe.default_fps, overwrite or begun, length)
 
 
 @app.command()
@@ -292,6 +294,7 @@ def upscale(
 ) -> None:
     """Raise the height and width of a video by super-resolution alone. Options left out take the model's own values."""
     (text,) = _all_prompts([prompt], None)
+    overwrite = overwrite or _is_begun([output], resume)
     check_output(output, overwrite)
     settings = _given(
         num_inference_steps=steps,
@@ -340,17 +343,30 @@ def _threshold(name: str | None) -> dict[str, Any]:
 def _batches(outputs: list[Path], size: int, overwrite: bool, resume: bool) -> list[tuple[int, list[Path]]]:
     """The outputs of each batch and the number of its first, checked.
 
-    With `resume` batches that an interrupted command finished are left out, unless all are there: then nothing was
-    interrupted, and they are refused as any output that exists.
+    With `resume` batches that an interrupted command finished are left out, and named, unless all are there: then
+    nothing was interrupted, and they are refused as any output that exists.
     """
     batches = [(first, outputs[first : first + size]) for first in range(0, len(outputs), size)]
     if resume and not overwrite:
-        unfinished = [batch for batch in batches if not all(path.exists() for path in batch[1])]
+        unfinished = [b for b in batches if not all(path.exists() for path in b[1]) or _is_begun(b[1], resume)]
+        for _, batch in batches:
+            if unfinished and batch not in [outputs for _, outputs in unfinished]:
+                print(f"kept as they are: {', '.join(map(str, batch))}")
         batches = unfinished or batches
     for _, batch in batches:
         for path in batch:
-            check_output(path, overwrite)
+            check_output(path, overwrite or _is_begun(batch, resume))
     return batches
+
+
+def _state_path(output: Path) -> Path:
+    return output.with_name(output.name + RESUME_SUFFIX)
+
+
+def _is_begun(outputs: list[Path], resume: bool) -> bool:
+    """Whether an interrupted command left the state of this batch: then what is there of its outputs is that command's,
+    which had found none."""
+    return resume and _state_path(outputs[0]).exists()
 
 
 @contextmanager
@@ -359,7 +375,7 @@ def _state_beside(output: Path, resume: bool) -> Iterator[dict[str, Any]]:
     if not resume:
         yield {}
         return
-    path = output.with_name(output.name + RESUME_SUFFIX)
+    path = _state_path(output)
     try:
         yield {"checkpoint": Checkpoint(path, keep=True)}
     except KeyboardInterrupt:

@@ -357,7 +357,8 @@ def test_batches_that_are_done_are_not_made_again(
     assert listing(tmp_path) == ["a_0000.npy", "a_0001.npy.resume.safetensors"]
     before = (tmp_path / "a_0000.npy").stat().st_mtime_ns
     code, printed, _ = run(capsys, *arguments)
-    assert (code, printed.count("\n")) == (0, 2)
+    assert (code, printed.count("\n")) == (0, 3)
+    assert printed.startswith(f"kept as they are: {tmp_path / 'a_0000.npy'}\n")
     assert listing(tmp_path) == ["a_0000.npy", "a_0001.npy", "a_0002.npy"]
     assert (tmp_path / "a_0000.npy").stat().st_mtime_ns == before
     assert_refused(run(capsys, *arguments), "a_0000.npy", "exists")
@@ -376,6 +377,29 @@ def test_the_state_stays_until_the_clip_is_written(
     monkeypatch.setattr(UNet2D, "forward", None)  # nothing is computed any more
     assert generate(capsys, weights, tmp_path / "a.npy", "--resume")[0] == 0
     assert listing(tmp_path) == ["a.npy"]
+
+
+def test_a_batch_of_which_some_is_written_goes_on(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("generate", "a ball", "a star", "-o", tmp_path / "a.npy", "--batch-size", "2", "--weights", weights)
+    arguments += ("--steps", "1", "--resume")
+    write = video._WRITERS[".npy"]
+
+    def full_after_one(*given: object) -> None:
+        if (tmp_path / "a_0000.npy").exists():
+            raise OSError("No space left on device")
+        write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(video._WRITERS, ".npy", full_after_one)
+        assert_refused(run(capsys, *arguments), "No space left")
+    assert listing(tmp_path) == ["a_0000.npy", "a_0000.npy.resume.safetensors"]
+    first = (tmp_path / "a_0000.npy").read_bytes()
+    monkeypatch.setattr(UNet2D, "forward", None)  # nothing is computed any more
+    assert run(capsys, *arguments)[0] == 0
+    assert listing(tmp_path) == ["a_0000.npy", "a_0001.npy"]
+    assert (tmp_path / "a_0000.npy").read_bytes() == first
 
 
 # ---------------------------------------------------------------- upscale

@@ -330,7 +330,8 @@ class LumierePipeline:
             overlap: frames that neighbouring windows of super-resolution share (paper: 2).
             max_memory: bytes that super-resolution may take, such as "12GiB": weights, videos and one window of
                 frames. Its windows are then the best that fit, of at most `window_frames`.
-            window_weights: how windows are weighed where they overlap, in both stages; "flat" as in the paper.
+            window_weights: how windows are weighed where they overlap, in both stages; "flat" as in the paper. Or as
+                many numbers as `window_frames`, for super-resolution; the base model's windows are then "flat".
             base_overlap: frames that neighbouring windows of the base model share; None for half of a window. The
                 paper's 2 serve super-resolution, whose small clip already moves as one. How a clip moves the base
                 model decides, and windows agree on it only through the frames they share; with half, every frame but
@@ -358,6 +359,7 @@ class LumierePipeline:
         ssr = self._super_resolution(sampling, window_frames, overlap, window_weights, None, cuda_graphs)
         size = self.base.unet.config.sample_size
         job = Job(len(prompts), num_frames, size, size)
+        ssr.plan(*job[1:])  # refuses weights that do not fit before there is work
         call = self._begin(
             prompts,
             generator,
