@@ -25,11 +25,10 @@ from lumiere_fast._malloc import keep_freed_memory
 from lumiere_fast.diffusion import PREDICTION_TYPES, SAMPLERS
 from lumiere_fast.models import PRESETS, Preset
 from lumiere_fast.pipelines import Checkpoint, LumiereOutput, LumierePipeline
-from lumiere_fast.pipelines.memory import check_memory
 from lumiere_fast.text import PromptWarning, T5TextEncoder, TextEncoder
 from lumiere_fast.text.encoder import as_prompts
 from lumiere_fast.training.evaluation import EVALUATION_SEED
-from lumiere_fast.video import MAX_FPS, Pixels, check_output, numbered_outputs, read_video, write_video
+from lumiere_fast.video import MAX_FPS, Pixels, check_output, numbered_outputs, read_array, read_video, write_video
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 REFUSED = 2
@@ -230,12 +229,11 @@ def generate(
     place = selftest.checked_device(device)
     with _threads(threads), _backend(backend), warnings.catch_warnings():
         pipe = _pipeline(weights, dtype, place, offload)
-        clips = min(batch_size, len(texts))
-        check_memory(pipe, frames, clips, guided=guidance != 1, stochastic=sampler == "ddpm")
         warnings.simplefilter("always", PromptWarning)
         pipe.text_encoder.encode(texts)  # to be told which prompts will not reach the model whole,
         warnings.simplefilter("ignore", PromptWarning)  # of all of them, in their order, and once
         for first, outputs in batches:
+            begun = _is_begun(outputs, resume)
             with _state_beside(outputs[0], resume) as state:
                 result = pipe(
                     texts[first : first + len(outputs)],
@@ -244,12 +242,15 @@ def generate(
                     **settings,
                     **state,
                 )
-                _write(result, outputs, fps or pipe.default_fps, overwrite, window_frames or pipe.config.window_frames)
+                length = window_frames or pipe.config.window_frames
+                _write(result, outputs, fps or pipe.default_fps, overwrite or begun, length)
 
 
 @app.command()
 def upscale(
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="A video of any length and size.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A video of any length and size, or an .npy as generate writes it.")
+    ],
     output: Annotated[
         Path,
         typer.Option(
@@ -271,7 +272,12 @@ def upscale(
     ] = None,
     fps: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_FPS, help="Of the file made.  [default: those of INPUT]", show_default=False),
+        typer.Option(
+            min=1,
+            max=MAX_FPS,
+            help="Of the file made.  [default: those of INPUT; of an .npy the model's]",
+            show_default=False,
+        ),
     ] = None,
     window_frames: WindowFrames = None,
     overlap: Overlap = None,
@@ -288,6 +294,7 @@ def upscale(
 ) -> None:
     """Raise the height and width of a video by super-resolution alone. Options left out take the model's own values."""
     (text,) = _all_prompts([prompt], None)
+    overwrite = overwrite or _is_begun([output], resume)
     check_output(output, overwrite)
     settings = _given(
         num_inference_steps=steps,
@@ -303,13 +310,16 @@ def upscale(
         result = pipe.upscale(
             clip, text, generator=_generators(seed, 1), progress=_shows_progress(quiet), **settings, **state
         )
-        _write(result, [output], fps or rate, overwrite, window_frames or pipe.config.window_frames)
+        rate = fps or rate or pipe.default_fps
+        _write(result, [output], rate, overwrite, window_frames or pipe.config.window_frames)
 
 
-def _read(source: Path, frames: int | None) -> tuple[Pixels, float]:
-    """A video's pixels and frames a second."""
+def _read(source: Path, frames: int | None) -> tuple[Pixels, float | None]:
+    """A video's pixels and frames a second, which an array does not tell."""
     if not source.is_file():
         raise FileNotFoundError(f"INPUT {str(source)!r} is not a file")
+    if source.suffix.lower() == ".npy":
+        return read_array(source, frames), None
     if find_spec("av") is None:
         raise ModuleNotFoundError("reading a video needs av, which is not installed: pip install av", name="av")
     try:
@@ -333,17 +343,30 @@ def _threshold(name: str | None) -> dict[str, Any]:
 def _batches(outputs: list[Path], size: int, overwrite: bool, resume: bool) -> list[tuple[int, list[Path]]]:
     """The outputs of each batch and the number of its first, checked.
 
-    With `resume` batches that an interrupted command finished are left out, unless all are there: then nothing was
-    interrupted, and they are refused as any output that exists.
+    With `resume` batches that an interrupted command finished are left out, and named, unless all are there: then
+    nothing was interrupted, and they are refused as any output that exists.
     """
     batches = [(first, outputs[first : first + size]) for first in range(0, len(outputs), size)]
     if resume and not overwrite:
-        unfinished = [batch for batch in batches if not all(path.exists() for path in batch[1])]
+        unfinished = [b for b in batches if not all(path.exists() for path in b[1]) or _is_begun(b[1], resume)]
+        for _, batch in batches:
+            if unfinished and batch not in [outputs for _, outputs in unfinished]:
+                print(f"kept as they are: {', '.join(map(str, batch))}")
         batches = unfinished or batches
     for _, batch in batches:
         for path in batch:
-            check_output(path, overwrite)
+            check_output(path, overwrite or _is_begun(batch, resume))
     return batches
+
+
+def _state_path(output: Path) -> Path:
+    return output.with_name(output.name + RESUME_SUFFIX)
+
+
+def _is_begun(outputs: list[Path], resume: bool) -> bool:
+    """Whether an interrupted command left the state of this batch: then what is there of its outputs is that command's,
+    which had found none."""
+    return resume and _state_path(outputs[0]).exists()
 
 
 @contextmanager
@@ -352,7 +375,7 @@ def _state_beside(output: Path, resume: bool) -> Iterator[dict[str, Any]]:
     if not resume:
         yield {}
         return
-    path = output.with_name(output.name + RESUME_SUFFIX)
+    path = _state_path(output)
     try:
         yield {"checkpoint": Checkpoint(path, keep=True)}
     except KeyboardInterrupt:

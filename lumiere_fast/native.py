@@ -460,6 +460,16 @@ def denoise_step(
     _check(op, status)
 
 
+def _launch_bounds() -> tuple[int, ...]:
+    """The most weights; the most windows and layouts, and those of varying weights. Nothing where there is no core."""
+    module, _ = _loaded()
+    return () if module is None else (module.MOST_WEIGHTS, *module.BLEND_LIMITS, *module.VARYING_BLEND_LIMITS)
+
+
+# As `dispatch.constant_when_traced` does, which needs this module: Dynamo cannot trace an import.
+_launch_bounds._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def blend_windows_limits(
     windows: Sequence[Tensor], starts: Sequence[int], extent: Sequence[int], weights: Sequence[float] | None
 ) -> list[str]:
@@ -468,14 +478,15 @@ def blend_windows_limits(
     A launch carries all it needs in its parameters, which bounds how many windows may lie over one position, in how
     many different strides, and how many weights 3 axes may have. The bounds are the native core's own.
     """
-    module, _ = _loaded()
-    if module is None:
+    bounds = _launch_bounds()
+    if not bounds:
         return []  # which `why_not` tells
     varying = weights is not None and len(extent) == 3
-    most, most_layouts = module.VARYING_BLEND_LIMITS if varying else module.BLEND_LIMITS
+    most_weights, *pairs = bounds
+    most, most_layouts = pairs[2:] if varying else pairs[:2]
     reasons = []
-    if varying and weights is not None and len(weights) > module.MOST_WEIGHTS:
-        reasons.append(f"weights has {len(weights)} numbers for 3 axes, a launch takes {module.MOST_WEIGHTS}")
+    if varying and weights is not None and len(weights) > most_weights:
+        reasons.append(f"weights has {len(weights)} numbers for 3 axes, a launch takes {most_weights}")
     if len(windows) <= most_layouts:
         return reasons
     layouts = _layouts(windows, extent, varying)

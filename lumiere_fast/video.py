@@ -216,6 +216,22 @@ def write_video(
         _WRITERS[suffix](pixels, partial, fps)
 
 
+def read_array(path: str | os.PathLike[str], max_frames: int | None = None) -> Pixels:
+    """A clip as ``write_video`` puts it into an ``.npy``: uint8 ``(T, H, W, 3)``. ``max_frames`` stops after so many.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds no such array. Python objects are not unpacked.
+    """
+    try:
+        clip = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{str(path)!r} holds no array that can be read: {error}") from error
+    if not isinstance(clip, np.ndarray):
+        raise ValueError(f"{str(path)!r} must hold one array, a clip of uint8 (T, H, W, 3)")
+    return np.array(_checked(clip)[:max_frames])
+
+
 def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Pixels, float]:
     """Decode a video file with PyAV: uint8 ``(T, H, W, 3)`` and the frames a second that its header states.
 

@@ -357,7 +357,8 @@ def test_batches_that_are_done_are_not_made_again(
     assert listing(tmp_path) == ["a_0000.npy", "a_0001.npy.resume.safetensors"]
     before = (tmp_path / "a_0000.npy").stat().st_mtime_ns
     code, printed, _ = run(capsys, *arguments)
-    assert (code, printed.count("\n")) == (0, 2)
+    assert (code, printed.count("\n")) == (0, 3)
+    assert printed.startswith(f"kept as they are: {tmp_path / 'a_0000.npy'}\n")
     assert listing(tmp_path) == ["a_0000.npy", "a_0001.npy", "a_0002.npy"]
     assert (tmp_path / "a_0000.npy").stat().st_mtime_ns == before
     assert_refused(run(capsys, *arguments), "a_0000.npy", "exists")
@@ -376,6 +377,29 @@ def test_the_state_stays_until_the_clip_is_written(
     monkeypatch.setattr(UNet2D, "forward", None)  # nothing is computed any more
     assert generate(capsys, weights, tmp_path / "a.npy", "--resume")[0] == 0
     assert listing(tmp_path) == ["a.npy"]
+
+
+def test_a_batch_of_which_some_is_written_goes_on(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("generate", "a ball", "a star", "-o", tmp_path / "a.npy", "--batch-size", "2", "--weights", weights)
+    arguments += ("--steps", "1", "--resume")
+    write = video._WRITERS[".npy"]
+
+    def full_after_one(*given: object) -> None:
+        if (tmp_path / "a_0000.npy").exists():
+            raise OSError("No space left on device")
+        write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(video._WRITERS, ".npy", full_after_one)
+        assert_refused(run(capsys, *arguments), "No space left")
+    assert listing(tmp_path) == ["a_0000.npy", "a_0000.npy.resume.safetensors"]
+    first = (tmp_path / "a_0000.npy").read_bytes()
+    monkeypatch.setattr(UNet2D, "forward", None)  # nothing is computed any more
+    assert run(capsys, *arguments)[0] == 0
+    assert listing(tmp_path) == ["a_0000.npy", "a_0001.npy"]
+    assert (tmp_path / "a_0000.npy").read_bytes() == first
 
 
 # ---------------------------------------------------------------- upscale
@@ -413,6 +437,31 @@ def test_upscale_raises_a_video_of_any_size(
         "3 frames of 20x12 at 4 fps"
         in upscale(capsys, weights, small_video, tmp_path / "b.npy", "--frames", "3", "--fps", "4")[1]
     )
+
+
+def test_upscale_raises_what_generate_wrote_as_an_array(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 10, 3), dtype=np.uint8)
+    np.save(tmp_path / "clip.npy", pixels)
+    pipe = LumierePipeline.from_pretrained(weights)
+    code, out, _ = upscale(capsys, weights, tmp_path / "clip.npy", tmp_path / "a.npy", "--frames", "4")
+    assert code == 0
+    assert f"4 frames of 20x12 at {pipe.default_fps:g} fps" in out
+    wanted = pipe.upscale(pixels[:4], PROMPT, num_inference_steps=2, generator=cli._generators(0, 1))
+    assert np.array_equal(np.load(tmp_path / "a.npy"), video.to_uint8(wanted.frames[0]))
+
+
+def test_upscale_refuses_other_arrays(capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.npy"
+    for name, array in {"real": np.zeros((2, 4, 4, 3)), "flat": np.zeros((4, 4), np.uint8)}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        assert_refused(upscale(capsys, weights, tmp_path / f"{name}.npy", output), "uint8 array (T, H, W, 3)", "got")
+    np.save(tmp_path / "objects.npy", np.array([{}, ""], dtype=object), allow_pickle=True)
+    assert_refused(upscale(capsys, weights, tmp_path / "objects.npy", output), "objects.npy", "holds no array")
+    (tmp_path / "text.npy").write_text("text")
+    assert_refused(upscale(capsys, weights, tmp_path / "text.npy", output), "text.npy", "holds no array")
+    assert not output.exists()
 
 
 def test_upscale_goes_on(

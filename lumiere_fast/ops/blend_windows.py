@@ -324,7 +324,7 @@ def check_weights(
         along = zip(sizes, zip(*corners, strict=True), strict=True)
         vectors = [list(window_weights(weights, size, _least_overlap(starts, size))) for size, starts in along]
     else:
-        vectors = _given_vectors(op, weights, sizes)
+        vectors = given_vectors(op, weights, sizes)
     relative = [[value / max(vector) for value in vector] for vector in vectors]
     if any(min(vector) < LEAST_WEIGHT for vector in relative):
         raise ValueError(f"{op}: weights of one vector must lie within {1 / LEAST_WEIGHT:.0e} of one another")
@@ -337,7 +337,7 @@ def _least_overlap(starts: Sequence[int], size: int) -> int:
     return max(0, size - max(steps)) if steps else 0
 
 
-def _given_vectors(op: str, weights: Any, sizes: Sequence[int]) -> list[list[float]]:
+def given_vectors(op: str, weights: Any, sizes: Sequence[int]) -> list[list[float]]:
     """As lists, not as tensors: a trace can read them."""
     try:
         vectors = [[float(w) for w in _listed(v)] for v in (_listed(weights) if len(sizes) == 3 else [weights])]

@@ -87,7 +87,9 @@ def load_state(path: str | os.PathLike[str]) -> tuple[DenoisingState, dict[str, 
     try:
         return _state_from(json.loads(read_metadata(path)[KEY]), entries)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not the state of an interrupted run, or it is damaged: {error!r}") from error
+        raise ValueError(
+            f"{path} is not the state of an interrupted run, or it is damaged: {error!r}; remove it to begin anew"
+        ) from error
 
 
 def check_same(about: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ from lumiere_fast.pipelines.arguments import as_clips, as_output
 from lumiere_fast.pipelines.budget import Job, weight_bytes, within_memory
 from lumiere_fast.pipelines.checkpoint import Checkpoint, Resumption, content, fingerprint
 from lumiere_fast.pipelines.denoising import Denoised, Denoiser
-from lumiere_fast.pipelines.memory import parse_bytes
+from lumiere_fast.pipelines.memory import check_memory, parse_bytes
 from lumiere_fast.pipelines.progress import OnStep, ProgressCallback, Stages
 from lumiere_fast.pipelines.super_resolution import SuperResolution, padded
 from lumiere_fast.pipelines.text_guided import TextGuided
@@ -330,7 +330,8 @@ class LumierePipeline:
             overlap: frames that neighbouring windows of super-resolution share (paper: 2).
             max_memory: bytes that super-resolution may take, such as "12GiB": weights, videos and one window of
                 frames. Its windows are then the best that fit, of at most `window_frames`.
-            window_weights: how windows are weighed where they overlap, in both stages; "flat" as in the paper.
+            window_weights: how windows are weighed where they overlap, in both stages; "flat" as in the paper. Or as
+                many numbers as `window_frames`, for super-resolution; the base model's windows are then "flat".
             base_overlap: frames that neighbouring windows of the base model share; None for half of a window. The
                 paper's 2 serve super-resolution, whose small clip already moves as one. How a clip moves the base
                 model decides, and windows agree on it only through the frames they share; with half, every frame but
@@ -340,7 +341,8 @@ class LumierePipeline:
             cuda_graphs: replay the networks as CUDA graphs; no effect on the CPU.
 
         Raises:
-            ValueError: an argument is not as above, a prompt is empty, or `checkpoint` holds another call.
+            ValueError: an argument is not as above, a prompt is empty, `checkpoint` holds another call, or the device
+                has less memory than the clips take at least.
             BackendUnavailable: the backend asked for by name cannot run an op of the model.
         """
         prompts = arguments.check_prompts(prompt)
@@ -352,10 +354,12 @@ class LumierePipeline:
         arguments.check_output_type(output_type)
         sampling = (sampler, threshold, eta)
         base = self._text_guided(sampling, scale, cuda_graphs)
+        check_memory(self, num_frames, len(prompts), guided=scale != 1, stochastic=base.denoiser.stochastic)
         plan = self._base_windows(num_frames, base_overlap, window_weights)
         ssr = self._super_resolution(sampling, window_frames, overlap, window_weights, None, cuda_graphs)
         size = self.base.unet.config.sample_size
         job = Job(len(prompts), num_frames, size, size)
+        ssr.plan(*job[1:])  # refuses weights that do not fit before there is work
         call = self._begin(
             prompts,
             generator,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lumiere_fast import ops
-from lumiere_fast.ops.blend_windows import WeightKind
+from lumiere_fast.ops.blend_windows import WeightKind, given_vectors
 
 Vectors = Sequence[float] | Sequence[Sequence[float]]
 
@@ -165,7 +165,7 @@ def plan_windows(
         shared = [side // 4 for side in window_size] if size_overlap is None else size_overlap
         for i, side in enumerate(("height", "width")):
             axes.append(_axis(f"size_overlap's {side}", f"window_size's {side}", size[i], window_size[i], shared[i]))
-    vectors = _vectors(weights, axes)
+    vectors = _vectors(weights, axes, [window_frames, *(window_size or ())])
     if all(axis.window == axis.length for axis in axes[1:]):
         axes, vectors = axes[:1], vectors[:1]  # whole frames: the blend goes over time alone
     corners = tuple(product(*(axis.starts for axis in axes)))
@@ -243,15 +243,15 @@ def _axis(overlap_name: str, window_name: str, length: int, window: int, overlap
     return _Axis(length, min(window, length), overlap)
 
 
-def _vectors(weights: WeightKind | Vectors, axes: Sequence[_Axis]) -> tuple[tuple[float, ...], ...]:
-    """One for each axis where they are given as numbers; ones where they cancel, along what a single window holds."""
+def _vectors(
+    weights: WeightKind | Vectors, axes: Sequence[_Axis], sizes: Sequence[int]
+) -> tuple[tuple[float, ...], ...]:
+    """One for each axis where they are given as numbers, for windows of `sizes`; ones where they cancel, along what a
+    single window holds."""
     if isinstance(weights, str):
         ops.window_weights(weights, 1)  # refuses other names
         return ()
-    vectors: Sequence[Any] = [weights] if len(axes) == 1 else weights
-    if len(vectors) != len(axes):
-        raise ValueError(f"weights must be {len(axes)} vectors, one for each of T, H, W, got {len(vectors)}")
     return tuple(
-        (1.0,) * axis.length if axis.window == axis.length else tuple(map(float, vector))
-        for vector, axis in zip(vectors, axes, strict=True)
+        (1.0,) * axis.length if axis.window == axis.length else tuple(vector)
+        for vector, axis in zip(given_vectors("plan_windows", weights, sizes), axes, strict=True)
     )

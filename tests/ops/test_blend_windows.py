@@ -211,6 +211,13 @@ def test_operator(memory_format: torch.memory_format, backend: str, draw: Draw) 
             check_out(blend_windows, windows, [0, 2, 4], 8)
 
 
+@pytest.mark.parametrize("count", [2, 40])
+def test_compiled_as_it_comes(count: int, draw: Draw) -> None:
+    """Without a backend by name, where every one is asked whether it can."""
+    windows = [draw(1, 3, 4, 4, 2) for _ in range(count)]
+    check_compiled(blend_windows, windows, [2 * i for i in range(count)], 2 * count + 2)
+
+
 def test_window_starts() -> None:
     assert window_starts(80, 8) == [0, 6, 12, 18, 24, 30, 36, 42, 48, 54, 60, 66, 72]
     assert window_starts(80, 28) == [0, 26, 52]

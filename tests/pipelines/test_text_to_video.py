@@ -845,6 +845,19 @@ def test_a_change_of_any_weight_shows() -> None:
     assert fingerprint(model) == before
 
 
+def test_weights_that_do_not_fit_are_refused_before_there_is_work(
+    pipe: LumierePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(pipe.base), "forward", None)
+    with pytest.raises(ValueError, match=r"weights\[0\] must have the 4 entries"):
+        generate(pipe, num_frames=8, window_frames=4, window_weights=[1.0] * 7)
+
+
+def test_more_frames_than_memory_can_hold_are_refused_at_once(pipe: LumierePipeline) -> None:
+    with pytest.raises(ValueError, match=r"1 x 1000000000000 frames need more than .* GiB of memory"):
+        generate(pipe, num_frames=10**12)
+
+
 def test_what_is_no_state_of_a_call_is_refused(pipe: LumierePipeline, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"nonsense")

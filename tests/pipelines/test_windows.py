@@ -97,7 +97,7 @@ def test_frames_that_a_window_holds_are_not_cut() -> None:
     assert plan.weights == (1.0,) * 8
 
 
-@pytest.mark.parametrize("weights", ["trapezoid", "pyramid", ([1, 2, 3, 1], [1, 5, 1], [1])])
+@pytest.mark.parametrize("weights", ["trapezoid", "pyramid", ([1, 2, 3, 1], [1, 5, 1], range(1, 10))])
 def test_weights_reach_the_blend(weights: Any) -> None:
     """The columns are one window's: whatever weights were given along them, for windows wider than the clip, cancel."""
     plan = plan_windows(7, 4, 1, size=(4, 2), window_size=(3, 9), size_overlap=(2, 0), weights=weights)
@@ -121,6 +121,9 @@ def test_weights_reach_the_blend(weights: Any) -> None:
         ),
         ({"weights": "square"}, "'flat' or 'trapezoid' or 'pyramid', got 'square'"),
         ({"size": (64, 64), "window_size": (32, 32), "weights": [[1.0] * 4]}, "3 vectors, .* got 1"),
+        ({"weights": [1.0] * 3}, r"weights\[0\] must have the 4 entries of its axis, got 3"),
+        ({"weights": [1.0, 2.0, -1.0, 1.0]}, "weights must be positive and finite"),
+        ({"weights": 3}, "a vector of numbers, got 3"),
     ],
 )
 def test_what_is_no_plan_is_refused(options: dict[str, Any], message: str) -> None:
