@@ -161,7 +161,7 @@ ATTENTION_ANY = (
     "xFormers",
     "matmul",
 )
-COMPOSED = ("composed, sort", "composed, kthvalue")
+COMPOSED = ("composed", "composed, sort", "composed, topk")
 NEAREST = {
     "space_time_downsample": ("interpolate",),
     "space_time_upsample": ("interpolate", "interpolate_frames"),

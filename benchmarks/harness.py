@@ -123,6 +123,7 @@ class Row:
     nbytes: int
     flops: int
     temporaries: int | None = None
+    peak: int | None = None
     broken: dict[str, str] = field(default_factory=dict)
     others: float | None = None
     source: str | None = None
@@ -155,6 +156,7 @@ class Row:
             "gb_per_s": self.nbytes / self.median / 1e9,
             "gflop_per_s": self.flops / self.median / 1e9,
             "temporaries": self.temporaries,
+            "peak": self.peak,
             "baselines_s": self.baselines,
             "limits_s": self.limits,
             "ratios": self.ratios,
@@ -177,7 +179,8 @@ def measure(case: Case, ours: Side, baselines: Mapping[str, Side], limits: Mappi
             expected = ours()
         baselines, broken = usable(baselines, expected, rtol)
         del expected
-        memory = {name: temporaries(side, case.device) for name, side in {"": ours, **baselines}.items()}
+        memory, peak = {"": temporaries(ours, case.device)}, peak_memory(case.device)
+        memory |= {name: temporaries(side, case.device) for name, side in baselines.items()}
         for side in limits.values():
             side()
         clock = timing.clock_for(case.device)
@@ -198,6 +201,7 @@ def measure(case: Case, ours: Side, baselines: Mapping[str, Side], limits: Mappi
         nbytes=case.spec.bytes(case.scenario, case.dtype),
         flops=case.spec.flops(case.scenario),
         temporaries=memory[""],
+        peak=peak,
         broken=broken,
         others=others,
         source=provenance.source_of(case.spec.name, backend),
@@ -235,6 +239,11 @@ def temporaries(side: Side, device: str) -> int | None:
     side()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def peak_memory(device: str) -> int | None:
+    """Bytes allocated at the peak of the call that `temporaries` just made, inputs and weights included."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else None
 
 
 @functools.cache

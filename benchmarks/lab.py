@@ -63,14 +63,14 @@ SHARES = {
     "tuning": 0.07,
     "benchmarks": 0.14,
 }
-HANGS_AFTER = {"smoke": 90.0, "tuning": 440.0, "benchmarks": 180.0}  # seconds that one unit of work may take
+HANGS_AFTER = {"smoke": 90.0, "tuning": 440.0, "benchmarks": 300.0}  # seconds that one unit of work may take
 ROW_BUDGET = 0.3  # seconds of timed rounds a row
 CASE_BUDGET = 400.0  # seconds for all candidates of a case, to compile, check and time them
 BACKENDS = ("triton", "wgmma", "cuda", "cpu", "cudnn", "flash", "efficient", "reference")
 ORDER = "_order"  # a table of backends' places is named <op>_order
 TRITON_TESTS = "tests/kernels/"
 MODEL_TESTS = ("tests/models/", "tests/pipelines/")
-MODELS = ("stunet", "pipeline")
+MODELS = ("stunet", "super_resolution", "pipeline")
 LOG = "lab.log"
 
 LOOK = """

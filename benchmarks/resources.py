@@ -499,20 +499,21 @@ def _usage(cubin: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-# What is counted in PTX (Triton's) and in SASS (nvcc's): bulk and asynchronous copies are loads.
+# What is counted in PTX (Triton's) and in SASS (nvcc's): bulk and asynchronous copies are loads, and
+# atomic operations stores.
 PTX = {
     "instruction": r"^\s*(?:@!?%p\d+\s+)?([a-z]+[A-Za-z0-9_.:]*)\s",
     "wgmma": r"wgmma\.mma_async",
     "mma": r"w?mma\.(sync|m\d)",
     "loads": r"ld\.(volatile\.|relaxed\.\w+\.|acquire\.\w+\.)?global|cp\.async\.(c[ag]\.|bulk\.)",
-    "stores": r"st\.(volatile\.|relaxed\.\w+\.|release\.\w+\.)?global",
+    "stores": r"st\.(volatile\.|relaxed\.\w+\.|release\.\w+\.)?global|(atom|red)\.([a-z_]+\.)*global",
 }
 SASS = {
     "instruction": r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)",
     "wgmma": r"[A-Z]GMMA",
     "mma": r"[HIDQB]MMA",
     "loads": r"LDG(STS)?\b|UTMALDG|UBLKCP",
-    "stores": r"STG\b",
+    "stores": r"STG\b|REDG?\b|ATOMG\b",
 }
 
 

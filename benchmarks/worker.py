@@ -31,7 +31,7 @@ from lumiere_fast.ops import _selfcheck
 
 Unit = dict[str, Any]
 
-MODELS = ("stunet", "pipeline")
+MODELS = ("stunet", "super_resolution", "pipeline")
 BACKENDS = {"cpu": ("cpu", "flash", "reference"), "cuda": (*dispatch.GPU_BACKENDS, "reference")}
 BUSY = 0.1  # of the machine's processors: a time is then not to be trusted
 THREADS = {"cpu": (1, 2), "cuda": (1,)}
@@ -210,6 +210,7 @@ def _reasons_against(case: Case) -> list[str]:
 def _reported(row: Row, device: str) -> dict[str, Any]:
     rates = [f"{row.nbytes / row.median / 1e9:.1f} GB/s"] if row.nbytes else []
     rates += [f"{row.flops / row.median / 1e9:.1f} GFLOP/s"] if row.flops else []
+    rates += [f"{row.peak / 2**30:.1f} GiB at the peak"] if row.op in MODELS and row.peak else []
     return {
         "verdict": row.verdict,
         "why": _against_baselines(row),

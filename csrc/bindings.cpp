@@ -28,6 +28,12 @@ int64_t integer(PyObject* object, const char* what) {
   return value;
 }
 
+double number(PyObject* object, const char* what) {
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1 && PyErr_Occurred()) refuse(std::string(what) + " must be None or numbers", object);
+  return value;
+}
+
 void* address(PyObject* object) {
   void* const found = PyLong_AsVoidPtr(object);
   if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
@@ -53,9 +59,9 @@ class Items {
 };
 
 void append_axes(PyObject* object, std::vector<int64_t>& to) {
-  const Items items(object, "blend_windows: a shape");
-  items.require(kAxes, "blend_windows: every window, and out, must have 5 axes (B, C, T, H, W)");
-  for (Py_ssize_t i = 0; i < kAxes; ++i) to.push_back(integer(items[i], "blend_windows: shapes and strides"));
+  const Items items(object, "a shape");
+  items.require(kAxes, "every window, and out, must have 5 axes (B, C, T, H, W)");
+  for (Py_ssize_t i = 0; i < kAxes; ++i) to.push_back(integer(items[i], "shapes and strides"));
 }
 
 // (address, shape, strides) of some tensors.
@@ -64,54 +70,55 @@ struct Operands {
   std::vector<int64_t> shapes, strides;
 
   void add(PyObject* object) {
-    const Items items(object, "blend_windows: an operand");
-    items.require(3, "blend_windows: an operand is (address, shape, strides)");
+    const Items items(object, "an operand");
+    items.require(3, "an operand is (address, shape, strides)");
     data.push_back(address(items[0]));
     append_axes(items[1], shapes);
     append_axes(items[2], strides);
   }
 };
 
-struct BlendArguments {
+struct WindowArguments {
   Operands windows, out;
   std::vector<int64_t> starts;
   std::vector<double> weights;
   int32_t axes;
 
-  BlendArguments(py::handle windows_, py::handle starts_, py::handle extent_, py::handle weights_, py::handle out_) {
-    const Items parts(windows_.ptr(), "blend_windows: windows"), first(starts_.ptr(), "blend_windows: starts");
-    const Items extent(extent_.ptr(), "blend_windows: extent");
+  // `out_`: what has the video's shape.
+  WindowArguments(const char* op, py::handle windows_, py::handle starts_, py::handle extent_, py::handle weights_,
+                  py::handle out_) try {
+    const Items parts(windows_.ptr(), "windows"), first(starts_.ptr(), "starts");
+    const Items extent(extent_.ptr(), "extent");
     for (Py_ssize_t i = 0; i < parts.size(); ++i) windows.add(parts[i]);
-    for (Py_ssize_t i = 0; i < first.size(); ++i) starts.push_back(integer(first[i], "blend_windows: starts"));
+    for (Py_ssize_t i = 0; i < first.size(); ++i) starts.push_back(integer(first[i], "starts"));
     out.add(out_.ptr());
     axes = static_cast<int32_t>(extent.size());
-    if (axes != 1 && axes != 3) throw py::value_error("blend_windows: extent must be (T,) or (T, H, W)");
-    first.require(parts.size() * axes, "blend_windows: starts must hold one integer a window and blended axis");
+    if (axes != 1 && axes != 3) throw py::value_error("extent must be (T,) or (T, H, W)");
+    first.require(parts.size() * axes, "starts must hold one integer a window and blended axis");
     for (int32_t axis = 0; axis < axes; ++axis) {
-      const bool fits = integer(extent[axis], "blend_windows: the sizes of extent") == out.shapes[2 + axis];
-      if (!fits) throw py::value_error("blend_windows: out must have the extent");
+      const bool fits = integer(extent[axis], "the sizes of extent") == out.shapes[2 + axis];
+      if (!fits) throw py::value_error("out must have the extent");
     }
     if (!weights_.is_none()) read_weights(weights_.ptr());
+  } catch (const py::value_error& error) {
+    throw py::value_error(std::string(op) + ": " + error.what());
   }
 
   const double* weights_or_null() const { return weights.empty() ? nullptr : weights.data(); }
 
  private:
   void read_weights(PyObject* object) {
-    const Items items(object, "blend_windows: weights");
+    const Items items(object, "weights");
     int64_t needed = 0;
     for (int32_t axis = 0; axis < axes && !windows.shapes.empty(); ++axis) needed += windows.shapes[2 + axis];
-    items.require(needed, "blend_windows: weights must hold one number for each place on each axis blended");
-    for (Py_ssize_t i = 0; i < items.size(); ++i) {
-      weights.push_back(PyFloat_AsDouble(items[i]));
-      if (PyErr_Occurred()) refuse("blend_windows: weights must be None or numbers", items[i]);
-    }
+    items.require(needed, "weights must hold one number for each place on each axis blended");
+    for (Py_ssize_t i = 0; i < items.size(); ++i) weights.push_back(number(items[i], "weights"));
   }
 };
 
 lf_status blend_windows_cpu(lf_dtype dtype, py::handle windows, py::handle starts, py::handle extent,
                             py::handle weights, py::handle out, int32_t num_threads) {
-  const BlendArguments a(windows, starts, extent, weights, out);
+  const WindowArguments a("blend_windows", windows, starts, extent, weights, out);
   const py::gil_scoped_release release;
   return lf_blend_windows_cpu(dtype, a.windows.data.size(), a.windows.data.data(), a.windows.shapes.data(),
                               a.windows.strides.data(), a.axes, a.starts.data(), a.weights_or_null(), a.out.data[0],
@@ -120,7 +127,7 @@ lf_status blend_windows_cpu(lf_dtype dtype, py::handle windows, py::handle start
 
 lf_status blend_windows_cuda(lf_dtype dtype, py::handle windows, py::handle starts, py::handle extent,
                              py::handle weights, py::handle out, int32_t device, uintptr_t stream) {
-  const BlendArguments a(windows, starts, extent, weights, out);
+  const WindowArguments a("blend_windows", windows, starts, extent, weights, out);
   const py::gil_scoped_release release;
   return lf_blend_windows_cuda(dtype, a.windows.data.size(), a.windows.data.data(), a.windows.shapes.data(),
                                a.windows.strides.data(), a.axes, a.starts.data(), a.weights_or_null(), a.out.data[0],
@@ -160,6 +167,34 @@ struct View {
     for (Py_ssize_t i = 0; i < items.size(); ++i) to[i] = integer(items[i], "shapes and strides");
   }
 };
+
+// `history` and `noise` may be None. `latent` is (address, shape, strides), the other clips have a dtype behind them.
+lf_status denoise_step_cpu(lf_dtype window_dtype, py::handle windows, py::handle starts, py::handle extent,
+                           py::handle weights, lf_dtype dtype, py::handle latent, py::handle coefficients_,
+                           py::handle guidance_scale, lf_bound bound, double percentile, py::handle noise,
+                           py::handle history, py::handle next, py::handle x0, int32_t num_threads) {
+  const WindowArguments a("denoise_step", windows, starts, extent, weights, latent);
+  lf_denoise_step call{};
+  call.window_dtype = window_dtype, call.num_windows = a.windows.data.size(), call.windows = a.windows.data.data();
+  call.window_shapes = a.windows.shapes.data(), call.window_strides = a.windows.strides.data();
+  call.axes = a.axes, call.starts = a.starts.data(), call.weights = a.weights_or_null();
+  call.dtype = dtype;
+  std::copy_n(a.out.shapes.begin(), kAxes, call.shape);
+  call.latent.data = a.out.data[0];
+  std::copy_n(a.out.strides.begin(), kAxes, call.latent.strides);
+  call.noise = View(noise).clip(), call.history = View(history).clip();
+  call.next = View(next).clip(), call.x0 = View(x0).clip();
+  const Items coefficients(coefficients_.ptr(), "denoise_step: coefficients");
+  coefficients.require(6, "denoise_step: coefficients must be six numbers");
+  double* const of[] = {&call.x0_latent,      &call.x0_prediction,       &call.latent_coefficient,
+                        &call.x0_coefficient, &call.history_coefficient, &call.noise_coefficient};
+  for (Py_ssize_t i = 0; i < 6; ++i) *of[i] = number(coefficients[i], "denoise_step: coefficients");
+  call.guided = !guidance_scale.is_none();
+  if (call.guided) call.guidance_scale = number(guidance_scale.ptr(), "denoise_step: guidance_scale");
+  call.bound = bound, call.percentile = percentile;
+  const py::gil_scoped_release release;
+  return lf_denoise_step_cpu(&call, num_threads);
+}
 
 // None, or (address, strides, dtype) with the strides of (B, T, C).
 struct PerChannel {
@@ -361,6 +396,8 @@ PYBIND11_MODULE(_native, module) {
                                    py::arg("float16") = int(LF_FLOAT16), py::arg("bfloat16") = int(LF_BFLOAT16));
   module.attr("RESIZE_MODES") = py::dict(py::arg("nearest") = int(LF_NEAREST), py::arg("linear") = int(LF_LINEAR),
                                          py::arg("area") = int(LF_AREA), py::arg("blur") = int(LF_BLUR));
+  module.attr("BOUNDS") = py::dict(py::arg("none") = int(LF_BOUND_NONE), py::arg("static") = int(LF_BOUND_STATIC),
+                                   py::arg("clip") = int(LF_BOUND_CLIP), py::arg("frame") = int(LF_BOUND_FRAME));
   // What the statuses that the caller can do something about speak of.
   module.attr("ARGUMENTS") = [] {
     py::dict of;
@@ -385,6 +422,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("borrow_threads", [](uintptr_t parallel) { lf_borrow_threads(reinterpret_cast<lf_parallel>(parallel)); });
   module.def("blend_windows_cpu", &blend_windows_cpu);
   module.def("blend_windows_cuda", &blend_windows_cuda);
+  module.def("denoise_step_cpu", &denoise_step_cpu);
   module.def("group_norm_cpu", &group_norm_cpu);
   module.def("group_norm_stats_cpu", &group_norm_stats_cpu);
   module.def("group_norm_backward_cpu", &group_norm_backward_cpu);

@@ -1,13 +1,13 @@
 // blend_windows on a CUDA device, gathering: each output position reads the windows that cover it, in their order, so
-// that results are deterministic. Compiled without fused multiply-adds; see blend_windows.h.
+// that results are deterministic. Compiled without fused multiply-adds; see common/blend.h.
 //
 // Cells travel to the device as a kernel's parameters, a batch at a launch: nothing is allocated, and a graph that
 // captures the launch keeps them.
 #include <algorithm>
 #include <iterator>
 
-#include "blend_windows.h"
 #include "blend_windows_limits.h"
+#include "common/blend.h"
 #include "common/cover.h"
 #include "common/device.h"
 
@@ -442,8 +442,9 @@ lf_status lf_blend_windows_cuda(lf_dtype dtype, int64_t num_windows, const void*
                                 void* stream) noexcept {
   return lf::guarded([&]() -> lf_status {
     lf::Cover cover;
-    const lf_status status = lf::plan_cover(
+    lf_status status = lf::plan_cover(
         {dtype, num_windows, windows, shapes, strides, axes, starts, weights, out, out_shape, out_strides}, cover);
+    if (status == LF_OK) status = lf::check_apart_from_windows(cover, out, cover.out_strides, cover.element_size);
     if (status != LF_OK || cover.empty()) return status;
     return lf::launch(cover, device, static_cast<cudaStream_t>(stream));
   });

@@ -3,11 +3,11 @@
 
 namespace lf {
 
-template <class T> void blend_run_avx2(const Run<T>& run) noexcept { blend_run(run); }
+template <class T> void blend_run_avx2(const Run<Acc<T>>& run) noexcept { blend_run<T>(run); }
 
-template void blend_run_avx2(const Run<float>&) noexcept;
-template void blend_run_avx2(const Run<double>&) noexcept;
-template void blend_run_avx2(const Run<Half>&) noexcept;
-template void blend_run_avx2(const Run<BFloat16>&) noexcept;
+template void blend_run_avx2<float>(const Run<float>&) noexcept;
+template void blend_run_avx2<double>(const Run<double>&) noexcept;
+template void blend_run_avx2<Half>(const Run<float>&) noexcept;
+template void blend_run_avx2<BFloat16>(const Run<float>&) noexcept;
 
 }  // namespace lf

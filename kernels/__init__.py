@@ -10,7 +10,7 @@ HOMES = {"group_norm_stats": "group_norm"}
 """Ops that live in another one's files."""
 
 # Ops whose kernel is not written yet. An op leaves the list in the change that adds kernels/<op>.py or csrc/<op>.*.
-PENDING_KERNELS: tuple[str, ...] = ("denoise_step",)
+PENDING_KERNELS: tuple[str, ...] = ()
 
 
 _FOLDER = Path(__file__).parent

@@ -10,18 +10,13 @@ so that a position in one window is that window's exactly, and where all agree s
 A launch takes the windows as separate pointers, so their number is fixed: 8 of one shape and layout, or 4 that differ.
 The host cuts the result into boxes that so few windows reach. Where even a single position lies in more, launches
 follow one another over its box and hand on the sums.
-
-The result is walked in runs that are contiguous in it: whole frames in channels_last_3d memory, planes of a frame in
-contiguous memory, rows where frames have gaps. Frame and row are scalars of the program, so which windows cover it is
-a uniform branch; only where space is blended too is it also a mask over the run.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, product
+from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -29,20 +24,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._cover import (
+    VECTOR_BYTES,
+    Box,
+    Geometry,
+    Integers,
+    Walk,
+    blended,
+    boxes,
+    place,
+    region_of,
+    settled,
+    table_of,
+    take,
+    takes_vectors,
+    walk_of,
+)
 from ._launch import Variant, aligned, launch, traced
 
-Box = tuple[tuple[int, int], ...]
-Integers = tuple[int, ...]
-
 ALIKE_SLOTS, MIXED_SLOTS = 8, 4
-VECTOR_BYTES = 16
 VECTORS_EACH = 2  # of a thread
 NUM_WARPS, NUM_STAGES = 4, 1
 OPTIONS = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
 ALIKE_TILE_BYTES = 32 * NUM_WARPS * VECTORS_EACH * VECTOR_BYTES
 MIXED_TILE = 256
-LONGEST_RUN = 2**30  # positions within a run are int32; longer runs are walked in parts
-LEAST_WEIGHT = 2.0**-60  # of the largest: below it, fp32 products of weights and differences could vanish
 
 
 def blend_windows(
@@ -63,10 +68,7 @@ def blend_windows(
     if out.numel() == 0:
         return
     recording = traced(out)
-    table = None
-    if weights is not None:
-        sizes = tuple(windows[0].shape[2 : 2 + len(extent)])
-        table = (_table if recording else _cached_table)(tuple(weights), sizes, out.dtype, out.device)
+    table = table_of(weights, windows[0], len(extent), out.dtype, recording)
     double = out.dtype == torch.float64 or (table is not None and table.dtype == torch.float64)
     wide = double == (out.dtype == torch.float64)  # the kernel of wide loads has no sums more precise than its data's
     layout = _layout(windows, starts, extent, out, wide, recording)
@@ -81,49 +83,6 @@ def blend_windows(
         else:
             kernel, tensors = _mixed_kernel, (*pointers, out, table, sums)
         launch(kernel, step.programs, out, *tensors, *step.scalars, DOUBLE=double, **step.constants, **OPTIONS)
-
-
-def _table(weights: tuple[float, ...], sizes: Integers, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The vectors of T, H and W one after the other, each relative to its largest; a one for an axis not blended."""
-    ends = accumulate(map(int, sizes))
-    vectors = [weights[end - int(size) : end] for size, end in zip(sizes, ends, strict=True)]
-    vectors += [(1.0,)] * (3 - len(sizes))
-    values = [weight / max(vector) for vector in vectors for weight in vector]
-    least = math.prod(min(vector) / max(vector) for vector in vectors)
-    double = dtype == torch.float64 or least < LEAST_WEIGHT
-    return torch.tensor(values, dtype=torch.float64 if double else torch.float32, device=device)
-
-
-# Without a limit: a CUDA graph that was captured with a table reads it for as long as it is replayed.
-_cached_table = functools.cache(_table)
-
-
-@triton.jit
-def _place(channels, from_t, from_h, count_t, count_h, tiles):  # type: ignore[no-untyped-def]
-    """Where this program's tile lies in the result: clip, channel, frame, row, and which tile of the run; all int64."""
-    program = tl.program_id(0)
-    tile = (program % tiles).to(tl.int64)
-    program = program // tiles
-    h = (from_h + program % count_h).to(tl.int64)
-    program = program // count_h
-    t = (from_t + program % count_t).to(tl.int64)
-    program = program // count_t
-    return (program // channels).to(tl.int64), (program % channels).to(tl.int64), t, h, tile
-
-
-@triton.jit
-def _take(part, weight, here, first, pull, mass):  # type: ignore[no-untyped-def]
-    """One more window, where it is `here`: the first is kept, the others pull away from it by their weights."""
-    pull += tl.where(here & (mass > 0), weight * (part - first), 0.0)
-    first = tl.where(here & (mass == 0), part, first)
-    mass += tl.where(here, weight, 0.0)
-    return first, pull, mass
-
-
-@triton.jit
-def _blended(first, pull, mass):  # type: ignore[no-untyped-def]
-    """The weighted mean; what nothing pulls stays as it is, to the sign of a zero."""
-    return tl.where(pull == 0, first, first + pull / mass)
 
 
 ALIKE_TENSORS = (*(f"w{k}" for k in range(ALIKE_SLOTS)), "out", "weights")
@@ -155,7 +114,7 @@ def _alike_kernel(  # type: ignore[no-untyped-def]
     begin_h = (h0, h1, h2, h3, h4, h5, h6, h7)
     begin_x = (x0, x1, x2, x3, x4, x5, x6, x7)
 
-    b, c, t, h, tile = _place(channels, from_t, from_h, count_t, count_h, tl.cdiv(count_x, TILE))
+    b, c, t, h, tile = place(channels, from_t, from_h, count_t, count_h, tl.cdiv(count_x, TILE))
     x = tl.multiple_of(from_x + tile * TILE, VECTOR)  # the tile's first element in its run
     lane = tl.arange(0, TILE)
     inside = lane < tl.multiple_of(from_x + count_x - x, VECTOR)
@@ -185,10 +144,10 @@ def _alike_kernel(  # type: ignore[no-untyped-def]
                     weight *= tl.load(weights + (size_t + row))
                     column = ((left + lane).to(tl.int32) // unit).to(tl.int64)
                     weight *= tl.load(weights + (tl.cast(size_t, tl.int64) + size_h) + column, mask=mask, other=0.0)
-            first, pull, mass = _take(part, weight, here, first, pull, mass)
+            first, pull, mass = take(part, weight, here, first, pull, mass)
     at = b * out_b + c * out_c + t * out_t + h * out_h + x
     target = tl.multiple_of(out + at, 16)
-    tl.store(target + lane, _blended(first, pull, mass).to(out.dtype.element_ty), mask=inside)
+    tl.store(target + lane, blended(first, pull, mass).to(out.dtype.element_ty), mask=inside)
 # fmt: on
 
 
@@ -233,7 +192,7 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
     step_t, step_h = (dt0, dt1, dt2, dt3), (dh0, dh1, dh2, dh3)
     step_p, step_q = (dp0, dp1, dp2, dp3), (dq0, dq1, dq2, dq3)
 
-    b, c, t, h, tile = _place(channels, from_t, from_h, count_t, count_h, tl.cdiv(count_x, TILE))
+    b, c, t, h, tile = place(channels, from_t, from_h, count_t, count_h, tl.cdiv(count_x, TILE))
     x = from_x + tile * TILE  # the tile's first element in its run
     lane = tl.arange(0, TILE)
     inside = lane < from_x + count_x - x
@@ -263,7 +222,7 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
                 column = ((left + lane).to(tl.int32) // unit).to(tl.int64)
                 weight = tl.load(weights + frame) * tl.load(over_h + row * space)
                 weight *= tl.load(over_w + column * space, mask=here, other=0.0)
-            first, pull, mass = _take(part, weight, here, first, pull, mass)
+            first, pull, mass = take(part, weight, here, first, pull, mass)
     if sums is not None:  # noqa: SIM102  (known when compiled; the inner one is not)
         if hold:
             tl.store(held + lane, first)
@@ -271,66 +230,11 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
             tl.store(held + 2 * TILE + lane, mass)
             return
     target = out + (b * out_b + c * out_c + t * out_t + h * out_h)
-    tl.store(target + p * out_p + q * out_q, _blended(first, pull, mass).to(out.dtype.element_ty), mask=inside)
+    tl.store(target + p * out_p + q * out_q, blended(first, pull, mass).to(out.dtype.element_ty), mask=inside)
 # fmt: on
 
 
 # The host's part: which launches there are, and the integers each is given. It is cached by geometry.
-
-
-class Geometry(NamedTuple):
-    """All that decides the launches.
-
-    Args:
-        itemsize: where every tensor begins at a multiple of 16 bytes, and 16-byte loads may be wanted; else None.
-    """
-
-    starts: Integers
-    extent: Integers
-    shapes: tuple[Integers, ...]
-    strides: tuple[Integers, ...]
-    out_strides: Integers
-    itemsize: int | None
-
-    @property
-    def space(self) -> bool:
-        return len(self.extent) == 3
-
-    @property
-    def corners(self) -> list[Integers]:
-        """Of each window: (t, h, w)."""
-        axes = len(self.extent)
-        return [(*self.starts[i : i + axes], *[0] * (3 - axes)) for i in range(0, len(self.starts), axes)]
-
-    @property
-    def shape(self) -> Integers:
-        """Of the result."""
-        first = self.shapes[0]
-        return (*first[:2], *self.extent, *first[2 + len(self.extent) :])
-
-
-class Walk(NamedTuple):
-    """How the result is walked: along runs, whose places are scalars of a program.
-
-    Args:
-        channels: whether C is in the run; else its index is a scalar.
-        rows: whether a run is a row; else it is the whole frame.
-        dense: whether every run is contiguous, in the result and in all windows.
-        inner: elements of the run's inner part: of C or W, or of the whole run where it is dense.
-        unit: elements of the run for a step in W.
-    """
-
-    channels: bool
-    rows: bool
-    dense: bool
-    inner: int
-    unit: int
-
-    def strides(self, strides: Integers) -> Integers:
-        """(b, c, t, h, p, q) of a tensor: of the scalars, and of the outer and the inner part of its runs."""
-        b, c, t, h, w = strides
-        run = (0, 1) if self.dense else (w, c) if self.channels else (0, w)
-        return (b, 0 if self.channels else c, t, h if self.rows else 0, *run)
 
 
 class Step(NamedTuple):
@@ -357,42 +261,19 @@ def _layout(
         tuple(extent),
         tuple([window.shape for window in windows]),
         tuple([window.stride() for window in windows]),
-        out.stride(),
-        out.element_size() if vectors else None,
+        (out.stride(),),
+        (out.element_size(),) * 2 if vectors else None,
     )
     return _plan(geometry) if recording else _cached_plan(geometry)
 
 
-def _settled(geometry: Geometry) -> Geometry:
-    """Plain integers, also in a trace with symbolic shapes, and strides of 0 where an axis has one element."""
-
-    def strides(shape: Sequence[int], found: Sequence[int]) -> Integers:
-        return tuple(int(stride) if n > 1 else 0 for n, stride in zip(shape, found, strict=True))
-
-    plain = Geometry(
-        tuple(map(int, geometry.starts)),
-        tuple(map(int, geometry.extent)),
-        tuple(tuple(map(int, shape)) for shape in geometry.shapes),
-        *geometry[3:],
-    )
-    return plain._replace(
-        strides=tuple(strides(*pair) for pair in zip(plain.shapes, plain.strides, strict=True)),
-        out_strides=strides(plain.shape, plain.out_strides),
-    )
-
-
 def _plan(geometry: Geometry) -> Layout:
-    geometry = _settled(geometry)
-    walk = _walk(geometry)
-    spans = [
-        tuple((lo, lo + n) for lo, n in zip(corner, shape[2:], strict=True))
-        for corner, shape in zip(geometry.corners, geometry.shapes, strict=True)
-    ]
-    whole = tuple((0, n) for n in geometry.shape[2:])
-    slots = ALIKE_SLOTS if _takes_vectors(geometry, walk) else MIXED_SLOTS
+    geometry = settled(geometry)
+    walk = walk_of(geometry)
+    slots = ALIKE_SLOTS if takes_vectors(geometry, walk) else MIXED_SLOTS
     steps: list[Step] = []
     sums = 0
-    for box, reach in _boxes(whole, tuple(range(len(spans))), spans, slots):
+    for box, reach in boxes(geometry.whole, tuple(range(len(geometry.spans))), geometry.spans, slots):
         if len(reach) <= slots:
             make = _alike_step if slots == ALIKE_SLOTS else _mixed_step
             steps.append(make(geometry, walk, box, reach))
@@ -407,99 +288,9 @@ def _plan(geometry: Geometry) -> Layout:
 _cached_plan = functools.lru_cache(maxsize=256)(_plan)
 
 
-def _boxes(box: Box, candidates: Integers, spans: Sequence[Box], slots: int) -> Iterator[tuple[Box, Integers]]:
-    """Boxes that make up `box`, with the windows that reach into each: at most `slots`, or all cover all of it."""
-    reach = _reach(box, candidates, spans)
-    cuts = [
-        sorted({edge for i in reach for edge in spans[i][axis] if lo < edge < hi}) for axis, (lo, hi) in enumerate(box)
-    ]
-    if len(reach) <= slots or not any(cuts):
-        yield box, reach
-        return
-    axis = max(range(3), key=lambda a: len(cuts[a]))
-    lo, hi = box[axis]
-
-    def part(begin: int, end: int) -> Box:
-        return (*box[:axis], (begin, end), *box[axis + 1 :])
-
-    served = [cut for cut in cuts[axis] if len(_reach(part(lo, cut), reach, spans)) <= slots]
-    middle = served[-1] if served else cuts[axis][len(cuts[axis]) // 2]
-    yield from _boxes(part(lo, middle), reach, spans, slots)
-    yield from _boxes(part(middle, hi), reach, spans, slots)
-
-
-def _reach(box: Box, candidates: Integers, spans: Sequence[Box]) -> Integers:
-    """Those of the windows that overlap a box."""
-    return tuple(
-        i for i in candidates if all(a < hi and lo < b for (a, b), (lo, hi) in zip(spans[i], box, strict=True))
-    )
-
-
-def _walk(geometry: Geometry) -> Walk:
-    """The longest runs that are contiguous everywhere; else rows, along the denser of C and W in the result."""
-    tensors = [*zip(geometry.shapes, geometry.strides, strict=True), (geometry.shape, geometry.out_strides)]
-    _, C, _, H, W = geometry.shape
-    for rows, channels in product((False, True), (True, False)):
-        unit = C if channels else 1
-        axes = [*([1] if channels else []), 4, *([] if rows else [3])]
-        run = W * unit * (1 if rows else H)
-        if (rows or not geometry.space) and run < LONGEST_RUN and all(_packed(*tensor, axes) for tensor in tensors):
-            return Walk(channels, rows, True, run, unit)
-    channels = geometry.out_strides[1] < geometry.out_strides[4] or W == 1
-    if W * (C if channels else 1) > 2 * LONGEST_RUN - MIXED_TILE:
-        raise ValueError(f"blend_windows: a row of {W} pixels is longer than the {2 * LONGEST_RUN} elements of a run")
-    return Walk(channels, True, False, C if channels else W, C if channels else 1)
-
-
-def _packed(shape: Integers, strides: Integers, axes: Sequence[int]) -> bool:
-    """Whether these axes, the densest first, lie in memory without gaps."""
-    expected = 1
-    for axis in axes:
-        if shape[axis] > 1 and strides[axis] != expected:
-            return False
-        expected *= shape[axis]
-    return True
-
-
-def _takes_vectors(geometry: Geometry, walk: Walk) -> bool:
-    """Whether the windows are alike, and every run of them and of the result is made of whole 16-byte vectors."""
-    if geometry.itemsize is None or not walk.dense:
-        return False
-    alike = len({shape[2:] for shape in geometry.shapes}) == 1 and len(set(geometry.strides)) == 1
-    places = [walk.inner, *walk.strides(geometry.out_strides)[:4], *walk.strides(geometry.strides[0])[:4]]
-    if geometry.space:
-        places += [geometry.shapes[0][4] * walk.unit, *(corner[2] * walk.unit for corner in geometry.corners)]
-    return alike and all(place * geometry.itemsize % VECTOR_BYTES == 0 for place in places)
-
-
-class Region(NamedTuple):
-    """The box of the result that a launch writes, in frames, rows and elements of a run."""
-
-    channels: int
-    from_t: int
-    from_h: int
-    from_x: int
-    count_t: int
-    count_h: int
-    count_x: int
-
-    def programs(self, geometry: Geometry, tile: int) -> int:
-        tiles = -(-self.count_x // tile)
-        return geometry.shape[0] * self.channels * self.count_t * self.count_h * tiles
-
-
-def _region(geometry: Geometry, walk: Walk, box: Box) -> Region:
-    channels = 1 if walk.channels else geometry.shape[1]
-    (t, t_end), (h, h_end), (w, w_end) = box
-    if walk.rows:
-        return Region(channels, t, h, w * walk.unit, t_end - t, h_end - h, (w_end - w) * walk.unit)
-    return Region(channels, t, 0, 0, t_end - t, 1, walk.inner)
-
-
 def _alike_step(geometry: Geometry, walk: Walk, box: Box, reach: Integers) -> Step:
-    assert geometry.itemsize is not None  # _takes_vectors
-    tile = ALIKE_TILE_BYTES // geometry.itemsize
-    region = _region(geometry, walk, box)
+    tile = ALIKE_TILE_BYTES * geometry.vector // VECTOR_BYTES
+    region = region_of(geometry, walk, box)
     corners = [geometry.corners[i] for i in reach]
     corners += [(box[0][1], 0, 0)] * (ALIKE_SLOTS - len(corners))
     size_t, size_h, size_w = geometry.shapes[0][2:]
@@ -509,23 +300,22 @@ def _alike_step(geometry: Geometry, walk: Walk, box: Box, reach: Integers) -> St
         *(w * walk.unit for _, _, w in corners),
         *(size_t, size_h, size_w * walk.unit),
         *walk.strides(geometry.strides[0])[:4],
-        *walk.strides(geometry.out_strides)[:4],
+        *walk.strides(geometry.others[0])[:4],
         *(*region, walk.unit),
     )
-    vector = VECTOR_BYTES // geometry.itemsize
-    constants = {"SPACE": geometry.space, "TILE": tile, "VECTOR": vector}
+    constants = {"SPACE": geometry.space, "TILE": tile, "VECTOR": geometry.vector}
     return Step(reach, ALIKE_SLOTS, region.programs(geometry, tile), scalars, constants)
 
 
 def _mixed_step(
     geometry: Geometry, walk: Walk, box: Box, reach: Integers, resume: bool = False, hold: bool = False
 ) -> Step:
-    region = _region(geometry, walk, box)
+    region = region_of(geometry, walk, box)
     slots = [_mixed_slot(geometry, walk, i) for i in reach]
     slots += [(0,) * len(MIXED_SLOT_SCALARS)] * (MIXED_SLOTS - len(slots))
     scalars = (
         *(value for values in zip(*slots, strict=True) for value in values),
-        *walk.strides(geometry.out_strides),
+        *walk.strides(geometry.others[0]),
         *(walk.inner, *region, walk.unit, int(geometry.space), int(resume), int(hold)),
     )
     return Step(reach, MIXED_SLOTS, region.programs(geometry, MIXED_TILE), scalars, {"TILE": MIXED_TILE})

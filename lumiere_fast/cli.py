@@ -1,4 +1,4 @@
-"""The command ``lumiere-fast``: generate, train, plot, assemble, evaluate, benchmark, tune, selftest, info.
+"""The command ``lumiere-fast``: generate, upscale, train, plot, assemble, evaluate, benchmark, tune, selftest, info.
 
 Whatever a user can get wrong ends in one line on stderr and exit code 2, with nothing written; Ctrl-C ends in 130.
 """
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,17 +24,17 @@ from lumiere_fast import benchmark, dispatch, info, selftest, training, tune
 from lumiere_fast._malloc import keep_freed_memory
 from lumiere_fast.diffusion import PREDICTION_TYPES, SAMPLERS
 from lumiere_fast.models import PRESETS, Preset
-from lumiere_fast.pipelines import LumiereOutput, LumierePipeline
-from lumiere_fast.pipelines.memory import check_memory
+from lumiere_fast.pipelines import Checkpoint, LumiereOutput, LumierePipeline
 from lumiere_fast.text import PromptWarning, T5TextEncoder, TextEncoder
 from lumiere_fast.text.encoder import as_prompts
 from lumiere_fast.training.evaluation import EVALUATION_SEED
-from lumiere_fast.video import MAX_FPS, check_output, numbered_outputs, write_video
+from lumiere_fast.video import MAX_FPS, Pixels, check_output, numbered_outputs, read_array, read_video, write_video
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 REFUSED = 2
 
 SCORES = {"look": "colour, ground and shape", "all": "all four"}  # of the scorer's names those that need words
+RESUME_SUFFIX = ".resume.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Typer has click inside it or beside it, depending on its version. Either way this is the base of its usage errors.
@@ -82,6 +83,40 @@ TextEncoderFolder = Annotated[
         show_default=False,
     ),
 ]
+Sampler = Annotated[
+    str | None, typer.Option(help=f"{', '.join(SAMPLERS)}.  [default: dpm-solver++]", show_default=False)
+]
+BoundOfSteps = Annotated[
+    str | None,
+    typer.Option(help="Bound of each prediction: static, dynamic or none.  [default: static]", show_default=False),
+]
+Fps = Annotated[int | None, typer.Option(min=1, max=MAX_FPS, help="Frames a second of the file.")]
+Dtype = Annotated[str, typer.Option(help=f"What the networks compute in: {', '.join(DTYPES)}.")]
+WindowFrames = Annotated[
+    int | None,
+    typer.Option(
+        help="Frames that super-resolution takes at a time.  [default: what the model was trained on]",
+        show_default=False,
+    ),
+]
+Overlap = Annotated[int | None, typer.Option(help="Frames that its windows share.  [default: 2]", show_default=False)]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="What super-resolution may take, such as 12GiB: its windows are chosen to fit.  [default: what is free]",
+        show_default=False,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help=f"Keep the state in OUTPUT{RESUME_SUFFIX} after every step; go on from it if it is there."
+    ),
+]
+Offload = Annotated[
+    bool, typer.Option("--offload", help="Keep each model on the CPU while it does not run: less memory on --device.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
@@ -160,47 +195,194 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Clips made at a time.")] = 1,
     steps: Steps = None,
     guidance: Guidance = None,
-    sampler: Annotated[
-        str | None, typer.Option(help=f"{', '.join(SAMPLERS)}.  [default: dpm-solver++]", show_default=False)
-    ] = None,
-    threshold: Annotated[
-        str | None,
-        typer.Option(help="Bound of each prediction: static, dynamic or none.  [default: static]", show_default=False),
-    ] = None,
+    sampler: Sampler = None,
+    threshold: BoundOfSteps = None,
     frames: Annotated[
         int | None, typer.Option(max=10**9, help="Frames, a multiple of the model's temporal factor.")
     ] = None,
-    fps: Annotated[int | None, typer.Option(min=1, max=MAX_FPS, help="Frames a second of the file.")] = None,
+    fps: Fps = None,
+    window_frames: WindowFrames = None,
+    overlap: Overlap = None,
+    max_memory: MaxMemory = None,
+    resume: Resume = False,
+    offload: Offload = False,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help=f"What the networks compute in: {', '.join(DTYPES)}.")] = "float32",
+    dtype: Dtype = "float32",
     backend: Backend = None,
     threads: Threads = None,
     weights: Weights = "demo",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")] = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Make a video from each sentence. Options left out take the model's own values."""
     texts = _all_prompts(prompts or [], prompt_file)
-    outputs = [check_output(path, overwrite) for path in numbered_outputs(output, len(texts))]
-    settings = _given(num_frames=frames, num_inference_steps=steps, guidance_scale=guidance, sampler=sampler)
-    if threshold is not None:
-        settings["threshold"] = None if threshold == "none" else threshold
+    batches = _batches(numbered_outputs(output, len(texts)), batch_size, overwrite, resume)
+    settings = _given(
+        num_frames=frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        sampler=sampler,
+        window_frames=window_frames,
+        overlap=overlap,
+        max_memory=max_memory,
+    ) | _threshold(threshold)
     place = selftest.checked_device(device)
     with _threads(threads), _backend(backend), warnings.catch_warnings():
-        pipe = LumierePipeline.from_pretrained(weights, torch_dtype=_dtype(dtype)).to(place)
-        check_memory(pipe, frames, min(batch_size, len(texts)), guided=guidance != 1)
+        pipe = _pipeline(weights, dtype, place, offload)
         warnings.simplefilter("always", PromptWarning)
         pipe.text_encoder.encode(texts)  # to be told which prompts will not reach the model whole,
         warnings.simplefilter("ignore", PromptWarning)  # of all of them, in their order, and once
-        for first in range(0, len(texts), batch_size):
-            batch = slice(first, first + batch_size)
-            result = pipe(
-                texts[batch],
-                generator=_generators(seed + first, len(texts[batch])),
-                progress=_shows_progress(quiet),
-                **settings,
-            )
-            _write(result, outputs[batch], fps or pipe.default_fps, overwrite)
+        for first, outputs in batches:
+            begun = _is_begun(outputs, resume)
+            with _state_beside(outputs[0], resume) as state:
+                result = pipe(
+                    texts[first : first + len(outputs)],
+                    generator=_generators(seed + first, len(outputs)),
+                    progress=_shows_progress(quiet),
+                    **settings,
+                    **state,
+                )
+                length = window_frames or pipe.config.window_frames
+                _write(result, outputs, fps or pipe.default_fps, overwrite or begun, length)
+
+
+@app.command()
+def upscale(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A video of any length and size, or an .npy as generate writes it.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            parser=_named,
+            metavar="PATH",
+            help="What to make: .mp4, .gif, .png (contact sheet), .npy (uint8 array), or a name without suffix for a "
+            "folder of PNG frames.",
+        ),
+    ],
+    prompt: Annotated[str, typer.Option(help="What it shows, in a sentence.")],
+    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(min=1, max=10_000, help="Denoising steps of each window.")] = None,
+    sampler: Sampler = None,
+    threshold: BoundOfSteps = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Only so many from the start.  [default: all]", show_default=False)
+    ] = None,
+    fps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_FPS,
+            help="Of the file made.  [default: those of INPUT; of an .npy the model's]",
+            show_default=False,
+        ),
+    ] = None,
+    window_frames: WindowFrames = None,
+    overlap: Overlap = None,
+    max_memory: MaxMemory = None,
+    resume: Resume = False,
+    offload: Offload = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    backend: Backend = None,
+    threads: Threads = None,
+    weights: Weights = "demo",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Raise the height and width of a video by super-resolution alone. Options left out take the model's own values."""
+    (text,) = _all_prompts([prompt], None)
+    overwrite = overwrite or _is_begun([output], resume)
+    check_output(output, overwrite)
+    settings = _given(
+        num_inference_steps=steps,
+        sampler=sampler,
+        window_frames=window_frames,
+        overlap=overlap,
+        max_memory=max_memory,
+    ) | _threshold(threshold)
+    place = selftest.checked_device(device)
+    clip, rate = _read(source, frames)
+    with _threads(threads), _backend(backend), _state_beside(output, resume) as state:
+        pipe = _pipeline(weights, dtype, place, offload)
+        result = pipe.upscale(
+            clip, text, generator=_generators(seed, 1), progress=_shows_progress(quiet), **settings, **state
+        )
+        rate = fps or rate or pipe.default_fps
+        _write(result, [output], rate, overwrite, window_frames or pipe.config.window_frames)
+
+
+def _read(source: Path, frames: int | None) -> tuple[Pixels, float | None]:
+    """A video's pixels and frames a second, which an array does not tell."""
+    if not source.is_file():
+        raise FileNotFoundError(f"INPUT {str(source)!r} is not a file")
+    if source.suffix.lower() == ".npy":
+        return read_array(source, frames), None
+    if find_spec("av") is None:
+        raise ModuleNotFoundError("reading a video needs av, which is not installed: pip install av", name="av")
+    try:
+        return read_video(source, frames)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"INPUT {str(source)!r} is not a video that can be read: {error}") from error
+
+
+def _pipeline(weights: str, dtype: str, place: torch.device, offload: bool) -> LumierePipeline:
+    pipe = LumierePipeline.from_pretrained(weights, torch_dtype=_dtype(dtype))
+    if not offload:
+        return pipe.to(place)
+    pipe.enable_model_cpu_offload(place)
+    return pipe
+
+
+def _threshold(name: str | None) -> dict[str, Any]:
+    return {} if name is None else {"threshold": None if name == "none" else name}
+
+
+def _batches(outputs: list[Path], size: int, overwrite: bool, resume: bool) -> list[tuple[int, list[Path]]]:
+    """The outputs of each batch and the number of its first, checked.
+
+    With `resume` batches that an interrupted command finished are left out, and named, unless all are there: then
+    nothing was interrupted, and they are refused as any output that exists.
+    """
+    batches = [(first, outputs[first : first + size]) for first in range(0, len(outputs), size)]
+    if resume and not overwrite:
+        unfinished = [b for b in batches if not all(path.exists() for path in b[1]) or _is_begun(b[1], resume)]
+        for _, batch in batches:
+            if unfinished and batch not in [outputs for _, outputs in unfinished]:
+                print(f"kept as they are: {', '.join(map(str, batch))}")
+        batches = unfinished or batches
+    for _, batch in batches:
+        for path in batch:
+            check_output(path, overwrite or _is_begun(batch, resume))
+    return batches
+
+
+def _state_path(output: Path) -> Path:
+    return output.with_name(output.name + RESUME_SUFFIX)
+
+
+def _is_begun(outputs: list[Path], resume: bool) -> bool:
+    """Whether an interrupted command left the state of this batch: then what is there of its outputs is that command's,
+    which had found none."""
+    return resume and _state_path(outputs[0]).exists()
+
+
+@contextmanager
+def _state_beside(output: Path, resume: bool) -> Iterator[dict[str, Any]]:
+    """With `resume` the setting that has a pipeline keep its state beside `output`, removed when the block is done."""
+    if not resume:
+        yield {}
+        return
+    path = _state_path(output)
+    try:
+        yield {"checkpoint": Checkpoint(path, keep=True)}
+    except KeyboardInterrupt:
+        if path.exists():
+            print(f"lumiere-fast: interrupted; the same command goes on from {path}", file=sys.stderr)
+        raise
+    path.unlink(missing_ok=True)
 
 
 def _all_prompts(prompts: list[str], file: Path | None) -> list[str]:
@@ -226,18 +408,21 @@ def _generators(seed: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + index) for index in range(count)]
 
 
-def _write(result: LumiereOutput, outputs: list[Path], fps: int, overwrite: bool) -> None:
+def _write(result: LumiereOutput, outputs: list[Path], fps: float, overwrite: bool, window_frames: int) -> None:
     started = time.perf_counter()
     for clip, output in zip(result.frames, outputs, strict=True):
         write_video(clip, output, fps, overwrite)
-    print(_summary(result, fps, time.perf_counter() - started, outputs))
+    print(_summary(result, fps, time.perf_counter() - started, outputs, window_frames))
 
 
-def _summary(result: LumiereOutput, fps: int, writing: float, outputs: list[Path]) -> str:
+def _summary(result: LumiereOutput, fps: float, writing: float, outputs: list[Path], window_frames: int) -> str:
+    """What was made and how, with the windows where memory made them shorter than `window_frames`."""
     _, _, frames, height, width = result.frames.shape
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in {**result.seconds, "writing": writing}.items())
     names = ", ".join(map(str, outputs))
-    return f"{frames} frames of {width}x{height} at {fps} fps; {seconds}; backend {result.backend}; {names}"
+    plan = result.windows["ssr"]
+    shorter = f"ssr in {plan}; " if plan.window_frames < min(window_frames, plan.num_frames) else ""
+    return f"{frames} frames of {width}x{height} at {fps:g} fps; {seconds}; {shorter}backend {result.backend}; {names}"
 
 
 def _dtype(name: str) -> torch.dtype:

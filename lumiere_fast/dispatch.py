@@ -131,6 +131,8 @@ class Needs:
     def _device(self, arguments: Mapping[str, Any]) -> Iterator[str]:
         interpreted = "triton" in self.modules and interpreting()
         for name, tensor in _first_tensors(arguments):
+            if self.devices == ("cpu",) and tensor.is_cpu:
+                continue  # the usual case, told at a fraction of the cost
             if interpreted and tensor.dtype == torch.bfloat16:
                 yield f"{name} is bfloat16, which Triton's interpreter computes wrongly"
             if not interpreted and tensor.device.type not in self.devices:
@@ -393,11 +395,9 @@ def needs_gradient(arguments: Mapping[str, Any] | Sequence[Any]) -> bool:
 
 def tensors_in(value: Any) -> Sequence[Tensor]:
     """The tensors of one argument: itself, those of a list (all, or none of it), or none."""
-    if isinstance(value, Tensor):
-        return (value,)
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
-        return value
-    return ()
+    if isinstance(value, (list, tuple)):
+        return value if value and isinstance(value[0], Tensor) else ()
+    return (value,) if isinstance(value, Tensor) else ()
 
 
 def _first_tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,6 @@ there and return nothing, so they also take numpy arrays and any object with ``_
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -272,17 +271,23 @@ def _stream(device: int) -> int:
     return stream
 
 
-def _operands(op: str, name_of: Callable[[int], str], tensors: Sequence[Any]) -> tuple[str, int | None, list[Any], Any]:
-    """dtype and device of all, the view of each, and what to hold while they are used. The first is to be written."""
+def _operands(
+    op: str, name_of: Callable[[int], str], tensors: Sequence[Any], written: int = 1
+) -> tuple[str, int | None, list[Any], Any]:
+    """dtype and device of all, the view of each, and what to hold while they are used. The first are to be written."""
     first = tensors[0]
     if type(first) is Tensor and (first.is_cpu or first.is_cuda) and first.dtype in _TORCH_NAMES:
         dtype, device = first.dtype, first.get_device()
         # The usual case, told at a fraction of the cost.
-        if all(type(x) in _PLAIN and x.dtype is dtype and x.get_device() == device and not x.is_neg() for x in tensors):
-            with contextlib.suppress(RuntimeError):  # of one without strides or memory, which _operand refuses
+        if all(
+            [type(x) in _PLAIN and x.dtype is dtype and x.get_device() == device and not x.is_neg() for x in tensors]
+        ):
+            try:
                 views = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
                 return _TORCH_NAMES[dtype], None if device < 0 else device, views, tensors
-    operands = [_operand(op, name_of(i), x, i == 0) for i, x in enumerate(tensors)]
+            except RuntimeError:  # of one without strides or memory, which _operand refuses
+                pass
+    operands = [_operand(op, name_of(i), x, i < written) for i, x in enumerate(tensors)]
     kinds = [f"{x.dtype} on {'the CPU' if x.device is None else f'cuda:{x.device}'}" for x in operands]
     for i, kind in enumerate(kinds):
         if kind != kinds[0]:
@@ -307,6 +312,10 @@ def _on_cpu(op: str, name: str, x: Any, held: list[Any], write: bool = False) ->
 
 def _out_or_window(index: int) -> str:
     return f"windows[{index - 1}]" if index else "out"
+
+
+def _window(index: int) -> str:
+    return f"windows[{index}]"
 
 
 def _target(device: int | None) -> tuple[int, ...]:
@@ -378,6 +387,89 @@ def blend_windows(
     del held  # the memory of whatever was made on the way is no longer read
 
 
+def denoise_step(
+    windows: Sequence[Any],
+    starts: Sequence[int],
+    extent: Sequence[int],
+    weights: Sequence[float] | None,
+    latent: Any,
+    coefficients: Sequence[float],
+    guidance_scale: float | None,
+    bound: str,
+    percentile: float,
+    noise: Any,
+    history: Any,
+    *,
+    out: tuple[Any, Any],
+) -> None:
+    """`lumiere_fast.ops.denoise_step` into `out`, on the CPU.
+
+        pred = the windows blended as `blend_windows` does; with guidance u + guidance_scale * (c - u) of its halves
+        x0   = bounded(a * latent + b * pred)
+        next = c * latent + d * x0 + e * history + f * noise
+
+    Args:
+        windows, starts, extent, weights: as for `blend_windows`; the windows' batch is the latent's, or with guidance
+            twice that, the conditional half first.
+        latent: (B, C, T, H, W), a tensor, numpy array or DLPack object of any strides and a dtype of its own.
+        coefficients: the six numbers a to f, those of `StepCoefficients` in their order.
+        guidance_scale: None for windows of the conditional half alone.
+        bound: "none", "static" (-1..1), "clip" or "frame": -s..s and divided by s, the `percentile` quantile of |x0|
+            over a clip or frame where that is over 1. It is exact, interpolated linearly between its neighbours.
+        percentile: in (0, 1].
+        noise, history: like the latent; None, or not looked at, where f or e is 0.
+        out: (next, x0), like the latent, written; any strides. `next` may be the very latent, `x0` the very history.
+
+    Arithmetic is in fp32, or fp64 where either dtype is, and rounded once. At most `torch.get_num_threads()` threads
+    take part, and their number changes no result.
+
+    Raises:
+        ValueError: as for `blend_windows`; noise or history missing, a tensor that is not on the CPU, an element of
+            `out` in the memory of another tensor.
+        NativeUnavailable: the native core is not there.
+    """
+    op, module = "denoise_step", load()
+    if not isinstance(windows, Iterable):
+        raise ValueError(f"{op}: windows must be a sequence of tensors (B, C, T', H, W), got {type(windows)}")
+    if bound not in module.BOUNDS:
+        raise ValueError(f"{op}: bound must be one of {', '.join(module.BOUNDS)}, got {bound!r}")
+    if bound in ("clip", "frame") and not 0 < percentile <= 1:
+        raise ValueError(f"{op}: percentile must be in (0, 1], got {percentile}")
+    clips = {"out[0]": out[0], "out[1]": out[1], "latent": latent}
+    for name, tensor, coefficient in zip(("history", "noise"), (history, noise), coefficients[4:6], strict=False):
+        if coefficient != 0:
+            if tensor is None:
+                raise ValueError(f"{op}: the coefficient of {name} is {coefficient}, so {name} must be given, got None")
+            clips[name] = tensor
+    dtype, device, lies, held = _operands(op, [*clips].__getitem__, [*clips.values()], written=2)
+    parts = windows if isinstance(windows, (list, tuple)) else [*windows]
+    kind, place, views, held_windows = _operands(op, _window, parts, written=0) if parts else (dtype, device, [], None)
+    if device is not None or place is not None:
+        raise ValueError(f"{op}: all tensors must be on the CPU, got cuda:{place if device is None else device}")
+    shape = tuple(lies[2][1])
+    for name, view in zip(clips, lies, strict=True):
+        _check_shape(op, name, tuple(view[1]), shape)
+    code = module.DTYPES[dtype]
+    at = {name: (*view, code) for name, view in zip(clips, lies, strict=True)}
+    status = module.denoise_step_cpu(
+        *(module.DTYPES[kind], views, starts, extent, weights, code, lies[2], coefficients, guidance_scale),
+        *(module.BOUNDS[bound], percentile, at.get("noise"), at.get("history"), at["out[0]"], at["out[1]"]),
+        torch.get_num_threads(),
+    )
+    del held, held_windows  # the memory of whatever was made on the way is no longer read
+    _check(op, status)
+
+
+def _launch_bounds() -> tuple[int, ...]:
+    """The most weights; the most windows and layouts, and those of varying weights. Nothing where there is no core."""
+    module, _ = _loaded()
+    return () if module is None else (module.MOST_WEIGHTS, *module.BLEND_LIMITS, *module.VARYING_BLEND_LIMITS)
+
+
+# As `dispatch.constant_when_traced` does, which needs this module: Dynamo cannot trace an import.
+_launch_bounds._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def blend_windows_limits(
     windows: Sequence[Tensor], starts: Sequence[int], extent: Sequence[int], weights: Sequence[float] | None
 ) -> list[str]:
@@ -386,14 +478,15 @@ def blend_windows_limits(
     A launch carries all it needs in its parameters, which bounds how many windows may lie over one position, in how
     many different strides, and how many weights 3 axes may have. The bounds are the native core's own.
     """
-    module, _ = _loaded()
-    if module is None:
+    bounds = _launch_bounds()
+    if not bounds:
         return []  # which `why_not` tells
     varying = weights is not None and len(extent) == 3
-    most, most_layouts = module.VARYING_BLEND_LIMITS if varying else module.BLEND_LIMITS
+    most_weights, *pairs = bounds
+    most, most_layouts = pairs[2:] if varying else pairs[:2]
     reasons = []
-    if varying and weights is not None and len(weights) > module.MOST_WEIGHTS:
-        reasons.append(f"weights has {len(weights)} numbers for 3 axes, a launch takes {module.MOST_WEIGHTS}")
+    if varying and weights is not None and len(weights) > most_weights:
+        reasons.append(f"weights has {len(weights)} numbers for 3 axes, a launch takes {most_weights}")
     if len(windows) <= most_layouts:
         return reasons
     layouts = _layouts(windows, extent, varying)

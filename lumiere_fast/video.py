@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -216,8 +216,26 @@ def write_video(
         _WRITERS[suffix](pixels, partial, fps)
 
 
-def read_video(path: str | os.PathLike[str]) -> tuple[Pixels, float]:
+def read_array(path: str | os.PathLike[str], max_frames: int | None = None) -> Pixels:
+    """A clip as ``write_video`` puts it into an ``.npy``: uint8 ``(T, H, W, 3)``. ``max_frames`` stops after so many.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds no such array. Python objects are not unpacked.
+    """
+    try:
+        clip = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{str(path)!r} holds no array that can be read: {error}") from error
+    if not isinstance(clip, np.ndarray):
+        raise ValueError(f"{str(path)!r} must hold one array, a clip of uint8 (T, H, W, 3)")
+    return np.array(_checked(clip)[:max_frames])
+
+
+def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> tuple[Pixels, float]:
     """Decode a video file with PyAV: uint8 ``(T, H, W, 3)`` and the frames a second that its header states.
+
+    ``max_frames`` stops after so many.
 
     Raises:
         FileNotFoundError: no such file.
@@ -226,7 +244,10 @@ def read_video(path: str | os.PathLike[str]) -> tuple[Pixels, float]:
     import av
 
     with av.open(os.fspath(path)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        if not container.streams.video:
+            raise ValueError(f"video {os.fspath(path)!r} holds no video stream")
+        decoded = islice(container.decode(video=0), max_frames)
+        frames = [frame.to_ndarray(format="rgb24") for frame in decoded]
         rate = container.streams.video[0].average_rate
     if not frames or rate is None:
         raise ValueError(f"video {os.fspath(path)!r} holds no frames")

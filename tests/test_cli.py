@@ -28,7 +28,7 @@ from lumiere_fast.diffusion import (
 )
 from lumiere_fast.models import PRESETS, InflationConfig, Preset, UNet2D, UNetConfig, inflate
 from lumiere_fast.models.io import WEIGHTS_NAME
-from lumiere_fast.pipelines import LumierePipeline
+from lumiere_fast.pipelines import LumierePipeline, checkpoint
 from lumiere_fast.pipelines.text_to_video import PipelineConfig
 from lumiere_fast.text import PromptWarning, WordVectorEncoder
 from lumiere_fast.training.run_folder import write_run_files
@@ -274,6 +274,248 @@ def test_progress_goes_to_a_terminal_only(
     assert generate(capsys, weights, tmp_path / "b.png", "--quiet")[2] == ""
 
 
+# ---------------------------------------------------------------- windows, memory and resuming
+
+
+def test_windows_and_memory_reach_the_pipeline(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[dict[str, Any], torch.device | None]] = []
+    original = LumierePipeline.__call__
+
+    def call(self: LumierePipeline, *args: Any, **given: Any) -> Any:
+        seen.append((given, self._offload_device))
+        return original(self, *args, **given)
+
+    monkeypatch.setattr(LumierePipeline, "__call__", call)
+    options = ("--frames", "6", "--window-frames", "2", "--overlap", "1", "--max-memory", "1GiB", "--offload")
+    assert generate(capsys, weights, tmp_path / "clip.npy", *options)[0] == 0
+    ((given, offloaded),) = seen
+    assert offloaded == torch.device("cpu")
+    wanted = {"num_frames": 6, "window_frames": 2, "overlap": 1, "max_memory": "1GiB"}
+    assert {name: given[name] for name in wanted} == wanted
+
+
+def test_the_plan_is_told_with_the_progress(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
+    err = generate(capsys, weights, tmp_path / "a.npy", "--frames", "6")[2]
+    for stage in ("base", "ssr"):
+        assert len(re.findall(f"^{stage}: 2 windows of 4 frames, overlap 2, exact$", err, re.MULTILINE)) == 1
+
+
+class Interruption:
+    """Ctrl-C after so many states have been kept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = -1
+        save = checkpoint.save_state
+
+        def interrupted(*args: Any) -> None:
+            save(*args)
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(checkpoint, "save_state", interrupted)
+
+
+@pytest.fixture
+def interruption(monkeypatch: pytest.MonkeyPatch) -> Interruption:
+    return Interruption(monkeypatch)
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_the_same_command_goes_on(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, interruption: Interruption, after: int
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    options = ("--sampler", "ddpm", "--resume")
+    assert generate(capsys, weights, tmp_path / "whole.npy", *options)[0] == 0
+    interruption.left = after
+    code, printed, err = generate(capsys, weights, out / "clip.npy", *options)
+    state = out / "clip.npy.resume.safetensors"
+    assert (code, printed) == (130, "")
+    assert err == f"lumiere-fast: interrupted; the same command goes on from {state}\n"
+    assert listing(out) == [state.name]
+    assert_refused(generate(capsys, weights, out / "clip.npy", *options, "--seed", "1"), str(state), "seeds was")
+    assert_refused(generate(capsys, weights, out / "clip.npy", *options, "--overlap", "1"), "overlap was 2 and is 1")
+    assert generate(capsys, weights, out / "clip.npy", *options)[0] == 0
+    assert listing(out) == ["clip.npy"]
+    assert (out / "clip.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def test_batches_that_are_done_are_not_made_again(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, interruption: Interruption
+) -> None:
+    arguments = ("generate", "a ball", "a star", "a ring", "-o", tmp_path / "a.npy", "--weights", weights)
+    arguments += ("--steps", "1", "--resume")
+    interruption.left = (1 + 8) + 2  # steps of both stages, and then two of the second clip's
+    assert run(capsys, *arguments)[0] == 130
+    assert listing(tmp_path) == ["a_0000.npy", "a_0001.npy.resume.safetensors"]
+    before = (tmp_path / "a_0000.npy").stat().st_mtime_ns
+    code, printed, _ = run(capsys, *arguments)
+    assert (code, printed.count("\n")) == (0, 3)
+    assert printed.startswith(f"kept as they are: {tmp_path / 'a_0000.npy'}\n")
+    assert listing(tmp_path) == ["a_0000.npy", "a_0001.npy", "a_0002.npy"]
+    assert (tmp_path / "a_0000.npy").stat().st_mtime_ns == before
+    assert_refused(run(capsys, *arguments), "a_0000.npy", "exists")
+
+
+def test_the_state_stays_until_the_clip_is_written(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(video._WRITERS, ".npy", full)
+        assert_refused(generate(capsys, weights, tmp_path / "a.npy", "--resume"), "No space left")
+    assert listing(tmp_path) == ["a.npy.resume.safetensors"]
+    monkeypatch.setattr(UNet2D, "forward", None)  # nothing is computed any more
+    assert generate(capsys, weights, tmp_path / "a.npy", "--resume")[0] == 0
+    assert listing(tmp_path) == ["a.npy"]
+
+
+def test_a_batch_of_which_some_is_written_goes_on(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("generate", "a ball", "a star", "-o", tmp_path / "a.npy", "--batch-size", "2", "--weights", weights)
+    arguments += ("--steps", "1", "--resume")
+    write = video._WRITERS[".npy"]
+
+    def full_after_one(*given: object) -> None:
+        if (tmp_path / "a_0000.npy").exists():
+            raise OSError("No space left on device")
+        write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(video._WRITERS, ".npy", full_after_one)
+        assert_refused(run(capsys, *arguments), "No space left")
+    assert listing(tmp_path) == ["a_0000.npy", "a_0000.npy.resume.safetensors"]
+    first = (tmp_path / "a_0000.npy").read_bytes()
+    monkeypatch.setattr(UNet2D, "forward", None)  # nothing is computed any more
+    assert run(capsys, *arguments)[0] == 0
+    assert listing(tmp_path) == ["a_0000.npy", "a_0001.npy"]
+    assert (tmp_path / "a_0000.npy").read_bytes() == first
+
+
+# ---------------------------------------------------------------- upscale
+
+
+@pytest.fixture
+def small_video(tmp_path: Path) -> Path:
+    pytest.importorskip("av")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 10, 3), dtype=np.uint8)
+    video.write_video(pixels, folder / "small.mp4", 12, min_size=1)
+    return folder / "small.mp4"
+
+
+def upscale(
+    capsys: pytest.CaptureFixture[str], weights: Path, source: Path, output: Path, *options: str
+) -> tuple[int, str, str]:
+    settings = ("--prompt", PROMPT, "--weights", weights, "--steps", "2")
+    return run(capsys, "upscale", source, "-o", output, *settings, *options)
+
+
+def test_upscale_raises_a_video_of_any_size(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, small_video: Path
+) -> None:
+    code, out, err = upscale(capsys, weights, small_video, tmp_path / "a.npy", "--seed", "3")
+    assert (code, err) == (0, "")
+    for part in ("5 frames of 20x12 at 12 fps; ssr ", "writing ", "backend ", f"{tmp_path / 'a.npy'}\n"):
+        assert part in out
+    pixels, _ = video.read_video(small_video)
+    pipe = LumierePipeline.from_pretrained(weights)
+    wanted = pipe.upscale(pixels, PROMPT, num_inference_steps=2, generator=cli._generators(3, 1))
+    assert np.array_equal(np.load(tmp_path / "a.npy"), video.to_uint8(wanted.frames[0]))
+    assert (
+        "3 frames of 20x12 at 4 fps"
+        in upscale(capsys, weights, small_video, tmp_path / "b.npy", "--frames", "3", "--fps", "4")[1]
+    )
+
+
+def test_upscale_raises_what_generate_wrote_as_an_array(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 10, 3), dtype=np.uint8)
+    np.save(tmp_path / "clip.npy", pixels)
+    pipe = LumierePipeline.from_pretrained(weights)
+    code, out, _ = upscale(capsys, weights, tmp_path / "clip.npy", tmp_path / "a.npy", "--frames", "4")
+    assert code == 0
+    assert f"4 frames of 20x12 at {pipe.default_fps:g} fps" in out
+    wanted = pipe.upscale(pixels[:4], PROMPT, num_inference_steps=2, generator=cli._generators(0, 1))
+    assert np.array_equal(np.load(tmp_path / "a.npy"), video.to_uint8(wanted.frames[0]))
+
+
+def test_upscale_refuses_other_arrays(capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.npy"
+    for name, array in {"real": np.zeros((2, 4, 4, 3)), "flat": np.zeros((4, 4), np.uint8)}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        assert_refused(upscale(capsys, weights, tmp_path / f"{name}.npy", output), "uint8 array (T, H, W, 3)", "got")
+    np.save(tmp_path / "objects.npy", np.array([{}, ""], dtype=object), allow_pickle=True)
+    assert_refused(upscale(capsys, weights, tmp_path / "objects.npy", output), "objects.npy", "holds no array")
+    (tmp_path / "text.npy").write_text("text")
+    assert_refused(upscale(capsys, weights, tmp_path / "text.npy", output), "text.npy", "holds no array")
+    assert not output.exists()
+
+
+def test_upscale_goes_on(
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    tmp_path: Path,
+    small_video: Path,
+    interruption: Interruption,
+) -> None:
+    assert upscale(capsys, weights, small_video, tmp_path / "whole.npy")[0] == 0
+    interruption.left = 1
+    code, _, err = upscale(capsys, weights, small_video, tmp_path / "a.npy", "--resume")
+    assert (code, err.count("\n")) == (130, 1)
+    assert upscale(capsys, weights, small_video, tmp_path / "a.npy", "--resume")[0] == 0
+    assert listing(tmp_path) == ["a.npy", "in", "whole.npy"]
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--window-frames", "3"), ("window_frames", "3", "2 and 4")),
+        (("--overlap", "4"), ("overlap", "4")),
+        (("--max-memory", "12 potatoes"), ("max_memory", "12 potatoes", "12GiB")),
+        (("--max-memory", "1"), ("max_memory", "allow more")),
+        (("--sampler", "magic"), ("sampler", "magic")),
+        (("--prompt", " "), ("prompt 0 is empty",)),
+        (("--frames", "0"), ("--frames",)),
+        (("--output", "a.webm"), (".webm",)),
+    ],
+)
+def test_upscale_refuses_bad_options(
+    capsys: pytest.CaptureFixture[str],
+    weights: Path,
+    tmp_path: Path,
+    small_video: Path,
+    options: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    assert_refused(upscale(capsys, weights, small_video, tmp_path / "a.npy", *options), *words)
+    assert listing(tmp_path) == ["in"]
+
+
+def test_upscale_refuses_what_is_no_video(capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    text = tmp_path / "text.mp4"
+    text.write_text("no video")
+    output = tmp_path / "a.npy"
+    assert_refused(upscale(capsys, weights, text, output), "INPUT", "text.mp4", "not a video that can be read")
+    assert_refused(upscale(capsys, weights, tmp_path / "b.mp4", output), "b.mp4", "is not a file")
+    assert_refused(upscale(capsys, weights, tmp_path, output), "is not a file")
+    assert listing(tmp_path) == ["text.mp4"]
+
+
 # ---------------------------------------------------------------- refusals of generate
 
 
@@ -300,6 +542,10 @@ def test_progress_goes_to_a_terminal_only(
         (("--device", "cuda:99"), ("device must be one of cpu", "cuda:99")),
         (("--batch-size", "0"), ("--batch-size",)),
         (("--frames", "800000000"), ("1 x 800000000 frames", "GiB", "fewer frames")),
+        (("--window-frames", "3"), ("window_frames", "3", "2 and 4")),
+        (("--overlap", "4"), ("overlap", "4")),
+        (("--max-memory", "12 potatoes"), ("max_memory", "12 potatoes", "12GiB")),
+        (("--max-memory", "1KB"), ("max_memory", "allow more")),
         (("--prompt-file", "no-such-file"), ("--prompt-file", "no-such-file")),
         (("--backend", "magic"), ("backend", "magic", "reference")),
         (("--backend", "triton"), ("triton", "no triton kernel")),
@@ -410,7 +656,9 @@ def test_the_output_is_checked_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(
-    "command", [("generate", PROMPT), ("train", "t2i"), ("assemble", "base", "ssr")], ids=lambda command: command[0]
+    "command",
+    [("generate", PROMPT), ("upscale", "a.mp4", "--prompt", PROMPT), ("train", "t2i"), ("assemble", "base", "ssr")],
+    ids=lambda command: command[0],
 )
 def test_an_empty_output_is_refused_as_such(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lumiere_fast import native, ops
 from lumiere_fast.ops.blend_windows import blend_windows_reference
+from lumiere_fast.ops.denoise_step import denoise_step_reference
 from tests.ops.common import CHANNELS_LAST, FORMATS, Draw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,6 +289,116 @@ class TestBlendWindows:
         locked.flags.writeable = False
         refused("out is a read-only array", out=locked)
         refused("got >f4", out=out.numpy().astype(">f4"))
+
+
+def step_call(draw: Draw, dtype: torch.dtype = torch.float32, side: int = 16, **changes: Any) -> dict[str, Any]:
+    """Two clips of 20 frames, guided: the arguments of the reference."""
+    clips = [draw(2, 3, 20, side, side).contiguous(memory_format=CHANNELS_LAST).float() for _ in range(3)]
+    windows = [draw(4, 3, 8, side, side).to(dtype).contiguous(memory_format=CHANNELS_LAST) for _ in STARTS]
+    call = {"windows": windows, "starts": [*STARTS], "extent": (20,), "weights": None, "latent": clips[0]}
+    call |= {"coefficients": [0.8, -0.6, 0.7, 0.45, -0.15, 0.1], "guidance_scale": 7.5, "bound": "frame"}
+    return call | {"percentile": 0.995, "noise": clips[1], "history": clips[2]} | changes
+
+
+def stepped(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Into NaN-poisoned memory."""
+    out = torch.full_like(call["latent"], torch.nan), torch.full_like(call["latent"], torch.nan)
+    native.denoise_step(**call, out=out)
+    return out
+
+
+def check_step(call: dict[str, Any]) -> None:
+    """Bit for bit, the core and torch round every step alike: but torch may fuse the quantile's interpolation."""
+    for got, wanted in zip(stepped(call), denoise_step_reference(**call), strict=True):
+        if call["bound"] in ("none", "static"):
+            assert torch.equal(got, wanted)
+        bound = 2 * torch.finfo(got.dtype).eps
+        torch.testing.assert_close(got, wanted, rtol=bound, atol=bound, equal_nan=True)
+
+
+@needs_core
+class TestDenoiseStep:
+    @pytest.mark.parametrize("bound", ["none", "static", "clip", "frame"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_equals_the_reference(self, dtype: torch.dtype, bound: str, draw: Draw) -> None:
+        side = 48 if bound == "clip" else 16  # a clip that is sampled; frames that are not
+        for changes in ({}, {"guidance_scale": None}, {"coefficients": [0.0, 1.0, 0.5, 0.5, 0.0, 0.0], "noise": None}):
+            call = step_call(draw, dtype, side, bound=bound, **changes)
+            if call["guidance_scale"] is None:
+                call["windows"] = [window[:2] for window in call["windows"]]
+                call["weights"] = (draw(8).abs() + 0.1).tolist()
+            check_step(call)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_dtype_of_the_latent(self, dtype: torch.dtype, draw: Draw) -> None:
+        call = step_call(draw, torch.float16)
+        call |= {name: call[name].to(dtype) for name in ("latent", "noise", "history")}
+        check_step(call)
+
+    @pytest.mark.parametrize("bound", ["clip", "frame"])
+    def test_percentiles_infinities_and_nan(self, bound: str, draw: Draw) -> None:
+        for percentile in (1e-9, 0.3, 0.995, 1.0):
+            for special in (1.0, torch.inf, torch.nan):
+                call = step_call(draw, bound=bound, percentile=percentile)
+                call["latent"][1, 0, 3, :2] = special
+                check_step(call)
+
+    @pytest.mark.parametrize("bound", ["static", "clip", "frame"])
+    def test_threads_and_places_change_nothing(self, bound: str, draw: Draw, threads: None) -> None:
+        call = step_call(draw, torch.bfloat16, 64, bound=bound)
+        torch.set_num_threads(1)
+        wanted = stepped(call)
+        torch.set_num_threads(5)
+        assert all(map(torch.equal, stepped(call), wanted))
+        planes = call | {name: call[name].contiguous() for name in ("latent", "noise", "history")}
+        assert all(map(torch.equal, stepped(planes), wanted))
+        place = call["latent"].clone(), call["history"].clone()
+        native.denoise_step(**call | {"latent": place[0], "history": place[1]}, out=place)
+        assert all(map(torch.equal, place, wanted))
+
+    def test_numpy_and_dlpack(self, draw: Draw) -> None:
+        call = step_call(draw)
+        wanted = stepped(call)
+        for kind in (Tensor.numpy, Foreign):
+            given = {name: kind(value) if isinstance(value, Tensor) else value for name, value in call.items()}
+            out = torch.zeros_like(wanted[0]), torch.zeros_like(wanted[1])
+            given["windows"] = map(kind, call["windows"])
+            native.denoise_step(**given, out=(kind(out[0]), kind(out[1])))
+            assert all(map(torch.equal, out, wanted))
+
+    def test_errors(self, draw: Draw) -> None:
+        call = step_call(draw)
+        out = torch.empty_like(call["latent"]), torch.empty_like(call["latent"])
+
+        def refused(match: str, out: tuple[Any, Any] = out, **changes: Any) -> None:
+            with pytest.raises(ValueError, match=f"^denoise_step: .*{match}"):
+                native.denoise_step(**call | changes, out=out)
+
+        refused("coefficient of noise is 0.1, so noise must be given", noise=None)
+        refused("coefficient of history is -0.15, so history must be given", history=None)
+        refused("bound must be one of none, static, clip, frame, got 'dynamic'", bound="dynamic")
+        refused(r"percentile must be in \(0, 1\], got 1.5", percentile=1.5)
+        refused("coefficients must be six numbers", coefficients=[1.0, 1.0, 1.0, 1.0, 0.0])
+        refused("guidance_scale must be None or numbers, got 'a'", guidance_scale="a")
+        refused(r"noise must have shape \(2, 3, 20, 16, 16\)", noise=call["noise"][:1])
+        refused("history must be float32 on the CPU like", history=call["history"].double())
+        refused(
+            r"windows\[1\] must be float32", windows=[call["windows"][0], *[w.double() for w in call["windows"][1:]]]
+        )
+        refused("windows must be a sequence", windows=None)
+        refused("invalid argument", windows=[], starts=[])
+        refused("invalid shape", guidance_scale=None)
+        refused("a position of the video is in no window", starts=[0, 6, 11])
+        refused("out must have the extent", extent=(21,))
+        refused("latent must be a tensor, a numpy array", latent=None)
+        refused(SHARED_MEMORY, out=(out[0], out[0]))
+        refused(SHARED_MEMORY, out=(out[0], call["latent"]))
+        refused(SHARED_MEMORY, out=(call["history"], out[1]))
+        refused(SHARED_MEMORY, out=(call["noise"], out[1]))
+        shifted = torch.empty(2, 3, 21, 16, 16)
+        refused(SHARED_MEMORY, latent=shifted[:, :, :20], out=(shifted[:, :, 1:], out[1]))
+        refused("may lie on top of one another", out=(out[0], out[1][:1].expand(2, -1, -1, -1, -1)))
+        native.denoise_step(**call | {"coefficients": [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]}, out=(out[0], call["history"]))
 
 
 @needs_core
@@ -735,7 +846,7 @@ class TestWhatItSays:
         csrc = ROOT / "csrc"
         for op, built in native.build_info()["sources"].items():
             assert native.hash_of_sources(op, csrc) == built
-        for name in ("blend_windows.h", "blend_windows_run.h", "common/cover.cpp", "bindings.cpp"):
+        for name in ("common/blend.h", "blend_windows_run.h", "common/cover.cpp", "bindings.cpp"):
             changed = tmp_path / name.replace("/", "_")
             for path in csrc.rglob("*"):
                 if path.is_file():

@@ -18,6 +18,7 @@ from lumiere_fast import native
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {"abi", "blend_windows", "blend_windows_portable", "blend_windows_emulated"}
+TESTS |= {"denoise_step", "denoise_step_portable"}
 TESTS |= {"emulated_warps", "emulated_temporal_resize", "emulated_temporal_resize_wgmma"}
 TESTS |= {"group_norm", "group_norm_avx2", "group_norm_portable"}
 TESTS |= {"temporal_attention", "temporal_attention_avx2", "temporal_attention_portable"}

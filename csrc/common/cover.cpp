@@ -42,6 +42,11 @@ lf_status check_out(const Shape& shape, const Shape& strides) {
 lf_status check_window(const Cover& cover, const Window& window) {
   for (int axis = 0; axis < kAxes; ++axis) {
     const int blended = axis - kTime;
+    if (axis == kBatch) {  // not halves * batch, which may overflow
+      const int64_t batch = window.shape[axis];
+      if (batch % cover.halves != 0 || batch / cover.halves != cover.out_shape[axis]) return LF_INVALID_SHAPE;
+      continue;
+    }
     if (blended < 0 || blended >= cover.axes) {
       if (window.shape[axis] != cover.out_shape[axis]) return LF_INVALID_SHAPE;
       continue;
@@ -96,20 +101,6 @@ lf_status read_weights(const double* weights, Cover& cover) {
     cover.weights[axis].assign(weights, weights + shape[kTime + axis]);
     weights += shape[kTime + axis];
     const lf_status status = scale_weights(cover.weights[axis]);
-    if (status != LF_OK) return status;
-  }
-  return LF_OK;
-}
-
-// Told by where they start and end: tensors that interleave count as meeting.
-lf_status check_memory(const Cover& cover) {
-  if (cover.empty()) return LF_OK;
-  const auto span = [&cover](const void* data, const Shape& shape, const Shape& strides) {
-    return span_of(data, shape.data(), strides.data(), kAxes, cover.element_size);
-  };
-  const std::optional<Span> out = span(cover.out, cover.out_shape, cover.out_strides);
-  for (const Window& window : cover.windows) {
-    const lf_status status = check_apart(span(window.data, window.shape, window.strides), out);
     if (status != LF_OK) return status;
   }
   return LF_OK;
@@ -201,19 +192,30 @@ std::array<int, kAxes> by_memory(const Shape& strides) {
   return order;
 }
 
+lf_status check_apart_from_windows(const Cover& cover, const void* data, const Shape& strides, int64_t element_size) {
+  if (cover.empty()) return LF_OK;
+  const std::optional<Span> out = span_of(data, cover.out_shape.data(), strides.data(), kAxes, element_size);
+  for (const Window& window : cover.windows) {
+    const lf_status status = check_apart(
+        span_of(window.data, window.shape.data(), window.strides.data(), kAxes, cover.element_size), out);
+    if (status != LF_OK) return status;
+  }
+  return LF_OK;
+}
+
 lf_status plan_cover(const WindowArguments& arguments, Cover& cover) {
   lf_status status = check_pointers(arguments);
   if (status == LF_OK) status = lf_dtype_size(arguments.dtype, &cover.element_size);
   if (status != LF_OK) return status;
   cover.dtype = arguments.dtype;
   cover.axes = arguments.axes;
+  cover.halves = arguments.halves;
   cover.out = static_cast<char*>(arguments.out);
   cover.out_shape = shape_at(arguments.out_shape);
   cover.out_strides = shape_at(arguments.out_strides);
   status = check_out(cover.out_shape, cover.out_strides);
   if (status == LF_OK) status = read_windows(arguments, cover);
   if (status == LF_OK) status = read_weights(arguments.weights, cover);
-  if (status == LF_OK) status = check_memory(cover);
   if (status != LF_OK) return status;
   return Planner(cover).run() ? LF_OK : LF_UNCOVERED;
 }

@@ -35,6 +35,7 @@ struct WindowArguments {
   void* out;
   const int64_t* out_shape;
   const int64_t* out_strides;
+  int64_t halves = 1;  // the windows' batch holds the video's so many times, one after the other
 };
 
 // A box of the video that one set of windows covers: covering[first .. first + count), in the windows' order.
@@ -49,6 +50,7 @@ struct Cover {
   lf_dtype dtype;
   int64_t element_size;
   int axes;
+  int64_t halves;
   std::vector<Window> windows;
   std::array<std::vector<double>, kBlended> weights;  // of each blended axis; all empty where windows weigh the same
   char* out;
@@ -75,8 +77,13 @@ struct Cover {
 // The axes from the outermost to the innermost in memory of these strides.
 std::array<int, kAxes> by_memory(const Shape& strides);
 
-// Checks the arguments and cuts the video into cells. Throws std::bad_alloc, which the C functions catch.
+// Checks the arguments, but not whose memory is whose, and cuts the video into cells. Throws std::bad_alloc, which the C
+// functions catch.
 lf_status plan_cover(const WindowArguments& arguments, Cover& cover);
+
+// Whether a tensor of the video's shape, which is to be written, lies apart from all windows. Told by where they start
+// and end: tensors that interleave count as meeting.
+lf_status check_apart_from_windows(const Cover& cover, const void* data, const Shape& strides, int64_t element_size);
 
 }  // namespace lf
 

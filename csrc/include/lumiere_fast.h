@@ -212,6 +212,48 @@ typedef struct lf_clip { /* (B, C, T, H, W) */
   int64_t strides[5];
 } lf_clip;
 
+/* What bounds the x0 of denoise_step. */
+typedef int32_t lf_bound;
+enum {
+  LF_BOUND_NONE = 0,
+  LF_BOUND_STATIC = 1, /* clamp(x0, -1, 1) */
+  LF_BOUND_CLIP = 2,   /* clamp(x0, -s, s) / s with s = max(quantile of |x0| over the clip, 1) */
+  LF_BOUND_FRAME = 3   /* over each frame */
+};
+
+/* denoise_step: one sampler step of a video from the predictions of its windows.
+ *
+ *   pred = the windows blended as blend_windows does; guided: u + guidance_scale * (c - u) of its two halves
+ *   x0   = bounded(x0_latent * latent + x0_prediction * pred)
+ *   next = latent_coefficient * latent + x0_coefficient * x0 + history_coefficient * history + noise_coefficient * noise
+ *
+ * Arithmetic is in fp32, or fp64 where either dtype is, and rounded once to `next` and to `x0`; the quantile is exact,
+ * and interpolated linearly between its neighbours. A NaN counts as the largest. */
+typedef struct lf_denoise_step {
+  lf_dtype window_dtype;      /* these eight as for blend_windows, but that */
+  int64_t num_windows;
+  const void* const* windows; /* guided, a window's batch is twice the video's: the conditional half, then the other */
+  const int64_t* window_shapes;
+  const int64_t* window_strides;
+  int32_t axes;
+  const int64_t* starts;
+  const double* weights;
+  lf_dtype dtype;             /* of the five clips */
+  int64_t shape[5];           /* theirs, (B, C, T, H, W); nothing may be 0 but B */
+  lf_clip latent, history, noise; /* the last two are not looked at where their coefficient is 0 */
+  lf_clip next, x0;           /* written, with strides as of blend_windows' out. They may not share memory with another
+                                 tensor; but `next` may be exactly `latent`, and `x0` exactly `history` */
+  double x0_latent, x0_prediction, latent_coefficient, x0_coefficient, history_coefficient, noise_coefficient;
+  int32_t guided;             /* 0: guidance_scale is not looked at */
+  double guidance_scale;
+  lf_bound bound;
+  double percentile;          /* of a dynamic bound, in (0, 1] */
+} lf_denoise_step;
+
+/* With at most `num_threads` >= 1 threads, the caller's among them, whose number changes no result; little work takes
+ * only that one. For a dynamic bound it works in some memory, at most 4 MB (8 MB of fp64) or a 32nd of the video. */
+LF_API lf_status lf_denoise_step_cpu(const lf_denoise_step* arguments, int32_t num_threads) LF_NOEXCEPT;
+
 typedef struct lf_temporal_conv {
   lf_dtype dtype; /* of x, weight, residual and y: LF_FLOAT32, LF_FLOAT16 or LF_BFLOAT16 */
   int64_t batch, channels_in, channels_out, frames, height, width; /* nothing may be 0 but the batch */

@@ -1,7 +1,7 @@
 """Noise schedules, parameterisations, samplers, and the noise itself."""
 
 from lumiere_fast.diffusion._json import to_dict
-from lumiere_fast.diffusion.augmentation import augmented_conditioning
+from lumiere_fast.diffusion.augmentation import augmented_conditioning, noise_augmented
 from lumiere_fast.diffusion.noise import Generators, clip_generators, draw_noise
 from lumiere_fast.diffusion.parameterization import (
     PARAMETERIZATIONS,
@@ -54,6 +54,7 @@ __all__ = [
     "ddpm",
     "dpm_solver_pp_2m",
     "draw_noise",
+    "noise_augmented",
     "parameterization_from_dict",
     "sampling_table",
     "schedule_from_dict",

@@ -393,11 +393,16 @@ def write_json_atomically(content: dict[str, Any], path: Path) -> None:
 
 
 def save_file_atomically(tensors: dict[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
-    """`safetensors.torch.save_file` to a sibling file, then rename."""
+    """`safetensors.torch.save_file` to a sibling file, then rename: an interruption leaves the old file whole.
+
+    Its bytes reach the disk before its name does, so that a power failure leaves no empty file in the place of the old.
+    """
     partial = _partial(path)
     try:
         with _writing(path):
             _save_file(tensors, partial, metadata)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -175,13 +175,13 @@ class STUNet(PretrainedModel, nn.Module):
         return {f"temporal.{name}": parameter for name, parameter in self.temporal.named_parameters()}
 
 
-def check_num_frames(num_frames: int, temporal_factor: int) -> None:
+def check_num_frames(num_frames: int, temporal_factor: int, name: str = "num_frames") -> None:
     """Raise a ValueError naming the two nearest accepted counts unless `num_frames` is a positive multiple."""
     if num_frames >= 1 and num_frames % temporal_factor == 0:
         return
     below = max(num_frames // temporal_factor, 1) * temporal_factor
     above = below + temporal_factor
     raise ValueError(
-        f"num_frames must be a positive multiple of the model's temporal factor {temporal_factor}, got {num_frames}; "
+        f"{name} must be a positive multiple of the model's temporal factor {temporal_factor}, got {num_frames}; "
         f"the nearest accepted are {below} and {above}"
     )

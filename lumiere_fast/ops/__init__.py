@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lumiere_fast.ops.blend_windows import blend_windows, window_starts
+from lumiere_fast.ops.blend_windows import blend_windows, window_starts, window_weights
 from lumiere_fast.ops.denoise_step import DenoiseStep, StepCoefficients, Threshold, denoise_step
 from lumiere_fast.ops.group_norm import group_norm, group_norm_stats
 from lumiere_fast.ops.space_time_downsample import space_time_downsample
@@ -26,4 +26,5 @@ __all__ = [
     "temporal_attention",
     "temporal_conv",
     "window_starts",
+    "window_weights",
 ]

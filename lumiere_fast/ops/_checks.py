@@ -98,12 +98,20 @@ def check_choice(op: str, name: str, value: object, accepted: Sequence[object]) 
 
 def check_scale(op: str, scale: Any) -> float | None:
     """What scores are multiplied by: a finite number, numpy's too, or None."""
-    if scale is None:
+    return check_number(op, "scale", scale, or_none=True)
+
+
+def check_number(op: str, name: str, value: Any, *, or_none: bool = False) -> Any:
+    """A finite number as a float, numpy's too; no bool, no tensor. None where that is accepted."""
+    if type(value) is float and abs(value) <= sys.float_info.max:
+        return value  # the usual case, told at a fraction of the cost
+    if value is None and or_none:
         return None
-    number = isinstance(scale, float | int | np.floating | np.integer | torch.SymFloat) and not isinstance(scale, bool)
-    if not number or not abs(scale) <= sys.float_info.max:
-        raise ValueError(f"{op}: scale must be None or a finite number, got {scale!r}")
-    return float(scale)
+    plain = value.item() if isinstance(value, np.generic) else value  # numpy's own comparison warns of the bound
+    number = isinstance(plain, float | int | torch.SymFloat) and not isinstance(plain, bool)
+    if not number or not abs(plain) <= sys.float_info.max:
+        raise ValueError(f"{op}: {name} must be {'None or ' if or_none else ''}a finite number, got {value!r}")
+    return float(plain)
 
 
 def check_groups(op: str, name: str, groups: int, channels: int) -> None:

@@ -18,6 +18,7 @@ import threading
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lumiere_fast import dispatch
 from lumiere_fast.ops import _selfcheck
 from lumiere_fast.ops._checks import check_is_tensor
+
+Out = Tensor | tuple[Tensor | None, ...] | None
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,21 @@ class RegisteredOp:
         op: dispatch.Op,
         reference: Callable[..., Any],
         describe: Callable[..., Result | tuple[Result, ...]],
+        in_place: Sequence[str] = (),
     ) -> None:
         self.op = op
         self.reference = reference
         self.describe = describe
+        self.in_place = [op.parameters.index(name) for name in in_place]
         self.single = typing.get_type_hints(reference)["return"] is Tensor
         self.operator = _operator(torch.library.custom_op, op.name, self._named_body(), reference, named=True)
         self.operator.register_fake(self._fake)
         self.operator.register_autograd(self._backward, setup_context=_save_inputs)
 
-    def __call__(self, arguments: tuple[Any, ...], backend: str | None, out: Tensor | None = None) -> Any:
+    def __call__(self, arguments: tuple[Any, ...], backend: str | None, out: Out = None) -> Any:
         """Run on the backend that dispatch selects; `arguments` are the reference's, checked.
+
+        `out`: room for the first result, or for each that is not None.
 
         A call of a custom operator costs about 20 us, a raw call 1 us. So what is composed of torch's operators is
         called as plain torch, with torch's own autograd (and torch.compile sees through it), and a kernel is called
@@ -75,8 +82,9 @@ class RegisteredOp:
         if traced() or dispatch.needs_gradient(arguments):
             return _store(self._captured(chosen, arguments), out)
         results = self.launch(chosen, arguments, self.allocate(arguments, out))
-        if out is not None and not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # whoever saved it for a backward is to be told
+        for given in _given(out):
+            if not given.is_inference():
+                torch.autograd.graph.increment_version(given)  # whoever saved it for a backward is to be told
         return results
 
     def definition(self, *arguments: Any) -> Any:
@@ -114,15 +122,15 @@ class RegisteredOp:
             self.op.backends[chosen].load()(*arguments, out=results)
         return results
 
-    def allocate(self, arguments: Sequence[Any], out: Tensor | None = None) -> Any:
-        """Room for the results, not filled; `out` is the first of them if given."""
-        if out is not None and self.single:
+    def allocate(self, arguments: Sequence[Any], out: Out = None) -> Any:
+        """Room for the results, not filled; `out` is the first of them, or several, if given."""
+        if isinstance(out, Tensor) and self.single:
             return out
         described = self.describe(*arguments)
         if isinstance(described, Result):
             return described.empty()
-        first, *others = described
-        return (first.empty() if out is None else out, *(other.empty() for other in others))
+        rooms = zip_longest(described, _rooms(out))
+        return tuple(result.empty() if room is None else room for result, room in rooms)
 
     def _named_body(self) -> Callable[..., Any]:
         """The body of the operator, whose last argument names the backend."""
@@ -187,24 +195,48 @@ class RegisteredOp:
                 chosen = dispatch.first_composed(self.op, arguments)
         return lambda *arguments: self.composed(chosen, arguments)
 
-    def _check_out(self, out: Tensor, arguments: tuple[Any, ...]) -> None:
+    def _check_out(self, out: Any, arguments: tuple[Any, ...]) -> None:
         name = self.op.name
-        check_is_tensor(name, "out", out)
-        if dispatch.needs_gradient((*arguments, out)):
-            raise ValueError(f"{name}: out was given where a gradient is needed; drop it, or use torch.no_grad()")
         results = self.describe(*arguments)
-        first = results if isinstance(results, Result) else results[0]
-        if (tuple(out.shape), out.dtype, out.device) != (first.shape, first.dtype, first.device):
-            raise ValueError(
-                f"{name}: out must be {first.shape} {first.dtype} on {first.device}, "
-                f"got {tuple(out.shape)} {out.dtype} on {out.device}"
-            )
-        if torch.compiler.is_compiling() or isinstance(out, FakeTensor):
+        described = (results,) if isinstance(results, Result) else results
+        if isinstance(out, tuple) and len(out) != len(described):
+            raise ValueError(f"{name}: out must be a tensor, or {len(described)} for the results, got {len(out)}")
+        names = [f"out[{i}]" if isinstance(out, tuple) else "out" for i in range(len(described))]
+        rooms = [(i, room) for i, room in enumerate(_rooms(out)) if room is not None]
+        gradient = dispatch.needs_gradient(arguments)
+        for i, room in rooms:
+            self._check_room(names[i], room, described[i], gradient)
+        if torch.compiler.is_compiling() or any(isinstance(room, FakeTensor) for _, room in rooms):
             return
-        if _overlaps(out, arguments):
-            raise ValueError(f"{name}: out must not lie in the memory of an input; give a tensor of its own")
-        if _folds(out):
-            raise ValueError(f"{name}: out has several elements in one place, strides {out.stride()}; give a plain one")
+        read = [(i, _Lying(tensor)) for i, value in enumerate(arguments) for tensor in dispatch.tensors_in(value)]
+        written = [(i, _Lying(room)) for i, room in rooms]
+        for i, lying in written:
+            self._check_memory(names[i], lying, i, read)
+        if any(lying.overlaps(other) for i, lying in written for j, other in written if j < i):
+            raise ValueError(f"{name}: the tensors of out must not lie in one another's memory; give each its own")
+
+    def _check_room(self, what: str, room: Any, result: Result, gradient: bool) -> None:
+        name = self.op.name
+        check_is_tensor(name, what, room)
+        if gradient or (room.requires_grad and torch.is_grad_enabled()):
+            raise ValueError(f"{name}: {what} was given where a gradient is needed; drop it, or use torch.no_grad()")
+        if (tuple(room.shape), room.dtype, room.device) != (result.shape, result.dtype, result.device):
+            raise ValueError(
+                f"{name}: {what} must be {result.shape} {result.dtype} on {result.device}, "
+                f"got {tuple(room.shape)} {room.dtype} on {room.device}"
+            )
+
+    def _check_memory(self, what: str, room: _Lying, index: int, read: Sequence[tuple[int, _Lying]]) -> None:
+        """`read`: the tensors that the call reads, each with the number of its argument. A result may take the place of
+        one, the very same elements, and otherwise lie in the memory of none."""
+        name = self.op.name
+        taken = self.in_place[index] if index < len(self.in_place) else None
+        if any(room.overlaps(other) and not (i == taken and room.coincides(other)) for i, other in read):
+            raise ValueError(f"{name}: {what} must not lie in the memory of an input; give a tensor of its own")
+        if _folds(room.tensor):
+            raise ValueError(
+                f"{name}: {what} has several elements in one place, strides {room.tensor.stride()}; give a plain one"
+            )
 
 
 def register(
@@ -214,6 +246,7 @@ def register(
     describe: Callable[..., Result | tuple[Result, ...]],
     backends: Sequence[dispatch.Backend] = (),
     case: Callable[..., str] | None = None,
+    in_place: Sequence[str] = (),
 ) -> RegisteredOp:
     """Register an op under the name of its public function.
 
@@ -227,6 +260,8 @@ def register(
         describe: takes the arguments of `reference` and tells its result, or each of them.
         backends: the kernels there are.
         case: as of `dispatch.Op`, where the order of the backends is measured.
+        in_place: for each result, the parameter of `reference` whose tensor `out` may be, the very same: every backend
+            reads an element of it before it writes the result's.
     """
     name = public.__name__
     op = dispatch.Op(
@@ -239,7 +274,7 @@ def register(
         case=case,
     )
     dispatch.register(op)
-    _REGISTERED[name] = RegisteredOp(op, reference, describe)
+    _REGISTERED[name] = RegisteredOp(op, reference, describe, in_place)
     return _REGISTERED[name]
 
 
@@ -259,13 +294,22 @@ def _triton_operator(op: str) -> str:
 _making = threading.Lock()
 
 
-def _store(result: Any, out: Tensor | None) -> Any:
-    """`result` with its first tensor moved into `out`."""
+def _rooms(out: Out) -> tuple[Tensor | None, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _given(out: Out) -> list[Tensor]:
+    return [room for room in _rooms(out) if room is not None]
+
+
+def _store(result: Any, out: Out) -> Any:
+    """`result` with its tensors moved into those of `out`."""
     if out is None:
         return result
-    if isinstance(result, Tensor):
+    if isinstance(out, Tensor) and isinstance(result, Tensor):
         return out.copy_(result)
-    return (out.copy_(result[0]), *result[1:])
+    rooms = zip_longest(result, _rooms(out))
+    return tuple(tensor if room is None else room.copy_(tensor) for tensor, room in rooms)
 
 
 def _operator(
@@ -369,16 +413,26 @@ def _is_fake(results: Any) -> bool:
     return isinstance(results if isinstance(results, Tensor) else results[0], FakeTensor)
 
 
-def _overlaps(out: Tensor, arguments: Sequence[Any]) -> bool:
-    """Whether the span of `out` in memory meets that of an input."""
-    storage = out.untyped_storage().data_ptr()
-    for value in arguments:
-        for tensor in dispatch.tensors_in(value):
-            if tensor.untyped_storage().data_ptr() == storage:
-                (low, high), (first, end) = _span(tensor), _span(out)
-                if low < end and first < high:
-                    return True
-    return False
+class _Lying:
+    """A tensor, and the addresses of its storage, which two that share memory need not share as an object."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.tensor = tensor
+        self.low = storage.data_ptr()
+        self.high = self.low + storage.nbytes()
+
+    def overlaps(self, other: _Lying) -> bool:
+        """Whether the spans of the two in memory meet."""
+        if self.high <= other.low or other.high <= self.low:
+            return False
+        (low, high), (first, end) = _span(self.tensor), _span(other.tensor)
+        return low < end and first < high
+
+    def coincides(self, other: _Lying) -> bool:
+        """Whether these are the same elements in the same places."""
+        a, b = self.tensor, other.tensor
+        return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
 
 
 def _folds(out: Tensor) -> bool:

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from itertools import islice, pairwise, product
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from lumiere_fast import native
 from lumiere_fast.dispatch import Backend, Needs
 from lumiere_fast.ops import _layout, _registry
 from lumiere_fast.ops._checks import (
+    check_choice,
     check_device,
     check_floating,
     check_integer,
@@ -24,6 +25,8 @@ from lumiere_fast.ops._checks import (
 from lumiere_fast.ops._spec import Draw, OpSpec, Scenario
 
 Box = tuple[tuple[int, int], ...]
+WeightKind = Literal["flat", "trapezoid", "pyramid"]
+Weights = WeightKind | Tensor | Sequence[float] | Sequence[Tensor] | Sequence[Sequence[float]] | None
 
 LEAST_WEIGHT = 1e-100  # of a vector's largest: the product of three is a normal number still
 
@@ -33,7 +36,7 @@ def blend_windows(
     starts: Tensor | Sequence[int] | Sequence[Sequence[int]],
     num_frames: int,
     *,
-    weights: Tensor | Sequence[float] | Sequence[Tensor] | None = None,
+    weights: Weights = None,
     backend: str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -50,8 +53,10 @@ def blend_windows(
         starts: (N,) first frames, all different. Or (N, 3) corners (t, h, w), to blend in space too. A sequence of
             integers, or a tensor, best on the CPU: its values are read.
         num_frames: frames of the video. With (N, 3) starts its height and width are where the furthest window ends.
-        weights: None for equal weights; a vector (T',) for (N,) starts; three vectors (T',), (H',), (W') for (N, 3),
-            whose product weighs a position. Positive, within 1e100 of one another. Constants: no gradient goes to them.
+        weights: None or "flat" for equal weights, as in the paper; a vector (T',) for (N,) starts; three vectors
+            (T',), (H',), (W',) for (N, 3), whose product weighs a position. Or "trapezoid" or "pyramid" for the vectors
+            of `window_weights`, a trapezoid's ramp as long as the least overlap of neighbours along its axis. Positive,
+            within 1e100 of one another, for windows of one size. Constants: no gradient goes to them.
         backend: None for the current choice.
         out: where to put the result; not where a gradient is needed.
 
@@ -79,6 +84,30 @@ def window_starts(num_frames: int, window: int, overlap: int = 2) -> list[int]:
     return [*range(0, num_frames - window, window - overlap), num_frames - window]
 
 
+def window_weights(kind: WeightKind, window: int, overlap: int = 2) -> tuple[float, ...]:
+    """Weights of a window's frames (or rows, or columns), all divided by the largest:
+
+        flat:       w[i] = 1
+        trapezoid:  w[i] = min(i + 1, window - i, overlap + 1)
+        pyramid:    w[i] = min(i + 1, window - i)
+
+    Flat is the paper's. A trapezoid fades neighbours that share `overlap` frames, less than half of a window, linearly
+    into one another. A pyramid trusts a window the more the further a frame is from its ends, which suits large
+    overlaps; a trapezoid whose ramps meet is one.
+
+    Raises:
+        ValueError: another kind, no window, or a negative overlap.
+    """
+    op = "window_weights"
+    check_choice(op, "kind", kind, get_args(WeightKind))
+    window, overlap = check_integer(op, "window", window), check_integer(op, "overlap", overlap)
+    if window < 1 or overlap < 0:
+        raise ValueError(f"{op}: need window >= 1 and overlap >= 0, got {window} and {overlap}")
+    ramp = {"flat": 1, "trapezoid": overlap + 1, "pyramid": window}[kind]
+    heights = [min(i + 1, window - i, ramp) for i in range(window)]
+    return tuple(height / max(heights) for height in heights)
+
+
 def blend_windows_reference(
     windows: Sequence[Tensor], starts: Sequence[int], extent: Sequence[int], weights: Sequence[float] | None
 ) -> Tensor:
@@ -92,16 +121,17 @@ def blend(
     weights: Sequence[float] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The reference with the result's dtype free, so that `denoise_step` can go on without a rounding."""
+    """The reference with the result's dtype free, so that `denoise_step` can go on without a rounding, in that of its
+    own arithmetic where it is the wider one."""
     blended = _result(windows, extent, dtype).empty()
-    accumulation = _layout.accumulation_dtype(windows[0].dtype)
+    accumulation = _layout.accumulation_dtype(torch.promote_types(windows[0].dtype, dtype))
     for cell in _plan(windows, starts, extent).cells:
         parts = [_crop(windows[i], box) for i, box in zip(cell.windows, cell.boxes, strict=True)]
         mean = parts[0]
         if len(parts) > 1:
             # Steps away from the first window: what the windows agree on survives the rounding of the shares.
             first = mean = mean.to(accumulation)
-            for part, share in zip(parts[1:], _shares(cell, weights, windows[0])[1:], strict=True):
+            for part, share in zip(parts[1:], _shares(cell, weights, windows[0], accumulation)[1:], strict=True):
                 mean = mean + share * (part.to(accumulation) - first)
         _crop(blended, cell.box).copy_(mean)
     return blended
@@ -158,7 +188,7 @@ def _shifted(box: Box, corner: tuple[int, ...]) -> Box:
     return tuple((lo - c, hi - c) for (lo, hi), c in zip(box, corner, strict=True))
 
 
-def _shares(cell: Cell, weights: Sequence[float] | None, like: Tensor) -> list[Any]:
+def _shares(cell: Cell, weights: Sequence[float] | None, like: Tensor, dtype: torch.dtype) -> list[Any]:
     """What each covering window contributes to a cell: together one. To be multiplied with (B, C, T, H, W)."""
     if weights is None:
         return [1 / len(cell.windows)] * len(cell.windows)
@@ -172,7 +202,7 @@ def _shares(cell: Cell, weights: Sequence[float] | None, like: Tensor) -> list[A
             weight = vector[lo:hi].reshape(-1, *[1] * weight.dim()) * weight
         raw.append(weight)
     total = torch.stack(raw).sum(0)
-    return [(weight / total).to(_layout.accumulation_dtype(like.dtype)) for weight in raw]
+    return [(weight / total).to(dtype) for weight in raw]
 
 
 def _crop(x: Tensor, box: Box) -> Tensor:
@@ -184,7 +214,7 @@ def flatten(
     windows: Tensor | Sequence[Tensor],
     starts: Tensor | Sequence[int] | Sequence[Sequence[int]],
     num_frames: int,
-    weights: Tensor | Sequence[float] | Sequence[Tensor] | None,
+    weights: Weights,
 ) -> tuple[Any, ...]:
     parts = check_windows("blend_windows", windows)
     corners = check_starts("blend_windows", starts, parts)
@@ -202,11 +232,11 @@ def flatten_cover(
     windows: list[Tensor],
     corners: list[tuple[int, ...]],
     extent: tuple[int, ...],
-    weights: Tensor | Sequence[float] | Sequence[Tensor] | None,
+    weights: Weights,
 ) -> tuple[list[Tensor], list[int], tuple[int, ...], list[float] | None]:
     """The cover's part of the reference's arguments, once the windows are known to fit and to leave no gap."""
     starts = [start for corner in corners for start in corner]
-    table = check_weights(op, weights, windows, len(extent))
+    table = check_weights(op, weights, windows, corners)
     plan = _plan(windows, starts, extent)
     if plan.sticks_out is not None:
         window, axis, start, stop = plan.sticks_out
@@ -234,10 +264,12 @@ def check_windows(op: str, windows: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if not parts:
         raise ValueError(f"{op}: windows needs at least one window, got none")
     for i, part in enumerate(parts):
-        check_is_tensor(op, f"windows[{i}]", part)
+        if not isinstance(part, Tensor) or part.layout is not torch.strided or part.is_nested:
+            check_is_tensor(op, f"windows[{i}]", part)
     first = parts[0]
+    shape, dtype, device = first.shape, first.dtype, first.device
     for i, part in enumerate(parts):
-        if i > 0 and part.shape == first.shape and part.dtype is first.dtype and part.device == first.device:
+        if i > 0 and part.shape == shape and part.dtype is dtype and part.device == device:
             continue
         name = f"windows[{i}]"
         if part.dim() != 5 or part.shape[:2] != parts[0].shape[:2] or 0 in part.shape[1:]:
@@ -255,19 +287,19 @@ def check_starts(
     op: str, starts: Tensor | Sequence[int] | Sequence[Sequence[int]], windows: Sequence[Tensor]
 ) -> list[tuple[int, ...]]:
     values = starts.tolist() if hasattr(starts, "tolist") else list(starts)
-    corners = [tuple(value) if isinstance(value, Sequence) else (value,) for value in values]
+    corners = [tuple(v) if type(v) is not int and isinstance(v, Sequence) else (v,) for v in values]
     if len(corners) != len(windows):
         raise ValueError(f"{op}: {len(windows)} windows came with {len(corners)} starts; each window needs one")
-    if any(type(n) is not int for corner in corners for n in corner):
+    if any([type(n) is not int for corner in corners for n in corner]):
         corners = [tuple(check_integer(op, "starts", n) for n in corner) for corner in corners]
-    if {len(corner) for corner in corners} not in ({1}, {3}):
+    if {*map(len, corners)} not in ({1}, {3}):
         raise ValueError(f"{op}: starts must be integers, (N,) frames or (N, 3) corners (t, h, w), got {values}")
     if len(set(corners)) < len(corners):
         corner = next(corner for i, corner in enumerate(corners) if corner in corners[:i])
         raise ValueError(f"{op}: start {corner[0] if len(corner) == 1 else corner} is given twice")
     first = windows[0].shape
-    for i, window in enumerate(windows):
-        if len(corners[0]) == 1 and window.shape != first and window.shape[3:] != first[3:]:
+    for i, window in enumerate(windows[1:] if len(corners[0]) == 1 else (), 1):
+        if window.shape != first and window.shape[3:] != first[3:]:
             raise ValueError(
                 f"{op}: windows[{i}] must have the H and W of windows[0] {tuple(windows[0].shape)} where only frames "
                 f"are blended, got shape {tuple(window.shape)}; (N, 3) starts blend in space"
@@ -276,27 +308,55 @@ def check_starts(
 
 
 def check_weights(
-    op: str, weights: Tensor | Sequence[float] | Sequence[Tensor] | None, windows: Sequence[Tensor], axes: int
+    op: str, weights: Weights, windows: Sequence[Tensor], corners: Sequence[tuple[int, ...]]
 ) -> list[float] | None:
-    """The vectors of all blended axes, one after the other."""
+    """The vectors of all blended axes, one after the other, each relative to its largest: only their ratios count."""
+    if isinstance(weights, str):
+        check_choice(op, "weights", weights, (None, *get_args(WeightKind)))
+        weights = None if weights == "flat" else weights
     if weights is None:
         return None
-    sizes = windows[0].shape[2 : 2 + axes]
-    if any(window.shape[2 : 2 + axes] != sizes for window in windows):
+    axes = len(corners[0])
+    sizes = [int(size) for size in windows[0].shape[2 : 2 + axes]]
+    if any(window.shape[2 : 2 + axes] != windows[0].shape[2 : 2 + axes] for window in windows):
         raise ValueError(f"{op}: weights need windows of equal lengths; leave them out, or cut the windows alike")
-    vectors = [torch.as_tensor(v, dtype=torch.float64) for v in (weights if axes == 3 else [weights])]
-    if len(vectors) != axes:
-        raise ValueError(f"{op}: weights must be {axes} vectors, one for each of T, H, W, got {len(vectors)}")
-    for a, (vector, size) in enumerate(zip(vectors, sizes, strict=True)):
-        if vector.shape != (size,):
-            raise ValueError(f"{op}: weights[{a}] must have the {size} entries of its axis, got {tuple(vector.shape)}")
-    if not all(0 < value < math.inf for vector in vectors for value in vector.tolist()):
-        raise ValueError(f"{op}: weights must be positive and finite, got {[vector.tolist() for vector in vectors]}")
-    relative = [vector / vector.max() for vector in vectors]  # only their ratios count
-    if any(float(vector.min()) < LEAST_WEIGHT for vector in relative):
+    if isinstance(weights, str):
+        along = zip(sizes, zip(*corners, strict=True), strict=True)
+        vectors = [list(window_weights(weights, size, _least_overlap(starts, size))) for size, starts in along]
+    else:
+        vectors = given_vectors(op, weights, sizes)
+    relative = [[value / max(vector) for value in vector] for vector in vectors]
+    if any(min(vector) < LEAST_WEIGHT for vector in relative):
         raise ValueError(f"{op}: weights of one vector must lie within {1 / LEAST_WEIGHT:.0e} of one another")
-    values: list[float] = torch.cat(relative).tolist()
-    return values
+    return [value for vector in relative for value in vector]
+
+
+def _least_overlap(starts: Sequence[int], size: int) -> int:
+    """Of neighbours along an axis; none where there is but one."""
+    steps = [after - before for before, after in pairwise(sorted(set(starts)))]
+    return max(0, size - max(steps)) if steps else 0
+
+
+def given_vectors(op: str, weights: Any, sizes: Sequence[int]) -> list[list[float]]:
+    """As lists, not as tensors: a trace can read them."""
+    try:
+        vectors = [[float(w) for w in _listed(v)] for v in (_listed(weights) if len(sizes) == 3 else [weights])]
+    except (TypeError, ValueError):
+        kind = "three vectors of numbers, for T, H and W" if len(sizes) == 3 else "a vector of numbers"
+        accepted = ", ".join(map(repr, get_args(WeightKind)))
+        raise ValueError(f"{op}: weights must be None, {accepted} or {kind}, got {weights!r}") from None
+    if len(vectors) != len(sizes):
+        raise ValueError(f"{op}: weights must be {len(sizes)} vectors, one for each of T, H, W, got {len(vectors)}")
+    for a, (vector, size) in enumerate(zip(vectors, sizes, strict=True)):
+        if len(vector) != size:
+            raise ValueError(f"{op}: weights[{a}] must have the {size} entries of its axis, got {len(vector)}")
+    if not all(0 < value < math.inf for vector in vectors for value in vector):
+        raise ValueError(f"{op}: weights must be positive and finite, got {vectors}")
+    return vectors
+
+
+def _listed(values: Any) -> list[Any]:
+    return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 def _space(corners: Sequence[Sequence[int]]) -> range:
@@ -325,9 +385,12 @@ def blend_windows_backward(
     """Of any backend: the gradient of a window is its share of the result's, wherever it lies."""
     (gradient,) = gradients
     found = [torch.empty_like(window) if window.requires_grad else None for window in windows]
+    accumulation = _layout.accumulation_dtype(gradient.dtype)
     for cell in _plan(windows, starts, extent).cells:
-        part = _crop(gradient, cell.box).to(_layout.accumulation_dtype(gradient.dtype))
-        for i, box, share in zip(cell.windows, cell.boxes, _shares(cell, weights, windows[0]), strict=True):
+        part = _crop(gradient, cell.box).to(accumulation)
+        for i, box, share in zip(
+            cell.windows, cell.boxes, _shares(cell, weights, windows[0], accumulation), strict=True
+        ):
             if (target := found[i]) is not None:
                 _crop(target, box).copy_(share * part)
     return found, None, None, None
@@ -384,34 +447,46 @@ VIDEOS = (
     _video("host_32x256", 32, 256, 8, cpu=True),
 )
 
+APART = (3, 5)  # odd, so that no load of several elements fits
 
-def draw_windows(scenario: Scenario, draw: Draw, batch: int) -> tuple[list[int], list[Tensor]]:
-    """The scenario's starts, and a prediction for each: separate tensors, as a loop over windows makes them."""
-    _, C, T, H, W = scenario.shape("BCTHW")
-    starts = window_starts(T, scenario.options["window"], scenario.options.get("overlap", 2))
-    return starts, [draw.activation(batch, C, scenario.options["window"], H, W) for _ in starts]
+
+def draw_cover(scenario: Scenario, draw: Draw, batch: int) -> dict[str, Any]:
+    """Windows, separate tensors as a loop over them makes them, their starts and their weights.
+
+    Options: "window" and "overlap" in frames; "in_space": windows lie in fours, APART rows and columns from each other;
+    "weighted": by vectors of the blended axes.
+    """
+    C, H, W = scenario.shape("CHW")
+    length = scenario.options["window"]
+    starts: list[Any] = _frames(scenario)
+    vectors = [torch.rand(n, generator=draw.generator) + 0.5 for n in (length, H, W)]
+    weights: Weights = vectors[0]
+    if scenario.options.get("in_space"):
+        starts, weights = list(product(starts, *((0, step) for step in APART))), vectors
+    windows = [draw.activation(batch, C, length, H, W) for _ in starts]
+    cover: dict[str, Any] = {"windows": windows, "starts": starts}
+    return {**cover, "weights": weights} if scenario.options.get("weighted") else cover
+
+
+def _frames(scenario: Scenario) -> list[int]:
+    return window_starts(scenario.sizes["T"], scenario.options["window"], scenario.options.get("overlap", 2))
+
+
+def video_shape(scenario: Scenario) -> tuple[int, ...]:
+    """Of what `draw_cover` covers."""
+    B, C, T, H, W = scenario.shape("BCTHW")
+    return (B, C, T, H + APART[0], W + APART[1]) if scenario.options.get("in_space") else (B, C, T, H, W)
 
 
 def _make_inputs(
     scenario: Scenario, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, Any]:
-    draw = Draw(device, dtype, generator)
-    starts, windows = draw_windows(scenario, draw, scenario.sizes["B"])
-    call: dict[str, Any] = {"windows": windows, "starts": starts, "num_frames": scenario.sizes["T"]}
-    if scenario.options.get("weighted"):
-        call["weights"] = torch.rand(scenario.options["window"], generator=generator) + 0.5
-    if scenario.options.get("in_space"):  # four times the windows, an odd number of rows and columns apart
-        call["starts"] = list(product(starts, (0, 3), (0, 5)))
-        call["windows"] = [draw.activation(*window.shape) for window in windows for _ in range(4)]
-        if "weights" in call:
-            sizes = windows[0].shape[3:]
-            call["weights"] = [call["weights"], *(torch.rand(n, generator=generator) + 0.5 for n in sizes)]
-    return call
+    cover = draw_cover(scenario, Draw(device, dtype, generator), scenario.sizes["B"])
+    return {**cover, "num_frames": scenario.sizes["T"]}
 
 
 def window_elements(scenario: Scenario) -> int:
-    window = scenario.options["window"]
-    return len(window_starts(scenario.sizes["T"], window)) * window * scenario.count("BCHW")
+    return len(_frames(scenario)) * scenario.options["window"] * scenario.count("BCHW")
 
 
 SPEC = OpSpec(

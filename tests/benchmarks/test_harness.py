@@ -27,7 +27,7 @@ from lumiere_fast import dispatch, ops, timing, tune
 from lumiere_fast.kernels import _configs
 from lumiere_fast.ops._spec import Scenario
 
-TINY = Scenario("tiny", {"B": 1, "C": 3, "T": 10, "H": 4, "W": 5}, {"window": 4, "per": "clip"}, cpu=True)
+TINY = Scenario("tiny", {"B": 1, "C": 3, "T": 10, "H": 4, "W": 5}, {"window": 4, "bound": "clip"}, cpu=True)
 
 
 def case_of(module: Any, rows: list[Row], backend: str = "reference", **changes: Any) -> Case:
@@ -109,18 +109,20 @@ def test_the_baselines_of_blend_windows_write_into_what_they_hold() -> None:
         assert first.stride() == expected.stride()
 
 
-@pytest.mark.parametrize("per", ["clip", "frame"])
-def test_the_baseline_of_denoise_step_writes_into_what_it_holds(per: str) -> None:
-    scenario = replace(TINY, options={**TINY.options, "per": per})
+@pytest.mark.parametrize("bound", ["static", "clip", "frame"])
+def test_the_baselines_of_denoise_step_are_the_step(bound: str) -> None:
+    """And the one with held buffers writes into what it holds."""
+    scenario = replace(TINY, options={**TINY.options, "bound": bound})
     inputs = harness.draw_inputs(bench_denoise_step.SPEC, scenario, "cpu", torch.float32)
-    step = Composed(BySorting(), inputs["windows"], inputs["latent"])
+    step = Composed(None if bound == "static" else BySorting(), inputs["windows"], inputs["latent"])
     for result in step(**inputs):
         result.fill_(float("nan"))
-    latent, x0 = step(**inputs)
     expected = ops.denoise_step(**inputs)
-    torch.testing.assert_close(latent, expected.latent)
-    torch.testing.assert_close(x0, expected.x0)
-    assert [result.data_ptr() for result in step(**inputs)] == [latent.data_ptr(), x0.data_ptr()]
+    held = step(**inputs)
+    for latent, x0 in (held, bench_denoise_step.composed(**inputs)):
+        torch.testing.assert_close(latent, expected.latent)
+        torch.testing.assert_close(x0, expected.x0)
+    assert all(again is result for again, result in zip(step(**inputs), held, strict=True))
 
 
 def test_the_copy_moves_the_op_s_bytes() -> None:
@@ -226,7 +228,7 @@ def test_the_worker_knows_every_scenario_of_a_cpu() -> None:
     described = worker.describe("cpu")
     units = described["benchmarks"]
     assert described["machine"]["device"] == "cpu" and described["machine"]["versions"]["torch"] == torch.__version__
-    assert {unit["op"] for unit in units} == {*worker.benchmarked_ops(), "stunet", "pipeline"}
+    assert {unit["op"] for unit in units} == {*worker.benchmarked_ops(), *worker.MODELS}
     for unit in units:
         spec, _ = harness.benchmark_of(unit["op"])
         assert {s.name: s.cpu for s in spec.scenarios}[unit["scenario"]]

@@ -29,6 +29,7 @@ from lumiere_fast.diffusion import (
 )
 from lumiere_fast.ops import StepCoefficients
 from lumiere_fast.pipelines.denoising import Denoiser
+from lumiere_fast.pipelines.windows import Window, plan_windows
 
 EDM = EDMParameterization()
 KINDS = [EDM, EpsilonParameterization(), VParameterization(), SampleParameterization()]
@@ -136,7 +137,7 @@ def test_a_gaussian_is_sampled_through_the_whole_loop(
     generators = clip_generators(torch.Generator().manual_seed(0), 2)
     noise = draw_noise((2, 1, 2, 128, 128), "cpu", generators)
 
-    def predict(scaled: torch.Tensor, timestep: torch.Tensor, frames: slice) -> torch.Tensor:
+    def predict(scaled: torch.Tensor, timestep: torch.Tensor, window: Window) -> torch.Tensor:
         ratio = (timestep.double() / 250).exp()[:, None, None, None, None]
         alpha = 1 / (1 + ratio**2).sqrt() if isinstance(schedule, CosineSchedule) else torch.ones_like(ratio)
         sigma = alpha * ratio
@@ -145,7 +146,7 @@ def test_a_gaussian_is_sampled_through_the_whole_loop(
         return kind.target(x0, (x - alpha * x0) / sigma, alpha, sigma).float()
 
     denoiser = Denoiser(schedule, kind, sampler, threshold=None)
-    clip = denoiser(predict, noise, steps, windows=[slice(0, 2)], generators=generators)
+    clip = denoiser(predict, noise, steps, windows=plan_windows(2, 2, 0), generators=generators).clip
     levels = schedule.levels(steps)
     start = (0.0, levels[0].sigma ** 2)  # as the loop starts
     mean, variance = moments(SAMPLERS[sampler](levels, kind), levels, kind, start)

@@ -277,7 +277,7 @@ def test_boxes_cover_the_result_once_with_the_windows_that_reach_them(data: st.D
     )
     spans = data.draw(st.lists(edges, min_size=1, max_size=9))
     times = torch.zeros(extent, dtype=torch.int64)
-    for box, reach in kernels._boxes(tuple((0, n) for n in extent), tuple(range(len(spans))), spans, slots):
+    for box, reach in kernels.boxes(tuple((0, n) for n in extent), tuple(range(len(spans))), spans, slots):
         index = tuple(slice(*side) for side in box)
         times[index] += 1
         overlapping = [

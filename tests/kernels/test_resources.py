@@ -291,6 +291,8 @@ SASS = """
         /*0040*/                   LDG.E R9, desc[UR6][R2.64+0x10] ;
         /*0050*/                   UTMALDG.2D [UR8], [UR4] ;
         /*0060*/               @P6 STG.E.64 desc[UR6][R2.64], R4 ;
+        /*0060*/                   REDG.E.ADD.STRONG.GPU desc[UR6][R2.64], R4 ;
+        /*0060*/                   ATOMS.ADD R5, [R2], R4 ;
         /*0070*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
         /*0080*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
         /*0090*/                   LDS.128 R4, [R2] ;
@@ -303,6 +305,9 @@ PTX = """
 	cp.async.cg.shared.global [ %r5 + 0 ], [ %rd3 + 0 ], 0x10, %r6;
 	cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r7], [%rd4, {%r8, %r9}], [%r10];
 	st.global.v2.b32 [ %rd5 + 0 ], { %r1, %r2 };
+	@%p3 red.global.gpu.relaxed.add.u32 [ %rd5 + 0 ], %r1;
+	@%p3 atom.global.gpu.acq_rel.add.u32 %r2, [ %rd5 + 0 ], %r1;
+	@%p3 atom.shared.gpu.acq_rel.add.u32 %r2, [ %rd5 + 0 ], %r1;
 	st.shared.v4.b32 [%r5], {%r1, %r2, %r3, %r4};
 	wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd6, %rd7, p, 1, 1, 0, 0;
 	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %f1 }, { %r1 }, { %r2 }, { %f1 };
@@ -314,9 +319,10 @@ def test_instructions_are_told_apart() -> None:
     assert resources.instructions(SASS, resources.SASS) == {
         **matrix,
         "loads": ((2, 1), (4, 1), (16, 3)),
-        "stores": ((8, 1),),
+        "stores": ((4, 1), (8, 1)),
     }
-    assert resources.instructions(PTX, resources.PTX) == {**matrix, "loads": ((2, 1), (16, 4)), "stores": ((8, 1),)}
+    stores = ((4, 2), (8, 1))
+    assert resources.instructions(PTX, resources.PTX) == {**matrix, "loads": ((2, 1), (16, 4)), "stores": stores}
 
 
 def test_offsets_narrower_than_64_bits_are_counted() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lumiere_fast import dispatch
+from lumiere_fast.ops import _registry
 from lumiere_fast.ops._selfcheck import FLOORS, relative_error
 
 CHANNELS_LAST = torch.channels_last_3d
@@ -68,6 +69,21 @@ def device_of(backend: str) -> str:
     if not torch.cuda.is_available():
         pytest.skip(f"the {backend} backend needs a GPU")
     return "cuda"
+
+
+def launch_on(public: Callable[..., Any], backend: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
+    """What the backend writes over NaN, or over `out`; Triton's kernels in the interpreter where there is no GPU.
+
+    A backend that the op does not have, or that does not take the call, skips the test.
+    """
+    registered = _registry._REGISTERED[public.__name__]
+    arguments = arguments_of(public, *inputs, **options)
+    if reasons := dispatch.reasons_against(registered.op, backend, arguments):
+        pytest.skip("; ".join(reasons))
+    rooms = registered.allocate(arguments, out)
+    for room in flatten(rooms) if out is None else ():
+        room.fill_(float("nan"))
+    return registered.launch(backend, arguments, rooms)
 
 
 def in_layout(x: Tensor, kind: int) -> Tensor:

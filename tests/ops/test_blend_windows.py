@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lumiere_fast import native, use_backend
-from lumiere_fast.ops import blend_windows, window_starts
+from lumiere_fast.ops import blend_windows, window_starts, window_weights
 from tests.ops.common import (
     CHANNELS_LAST,
     FORMATS,
@@ -20,6 +20,7 @@ from tests.ops.common import (
     check_out,
     device_of,
     in_layout,
+    launch_on,
 )
 
 PAPER_STARTS = [0, 6, 12]  # windows of 8 frames, overlap 2, over 20 frames
@@ -106,15 +107,45 @@ def test_order_of_the_windows_does_not_matter(draw: Draw) -> None:
     torch.testing.assert_close(shuffled, blend_windows(windows, PAPER_STARTS, 20), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_partition_of_unity_within_one_ulp(weighted: bool, draw: Draw) -> None:
-    starts = [0, 1, 2, 5, 6, 7, 12]
-    weights = draw(8).abs() + 0.01 if weighted else None
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+
+
+@BACKENDS
+@pytest.mark.parametrize("kind", ["flat", "trapezoid", "pyramid", "drawn"])
+@pytest.mark.parametrize("starts", [PAPER_STARTS, [0, 1, 2, 5, 6, 7, 12]], ids=["paper", "crowded"])
+def test_partition_of_unity_within_one_ulp(backend: str, starts: list[int], kind: str, draw: Draw) -> None:
+    """Equal windows keep their value to the bit, and the shares that are really applied add up to one.
+
+    A window's shares are what the blend makes of ones in that window and zeros in all others.
+    """
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    weights = (draw(8).abs() + 0.01).tolist() if kind == "drawn" else window_weights(kind, 8)
+    given = None if kind == "flat" else weights
     for value in (1.0, 3.1415927, -1e-3):
-        windows = torch.full((len(starts), 1, 2, 8, 2, 2), value)
-        blended = blend_windows(windows, starts, 20, weights=weights)
-        ulp = torch.nextafter(windows[0, 0, 0, 0, 0, 0].abs(), torch.tensor(torch.inf)) - abs(windows.flatten()[0])
-        assert (blended - value).abs().max() <= ulp
+        windows = torch.full((len(starts), 1, 2, 8, 2, 2), value, device=device)
+        blended = launch_on(blend_windows, backend, windows, starts, 20, weights=given)
+        assert torch.equal(blended, windows[0, :, :, :1].expand_as(blended))
+    shares = []
+    for i in range(len(starts)):
+        windows = torch.zeros(len(starts), 1, 1, 8, 1, 4, device=device)
+        windows[i] = 1
+        shares.append(launch_on(blend_windows, backend, windows, starts, 20, weights=given).double())
+    total = torch.stack(shares).sum(0)
+    assert (total - 1).abs().max() <= torch.finfo(torch.float32).eps
+    exact = torch.zeros(len(starts), 20, dtype=torch.float64)
+    for i, start in enumerate(starts):
+        exact[i, start : start + 8] = torch.tensor(weights, dtype=torch.float64)
+    ours = torch.stack(shares)[:, 0, 0, :, 0, 0].cpu()
+    torch.testing.assert_close(ours, exact / exact.sum(0), rtol=0, atol=1e-6)
+
+
+@BACKENDS
+def test_the_same_call_gives_the_same_bits(backend: str, draw: Draw) -> None:
+    windows = draw(6, 1, 3, 8, 5, 7).float()
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    call = windows.to(device), [0, 1, 3, 4, 9, 12], 20
+    once, again = (launch_on(blend_windows, backend, *call, weights="pyramid") for _ in range(2))
+    assert torch.equal(once, again)
 
 
 def test_accumulates_half_precision_in_fp32(draw: Draw) -> None:
@@ -175,8 +206,16 @@ def test_operator(memory_format: torch.memory_format, backend: str, draw: Draw) 
     check_operator_gradient(blend_windows, *weighted, weights=weights, backend=backend)
     with use_backend(backend):
         check_compiled(blend_windows, windows, [0, 2, 4], 8)
+        check_compiled(blend_windows, *weighted, weights="pyramid")
         with torch.no_grad():
             check_out(blend_windows, windows, [0, 2, 4], 8)
+
+
+@pytest.mark.parametrize("count", [2, 40])
+def test_compiled_as_it_comes(count: int, draw: Draw) -> None:
+    """Without a backend by name, where every one is asked whether it can."""
+    windows = [draw(1, 3, 4, 4, 2) for _ in range(count)]
+    check_compiled(blend_windows, windows, [2 * i for i in range(count)], 2 * count + 2)
 
 
 def test_window_starts() -> None:
@@ -189,6 +228,73 @@ def test_window_starts() -> None:
     for frames, window, overlap in ((7, 8, 2), (8, 2, 2), (8, 4, -1)):
         with pytest.raises(ValueError, match="0 <= overlap < window <= num_frames"):
             window_starts(frames, window, overlap)
+
+
+def test_window_weights() -> None:
+    assert window_weights("flat", 4) == (1, 1, 1, 1)
+    assert window_weights("trapezoid", 8) == pytest.approx((1 / 3, 2 / 3, 1, 1, 1, 1, 2 / 3, 1 / 3))
+    assert window_weights("trapezoid", 5, overlap=1) == (0.5, 1, 1, 1, 0.5)
+    assert window_weights("trapezoid", 3, overlap=0) == (1, 1, 1)
+    assert window_weights("pyramid", 5) == pytest.approx((1 / 3, 2 / 3, 1, 2 / 3, 1 / 3))
+    assert window_weights("pyramid", 6) == pytest.approx((1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3))
+    assert window_weights("trapezoid", 7, overlap=5) == window_weights("pyramid", 7)  # the ramps meet
+    for kind in ("flat", "trapezoid", "pyramid"):
+        assert window_weights(kind, 1) == (1,)
+        for n in (2, 9):
+            weights = window_weights(kind, n)
+            assert weights == weights[::-1] and max(weights) == 1 and min(weights) > 0
+
+
+@given(st.integers(1, 12), st.data())
+def test_a_trapezoid_fades_neighbours_into_one_another(overlap: int, data: st.DataObject) -> None:
+    """Over the frames that two share, their weights add up to one: they are the shares themselves."""
+    window = data.draw(st.integers(2 * overlap + 1, 40))
+    weights = np.array(window_weights("trapezoid", window, overlap))
+    assert weights[-overlap:] + weights[:overlap] == pytest.approx(1)
+    assert (weights[overlap : window - overlap] == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["flat", "trapezoid", "pyramid"])
+def test_weights_by_name(kind: str, draw: Draw) -> None:
+    """The vectors of `window_weights`; a trapezoid's ramp is the least overlap there is along its axis."""
+    windows = draw(4, 1, 2, 8, 4, 4)
+    starts = [12, 0, 9, 5]  # overlaps of 3, 4 and 5
+    expected = blend_windows(windows, starts, 20, weights=window_weights(kind, 8, overlap=3))
+    assert torch.equal(blend_windows(windows, starts, 20, weights=kind), expected)
+    torch.testing.assert_close(
+        expected, least_squares(list(windows), starts, 20, torch.tensor(window_weights(kind, 8, 3)).double())
+    )
+    corners = [(t, h, w) for t in (0, 6) for h in (0, 1) for w in (0, 5)]  # overlaps of 2, of 5, and none
+    windows = draw(8, 1, 2, 8, 6, 5)
+    vectors = [window_weights(kind, n, overlap) for n, overlap in ((8, 2), (6, 5), (5, 0))]
+    expected = blend_windows(windows, corners, 14, weights=vectors)
+    assert torch.equal(blend_windows(windows, corners, 14, weights=kind), expected)
+
+
+def test_bad_weights_are_named(draw: Draw) -> None:
+    windows = draw(3, 1, 2, 8, 4, 4)
+    ragged = [windows[0], windows[1][:, :, :7]]
+    with pytest.raises(ValueError, match="weights must be None or 'flat' or 'trapezoid' or 'pyramid', got 'gaussian'"):
+        blend_windows(windows, PAPER_STARTS, 20, weights="gaussian")
+    with pytest.raises(ValueError, match="blend_windows: weights need windows of equal lengths"):
+        blend_windows(ragged, [0, 6], 13, weights="pyramid")
+    assert torch.equal(blend_windows(ragged, [0, 6], 13, weights="flat"), blend_windows(ragged, [0, 6], 13))
+    for wrong in (3, [["a"] * 8], ["x"] * 8, torch.ones(8, 1), object()):
+        with pytest.raises(ValueError, match="or a vector of numbers, got"):
+            blend_windows(windows, PAPER_STARTS, 20, weights=wrong)
+    corners = [(0, 0, 0), (6, 0, 0), (12, 0, 0)]
+    for wrong in (3, torch.ones(8), [1.0, 2.0, 3.0]):
+        with pytest.raises(ValueError, match="or three vectors of numbers, for T, H and W, got"):
+            blend_windows(windows, corners, 20, weights=wrong)
+    with pytest.raises(ValueError, match="weights must be 3 vectors, one for each of T, H, W, got 2"):
+        blend_windows(windows, corners, 20, weights=[[1.0] * 8, [1.0] * 4])
+    with pytest.raises(ValueError, match="window_weights: kind must be 'flat' or 'trapezoid' or 'pyramid', got None"):
+        window_weights(None, 8)
+    for window, overlap in ((0, 2), (8, -1)):
+        with pytest.raises(ValueError, match=f"need window >= 1 and overlap >= 0, got {window} and {overlap}"):
+            window_weights("trapezoid", window, overlap)
+    with pytest.raises(ValueError, match=r"window_weights: overlap takes integers, got 1\.5"):
+        window_weights("trapezoid", 8, 1.5)
 
 
 def test_errors(draw: Draw) -> None:

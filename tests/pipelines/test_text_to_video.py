@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,9 +28,14 @@ from lumiere_fast.diffusion import (
 )
 from lumiere_fast.dispatch import BACKENDS
 from lumiere_fast.ops import Threshold
+from lumiere_fast.pipelines import budget
+from lumiere_fast.pipelines.checkpoint import Checkpoint, fingerprint
 from lumiere_fast.pipelines.denoising import Denoiser
+from lumiere_fast.pipelines.progress import _Bar
+from lumiere_fast.pipelines.state import DenoisingState, save_state
 from lumiere_fast.pipelines.super_resolution import SuperResolution
 from lumiere_fast.pipelines.text_to_video import denoise_from_text
+from lumiere_fast.pipelines.windows import plan_windows
 from lumiere_fast.text import WordVectorEncoder
 from lumiere_fast.video import to_uint8
 from tests.models.test_prepared_text import runs_of_text_layers
@@ -176,7 +183,7 @@ def test_each_stage_has_its_schedule_and_its_parameterization(pipe: LumierePipel
     enlarge = SuperResolution(pipe.ssr, Denoiser(schedules[1], SampleParameterization(), "ddpm"), 4, factor=2)
     with torch.no_grad():
         clip = denoise_from_text(pipe.base, pipe.text_encoder, base, [BALL], noise, 3, 2.0, generators=generators)
-        frames = enlarge(clip, pipe.text_encoder.encode([BALL]), 2, clips)
+        frames = enlarge(clip, pipe.text_encoder.encode([BALL]), 2, clips).clip
     output = generate(mixed, num_inference_steps=3, guidance_scale=2.0, sampler="ddpm")
     torch.testing.assert_close(output.base_frames, clip.clamp(-1, 1), rtol=0, atol=1e-5)
     torch.testing.assert_close(output.frames, frames.clamp(-1, 1), rtol=0, atol=1e-5)
@@ -278,7 +285,7 @@ def test_the_text_is_read_once_a_stage(pipe: LumierePipeline, guidance_scale: fl
 
     with unprepared(pipe.base), unprepared(pipe.ssr), runs_of_text_layers(pipe.base) as base:
         assert torch.equal(generate(pipe, [BALL, STAR], **settings).frames, made)
-    assert len(base) == 3 * len(set(base))
+    assert len(base) == 3 * 4 * len(set(base))  # three steps of four windows
 
 
 def test_images_come_from_the_image_model() -> None:
@@ -342,8 +349,8 @@ def test_progress_counts_every_pass(pipe: LumierePipeline) -> None:
     pytest.importorskip("tokenizers")
     calls: list[tuple[str, int, int]] = []
     generate(pipe, num_frames=6, num_inference_steps=3, progress=lambda *call: calls.append(call))
-    base = [("base", done, 3) for done in range(1, 4)]
-    ssr = [("ssr", done, 4) for done in range(1, 5)]  # two windows a step
+    base = [("base", done, 6) for done in range(1, 7)]  # two windows a step
+    ssr = [("ssr", done, 4) for done in range(1, 5)]  # likewise
     assert calls == base + ssr
 
 
@@ -396,6 +403,23 @@ def test_progress_bars_go_to_stderr(pipe: LumierePipeline, capsys: pytest.Captur
         ({"sampler": "ddpm", "eta": 0.5}, "eta is a setting of sampler 'ddim'; leave it 0 for 'ddpm', got 0.5"),
         ({"sampler": "ddim", "eta": 2}, r"eta must be from 0 \(deterministic\) to 1 \(ancestral\), got 2"),
         ({"threshold": "clip"}, "threshold must be 'static', 'dynamic', None or a Threshold, got 'clip'"),
+        (
+            {"window_frames": 3},
+            "window_frames must be a positive multiple .* 2, got 3; the nearest accepted are 2 and 4",
+        ),
+        ({"window_frames": 4.0}, "window_frames must be >= 1, an integer, got 4.0"),
+        ({"overlap": 4}, "overlap must be from 0 to window_frames - 1 = 3, got 4"),
+        ({"overlap": -1}, "overlap must be >= 0, an integer, got -1"),
+        ({"overlap": True}, "overlap must be >= 0, an integer, got True"),
+        ({"base_overlap": 4}, "base_overlap must be below the base model's window, 4 frames, got 4"),
+        ({"base_overlap": -1}, "base_overlap must be >= 0, an integer, got -1"),
+        ({"max_memory": "12 potatoes"}, "max_memory: .* '12GiB' or '500MB', got '12 potatoes'"),
+        ({"max_memory": 0}, "max_memory: memory must be above zero, got 0"),
+        ({"max_memory": 1000}, "max_memory is 0.00 MiB, and super-resolution takes about"),
+        ({"window_weights": "round"}, "window_weights: .*'flat' or 'trapezoid' or 'pyramid', got 'round'"),
+        ({"checkpoint": 5}, "a str or a Path, got 5"),
+        ({"checkpoint": "."}, "checkpoint '.': the name of a file that ends in .safetensors is needed"),
+        ({"checkpoint": "nowhere/a.safetensors"}, "checkpoint .*: the folder 'nowhere' does not exist"),
         ({"threshold": Threshold("dynamic", 99.5)}, r"threshold.percentile must be in \(0, 1\], got 99.5"),
     ],
 )
@@ -472,16 +496,13 @@ def test_the_models_must_read_the_text_encoder(pipe: LumierePipeline) -> None:
 # Backends ------------------------------------------------------------------------------------------------------------
 
 
-def test_forced_is_forced(pipe: LumierePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_is_forced(pipe: LumierePipeline) -> None:
     """On the CPU not all of it can be Triton's: the call says why, and does not run another backend."""
     pytest.importorskip("tokenizers")
     with (
         use_backend("triton"),
         pytest.raises(BackendUnavailable, match=r"cannot run on the backend 'triton': \S+"),
     ):
-        generate(pipe)
-    monkeypatch.setenv("LUMIERE_FAST_BACKEND", "triton")
-    with pytest.raises(BackendUnavailable, match="cannot run on the backend 'triton'"):
         generate(pipe)
 
 
@@ -524,3 +545,340 @@ def test_the_pipeline_moves_as_one(pipe: LumierePipeline) -> None:
     assert pipe.to("cpu") is pipe
     assert pipe.device == torch.device("cpu")
     assert pipe.default_fps == 8
+
+
+# Windows of the base model -------------------------------------------------------------------------------------------
+
+
+def test_more_frames_than_it_was_trained_on_go_through_the_base_model_in_windows(
+    pipe: LumierePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of `config.num_frames` that share half of them, of one latent and one text."""
+    pytest.importorskip("tokenizers")
+    seen: list[tuple[int, ...]] = []
+    handle = pipe.base.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    try:
+        output = generate(pipe, num_frames=10)
+        shared = generate(pipe, num_frames=10, base_overlap=1, overlap=0, window_weights="trapezoid")
+    finally:
+        handle.remove()
+    assert seen == [(2, 3, 4, 8, 8)] * 2 * (4 + 3)
+    assert output.windows["base"].starts == [0, 2, 4, 6]
+    assert output.windows["ssr"].starts == [0, 2, 4, 6]
+    assert shared.windows["base"].starts == [0, 3, 6]
+    assert shared.windows["ssr"].starts == [0, 4, 6]
+    assert {plan.weights for plan in shared.windows.values()} == {"trapezoid"}
+    assert generate(pipe).windows["base"].starts == [0]
+    monkeypatch.setattr(pipe, "config", replace(pipe.config, num_frames=8))
+    assert pipe._base_windows(16, None, "flat").starts == [0, 4, 8]
+
+
+def test_frames_of_neighbouring_windows_are_one_clip(pipe: LumierePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a base model that looks at pixels alone, a long clip is what it would be in one window."""
+    pytest.importorskip("tokenizers")
+
+    def of_each_pixel(sample: Tensor, *_: Any) -> Tensor:
+        return torch.sin(3 * sample)
+
+    monkeypatch.setattr(pipe.base, "forward", of_each_pixel)
+    windowed = generate(pipe, num_frames=10, ssr_num_inference_steps=1)
+    monkeypatch.setattr(pipe, "config", replace(pipe.config, num_frames=10))
+    whole = generate(pipe, num_frames=10, ssr_num_inference_steps=1)
+    assert len(whole.windows["base"]) == 1
+    torch.testing.assert_close(windowed.base_frames, whole.base_frames, rtol=0, atol=1e-5)
+
+
+def test_bars_say_step_and_window_and_the_plan(pipe: LumierePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers")
+    output = generate(pipe, num_frames=10, progress=True)
+    err = capsys.readouterr().err
+    for stage, plan in output.windows.items():
+        assert f"{stage}: {plan}" in err
+    assert "step 2/2, window 4/4" in err
+
+
+def test_a_bar_follows_windows_that_become_smaller() -> None:
+    said: list[str] = []
+    bar = mock.Mock(n=0, set_postfix_str=lambda text, refresh: said.append(text))
+    report = _Bar(bar, steps=3, steps_left=2, windows=2)
+    for done, total in (
+        (3, 6),
+        (4, 6),
+        (5, 6),
+        *((done, 10) for done in range(6, 11)),
+    ):  # the third step is made again in 5
+        report(done, total)
+    assert said[:4] == ["step 2/3, window 1/2", "step 2/3, window 2/2", "step 3/3, window 1/2", "step 3/3, window 1/5"]
+    assert said[-1] == "step 3/3, window 5/5"
+
+
+# Offloading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Each component's name and where it goes, of all pipelines."""
+    made: list[tuple[str, str]] = []
+    networks, words = torch.nn.Module.to, WordVectorEncoder.to
+
+    def move(self: Any, device: Any = None, *args: Any, **kwargs: Any) -> Any:
+        target = kwargs.get("device", device)
+        if isinstance(self, STUNet):
+            made.append(("ssr" if self.unet.config.conditioning_channels else "base", str(target)))
+        return networks(self, device, *args, **kwargs) if device is not None else networks(self, **kwargs)
+
+    def move_words(self: Any, device: Any) -> Any:
+        made.append(("text", str(device)))
+        return words(self, device)
+
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    monkeypatch.setattr(WordVectorEncoder, "to", move_words)
+    return made
+
+
+def test_each_model_is_on_the_device_only_while_it_runs(moves: list[tuple[str, str]]) -> None:
+    pytest.importorskip("tokenizers")
+    pipe, there = make_pipeline(), "cpu:0"
+    wanted = generate(pipe).frames
+    pipe.enable_model_cpu_offload(there)
+    assert pipe.device == torch.device(there)
+    moves.clear()
+    assert torch.equal(generate(pipe).frames, wanted)
+    names = ("text", "base", "text", "ssr")
+    assert moves == [(name, place) for name in names for place in (there, "cpu")]
+    moves.clear()
+    upscaled = pipe.upscale(torch.zeros(3, 4, 8, 8), BALL, num_inference_steps=1)
+    assert upscaled.frames.shape == (1, 3, 4, 16, 16)
+    assert moves == [(name, place) for name in ("text", "ssr") for place in (there, "cpu")]
+
+
+def test_a_model_leaves_the_device_when_it_fails(moves: list[tuple[str, str]]) -> None:
+    pytest.importorskip("tokenizers")
+    pipe = make_pipeline()
+    pipe.enable_model_cpu_offload("cpu:0")
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, progress=stop)
+    assert moves[-2:] == [("base", "cpu:0"), ("base", "cpu")]
+
+
+def test_a_device_given_ends_offloading_and_a_dtype_does_not(moves: list[tuple[str, str]]) -> None:
+    pipe = make_pipeline()
+    pipe.enable_model_cpu_offload("cpu:0")
+    assert pipe.to(torch.float16).device == torch.device("cpu:0")
+    assert pipe.dtype == torch.float16
+    moves.clear()
+    assert pipe.to("cpu").device == torch.device("cpu")
+    assert moves == [("base", "cpu"), ("ssr", "cpu"), ("text", "cpu")]
+    with pytest.raises(ValueError, match="device 'cuda:99' cannot be used on this machine"):
+        pipe.enable_model_cpu_offload("cuda:99")
+    assert pipe.device == torch.device("cpu")
+
+
+# Going on after an interruption --------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Calls(list[tuple[str, int, int]]):
+    """Of a progress function."""
+
+    def __call__(self, *call: Any) -> None:
+        self.append(call)
+
+
+def interrupted_at(number: int) -> Any:
+    """A progress function that raises at a call."""
+    calls: list[int] = []
+
+    def report(stage: str, done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) == number:
+            raise Interrupted
+
+    return report
+
+
+RESUMED: dict[str, Any] = {"num_frames": 6, "num_inference_steps": 3, "sampler": "ddpm", "seed": 3}
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm-solver++"])
+def test_an_interrupted_call_goes_on_bit_for_bit(pipe: LumierePipeline, tmp_path: Path, sampler: str) -> None:
+    """At every pass of both stages, one file taking the run from each interruption to the next."""
+    pytest.importorskip("tokenizers")
+    settings = {**RESUMED, "sampler": sampler, "prompt": [BALL, STAR]}
+    wanted = generate(pipe, **settings)
+    for number in range(1, 3 * 2 + 2 * 2 + 1):
+        path = tmp_path / f"{number}.safetensors"
+        with pytest.raises(Interrupted):
+            generate(pipe, **settings, checkpoint=path, progress=interrupted_at(number))
+        assert path.exists() == (number > 2)  # two windows make the first step
+        calls = Calls()
+        found = generate(pipe, **settings, checkpoint=path, progress=calls)
+        assert len(calls) == 10 - (number - 1) // 2 * 2, "steps that were done are made again"
+        assert torch.equal(found.frames, wanted.frames)
+        assert torch.equal(found.base_frames, wanted.base_frames)
+        assert found.windows == wanted.windows
+        assert not path.exists()
+
+
+def test_an_upscaled_clip_goes_on_bit_for_bit(pipe: LumierePipeline, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "a.safetensors"
+    clip = torch.rand(3, 7, 9, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def make(**settings: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return pipe.upscale(
+            settings.pop("clip", clip), BALL, num_inference_steps=2, sampler="ddpm", generator=generator, **settings
+        ).frames
+
+    wanted = make()
+    with pytest.raises(Interrupted):
+        make(checkpoint=path, progress=interrupted_at(7))
+    with pytest.raises(ValueError, match=r"clip was '.*' and is '.*'; give the same, or remove the file"):
+        make(checkpoint=path, clip=-clip)
+    with pytest.raises(ValueError, match="call was 'upscale' and is 'generate'"):
+        generate(pipe, checkpoint=path)
+    assert torch.equal(make(checkpoint=path), wanted)
+    assert not path.exists()
+
+
+def test_without_a_generator_the_interrupted_calls_seeds_are_taken(pipe: LumierePipeline, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "a.safetensors"
+    settings: dict[str, Any] = {"num_inference_steps": 2, "ssr_num_inference_steps": 2}
+    torch.manual_seed(5)
+    wanted = pipe(BALL, **settings).frames
+    torch.manual_seed(5)
+    with pytest.raises(Interrupted):
+        pipe(BALL, **settings, checkpoint=path, progress=interrupted_at(4))
+    assert torch.equal(pipe(BALL, **settings, checkpoint=path).frames, wanted)
+
+
+def test_smaller_windows_stay_after_an_interruption(
+    pipe: LumierePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory ran out before it, and what is free after it does not count: the clip is the one that was begun."""
+    pytest.importorskip("tokenizers")
+    path, settings = tmp_path / "a.safetensors", {"num_frames": 12, "window_frames": 8}
+    wanted = generate(pipe, num_frames=12, window_frames=4)
+    forward = pipe.ssr.forward
+
+    def exhausted(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if sample.shape[2] > 4:
+            raise MemoryError
+        return forward(sample, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="out of memory"), pytest.raises(Interrupted):
+        patch.setattr(pipe.ssr, "forward", exhausted)
+        generate(pipe, **settings, checkpoint=path, progress=interrupted_at(10 + 7))
+    monkeypatch.setattr(budget, "free_memory", lambda device: 1)  # what is begun is not planned again
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output = generate(pipe, **settings, checkpoint=path)
+    assert output.windows == wanted.windows
+    assert torch.equal(output.frames, wanted.frames)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"prompt": STAR}, "prompts was .*ball.* and is .*star"),
+        ({"seed": 4}, "seeds was"),
+        ({"num_frames": 8}, "num_frames was 6 and is 8"),
+        ({"num_inference_steps": 4}, "num_inference_steps was 3 and is 4"),
+        ({"ssr_num_inference_steps": 3}, "ssr_num_inference_steps was 2 and is 3"),
+        ({"guidance_scale": 2.0}, "guidance_scale was 3.0 and is 2.0"),
+        ({"sampler": "ddim"}, "sampler was 'ddpm' and is 'ddim'"),
+        ({"threshold": None}, "threshold was"),
+        ({"overlap": 1}, "overlap was 2 and is 1"),
+        ({"window_frames": 6}, "window_frames was 4 and is 6"),
+        ({"window_weights": "pyramid"}, "window_weights was 'flat' and is 'pyramid'"),
+        ({"base_overlap": 1}, "base_overlap was 2 and is 1"),
+        ({"max_memory": "1GiB"}, "max_memory was None and is 1073741824"),
+    ],
+)
+def test_other_settings_are_refused_by_name(
+    pipe: LumierePipeline, interrupted: Path, changed: dict[str, Any], message: str
+) -> None:
+    before = interrupted.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        generate(pipe, **RESUMED | changed, checkpoint=interrupted)
+    assert interrupted.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def interrupted(pipe: LumierePipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state left in the second stage."""
+    pytest.importorskip("tokenizers")
+    path = tmp_path_factory.mktemp("interrupted") / "a.safetensors"
+    with pytest.raises(Interrupted):
+        generate(pipe, **RESUMED, checkpoint=path, progress=interrupted_at(9))
+    return path
+
+
+def test_other_weights_are_refused(interrupted: Path) -> None:
+    pipe = make_pipeline()
+    with pytest.raises(ValueError, match=r"config was .*sigma_max=20.0.* and is .*sigma_max=30.0"):
+        generate(with_schedules(pipe, EDMSchedule(sigma_max=30.0), SCHEDULE), **RESUMED, checkpoint=interrupted)
+    with pytest.raises(ValueError, match="weights was"):
+        generate(make_pipeline(seed=1), **RESUMED, checkpoint=interrupted)
+    with pytest.raises(ValueError, match=r"dtype was 'torch.float32' and is 'torch.float16'"):
+        generate(make_pipeline().to(torch.float16), **RESUMED, checkpoint=interrupted)
+
+
+def test_a_change_of_any_weight_shows() -> None:
+    model = make_pipeline().ssr
+    before = fingerprint(model)
+    for parameter in model.parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter += 1e-3
+            assert fingerprint(model) != before
+            parameter.copy_(kept)
+    assert fingerprint(model) == before
+
+
+def test_weights_that_do_not_fit_are_refused_before_there_is_work(
+    pipe: LumierePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(pipe.base), "forward", None)
+    with pytest.raises(ValueError, match=r"weights\[0\] must have the 4 entries"):
+        generate(pipe, num_frames=8, window_frames=4, window_weights=[1.0] * 7)
+
+
+def test_more_frames_than_memory_can_hold_are_refused_at_once(pipe: LumierePipeline) -> None:
+    with pytest.raises(ValueError, match=r"1 x 1000000000000 frames need more than .* GiB of memory"):
+        generate(pipe, num_frames=10**12)
+
+
+def test_what_is_no_state_of_a_call_is_refused(pipe: LumierePipeline, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"a\.safetensors"):
+        generate(pipe, checkpoint=path)
+    (tmp_path / "b.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"b\.safetensors' is a folder; name a file"):
+        generate(pipe, checkpoint=tmp_path / "b.safetensors")
+    state = DenoisingState(1, torch.zeros(1, 3, 4, 8, 8), None, (), plan_windows(4, 4))
+    save_state(path, state, {"sampler": "ddim"})
+    with pytest.raises(ValueError, match="the state of some other run, not of a pipeline's call"):
+        generate(pipe, checkpoint=path)
+
+
+def test_a_file_may_be_kept_for_its_caller_to_remove(pipe: LumierePipeline, tmp_path: Path) -> None:
+    """A finished call begun again returns its clip at once."""
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "a.safetensors"
+    first = generate(pipe, checkpoint=Checkpoint(path, keep=True))
+    calls = Calls()
+    again = generate(pipe, checkpoint=Checkpoint(path, keep=True), progress=calls)
+    assert calls == []
+    assert torch.equal(again.frames, first.frames)
+    assert path.exists()

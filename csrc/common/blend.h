@@ -1,7 +1,7 @@
-// The arithmetic of blend_windows, for one element. The launches differ, this does not; it must not be contracted into
+// The arithmetic of blended windows, for one element. The launches differ, this does not; it must not be contracted into
 // fused multiply-adds, so that every launch and the reference round alike.
-#ifndef LF_BLEND_WINDOWS_H
-#define LF_BLEND_WINDOWS_H
+#ifndef LF_COMMON_BLEND_H
+#define LF_COMMON_BLEND_H
 
 #include "common/scalar.h"
 
@@ -18,4 +18,4 @@ LF_HD static inline double blend_weight(double time, double height, double width
 
 }  // namespace lf
 
-#endif  // LF_BLEND_WINDOWS_H
+#endif  // LF_COMMON_BLEND_H
